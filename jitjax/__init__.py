@@ -1,0 +1,40 @@
+"""JiT image diffusion in JAX: a trainer, and this small surface for scripts and notebooks, kept stable.
+
+    create_model(name, *, image_size, num_classes, seed=0, **geometry) -> JiT     a fresh nnx module
+    load_official(path, which="model_ema1") -> JiT                                an official .pth or .safetensors
+    model(z, t, y) -> predicted images                                            NHWC floats in and out
+    sample(model, noise, labels, *, steps=50, method="heun", cfg_scale=1.0, interval=(0, 1), t_eps=0.05,
+           dtype=float32, prediction="x") -> images, float32 in about [-1, 1]     noise: already times the noise scale
+    to_uint8(images) -> uint8 pixels
+    preprocess(picture, size) -> uint8 (size, size, 3)                            as training sees a picture, not flipped
+
+Everything is imported when first used, so that `jitjax.data` in a worker process does not import JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "create_model": "jitjax.model",
+    "load_official": "jitjax.interop.official",
+    "sample": "jitjax.sampling",
+    "to_uint8": "jitjax.diffusion",
+    "preprocess": "jitjax.data.image",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jitjax")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jitjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

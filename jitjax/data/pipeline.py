@@ -1,0 +1,253 @@
+"""The Grain pipeline: an endless stream of host batches whose content depends on (seed, example index, data set) alone.
+
+Grain's element is a *chunk*: a run of consecutive examples of one batch, small enough that a worker's memory stays
+bounded and large enough that per-element Python costs vanish. A chunk is computed from its number, so workers, threads
+and processes change who computes it, never what it holds; resuming means starting at another number. Grain's own
+iterator state is not used: it goes silently wrong when the number of workers changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jitjax.data.dataset import DataSet
+from jitjax.data.order import ExampleOrder
+from jitjax.data.pool import available_cpus, obey_parent
+from jitjax.errors import UserError
+
+_log = logging.getLogger("jitjax.data")
+
+CHUNK_BYTES = 2 * 2**20
+_ENDLESS = 2**48  # chunks; no run is longer
+_MIN_SHARED_BYTES = 16384  # smaller arrays (labels) travel through the queue, larger ones through shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class BadFile:
+    """An image that a worker could not use and replaced by its neighbour."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass
+class ChunkSource:
+    """Chunk number -> {"image", "label", "bad"}; what Grain's workers hold. `bad` is a tuple of `BadFile`."""
+
+    dataset: DataSet
+    order: ExampleOrder
+    start_example: int
+    offset: int  # of this process in a global batch
+    local_batch: int
+    chunks_per_batch: int
+    flip: bool
+    max_bad: int
+
+    def __post_init__(self) -> None:
+        self._bad: dict[int, BadFile] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_bad")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        batch, part = divmod(int(number), self.chunks_per_batch)
+        first = part * self.local_batch // self.chunks_per_batch
+        last = (part + 1) * self.local_batch // self.chunks_per_batch
+        examples = self.start_example + batch * self.order.global_batch + self.offset + np.arange(first, last)
+        size = self.dataset.image_size
+        images = np.empty((last - first, size, size, 3), np.uint8)
+        labels = np.empty(last - first, np.int32)
+        bad = self._read(self.order.images(examples), images, labels)
+        if self.flip:
+            flips = self.order.flips(examples)
+            _mirror(images, flips)
+        return {"image": images, "label": labels, "bad": bad}
+
+    def _read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[BadFile, ...]:
+        """Reads the images; one that cannot be decoded is replaced by the next in the data set's order that can."""
+        rows, met = np.arange(len(indices)), []
+        failures = self.dataset.source.read(indices, images, labels)
+        while failures:
+            for k, reason in failures:
+                met.append(self._remember(int(indices[k]), reason))
+            rows = rows[[k for k, _ in failures]]
+            indices = (indices[[k for k, _ in failures]] + 1) % len(self.dataset)
+            retry_images, retry_labels = images[rows], labels[rows]
+            failures = self.dataset.source.read(indices, retry_images, retry_labels)
+            images[rows], labels[rows] = retry_images, retry_labels
+        return tuple({bad.index: bad for bad in met}.values())
+
+    def _remember(self, index: int, reason: str) -> BadFile:
+        with self._lock:
+            bad = self._bad.setdefault(index, BadFile(index, self.dataset.source.name(index), reason))
+            # do not search the whole of a disk that has gone away for a good neighbour
+            if len(self._bad) > self.max_bad:
+                raise too_many_bad(len(self._bad), len(self.dataset), self.max_bad, bad)
+            return bad
+
+
+def _mirror(images: np.ndarray, which: np.ndarray) -> None:
+    """images[which] = images[which, :, ::-1] in place, at 2.5 times the speed of that expression."""
+    rows = images.reshape(*images.shape[:2], -1)
+    width = images.shape[2]
+    mirrored = (np.arange(width - 1, -1, -1)[:, None] * 3 + np.arange(3)).ravel()
+    rows[which] = np.take(rows[which], mirrored, axis=2)
+
+
+def too_many_bad(found: int, count: int, allowed: int, last: BadFile) -> UserError:
+    return UserError(
+        f"{found} of {count} images cannot be decoded, more than the {allowed} that "
+        f"--config.data.max_bad_fraction allows (last: {last.name}: {last.reason}); repair the data set or raise it"
+    )
+
+
+class HostIterator(Iterator[dict[str, np.ndarray]]):
+    """Endless host batches {"image": (local_batch, H, W, 3) uint8, "label": (local_batch,) int32}.
+
+    bad_files: the images replaced so far, by index in the data set. Each is logged once.
+    """
+
+    def __init__(self, chunks: Iterator[dict[str, Any]], source: ChunkSource):
+        self._chunks = chunks
+        self._source = source
+        self.bad_files: dict[int, BadFile] = {}
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        source = self._source
+        size = source.dataset.image_size
+        images = np.empty((source.local_batch, size, size, 3), np.uint8)
+        labels = np.empty(source.local_batch, np.int32)
+        filled = 0
+        for _ in range(source.chunks_per_batch):
+            chunk = self._next_chunk()
+            after = filled + len(chunk["label"])
+            images[filled:after], labels[filled:after] = chunk["image"], chunk["label"]
+            filled = after
+            for bad in chunk["bad"]:
+                self._count(bad)
+        return {"image": images, "label": labels}
+
+    def _next_chunk(self) -> dict[str, Any]:
+        try:
+            return next(self._chunks)
+        except RuntimeError as error:
+            if "Worker process was terminated" in str(error):
+                raise UserError(
+                    "a data worker was killed, mostly because memory ran out (/dev/shm included): lower "
+                    f"--config.data.num_workers or give the machine more; {error}"
+                ) from error
+            raise
+
+    def _count(self, bad: BadFile) -> None:
+        if bad.index in self.bad_files:
+            return
+        self.bad_files[bad.index] = bad
+        _log.warning("%s cannot be used, a neighbour takes its place: %s", bad.name, bad.reason)
+        if len(self.bad_files) > self._source.max_bad:
+            raise too_many_bad(len(self.bad_files), len(self._source.dataset), self._source.max_bad, bad)
+
+    def close(self) -> None:
+        """Stops the workers. Safe to call twice."""
+        self._chunks.close()
+
+
+def make_iterator(
+    dataset: DataSet,
+    *,
+    seed: int,
+    global_batch: int,
+    start_example: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    flip: bool = True,
+    max_bad_fraction: float = 0.01,
+    read_threads: int | None = None,
+    worker_buffer: int = 2,
+) -> HostIterator:
+    """Starts the input pipeline of one process.
+
+    Example i of the run is a function of (seed, i, dataset, global_batch) alone. Process p of P gets rows [p*n,
+    (p+1)*n) of every global batch, n = global_batch / P. To resume after s steps of global batch b, start anew with
+    start_example = s * b.
+
+    Args:
+      start_example: global index of the first example. num_workers: Grain worker processes, which live as long as the
+        iterator; 0 reads in threads of this process. flip: mirror each example with probability 1/2. max_bad_fraction:
+        share of the data set that may be undecodable; such an image is replaced by the next good one. read_threads:
+        threads that read and decode, per worker. worker_buffer: chunks (at most 2 MiB or one image each) that each
+        worker may be ahead.
+
+    Raises:
+      UserError: the data set is smaller than a global batch, or the batch cannot be split over the processes; while
+        iterating, too many bad images or a worker that was killed.
+    """
+    if global_batch < 1 or global_batch % process_count:
+        raise UserError(
+            f"a global batch of {global_batch} cannot be split over {process_count} processes; change --config.batch_size"
+        )
+    if len(dataset) < global_batch:
+        raise UserError(
+            f"--config.data.path={dataset.path} holds {len(dataset)} images, fewer than one global batch of "
+            f"{global_batch}; lower --config.batch_size or --config.optim.accumulation_steps"
+        )
+    if num_workers < 0:
+        raise UserError(f"--config.data.num_workers={num_workers} must be 0 (threads only) or more")
+    local_batch = global_batch // process_count
+    image_bytes = dataset.image_size**2 * 3
+    source = ChunkSource(
+        dataset=dataset,
+        order=ExampleOrder(seed, len(dataset), global_batch),
+        start_example=start_example,
+        offset=process_index * local_batch,
+        local_batch=local_batch,
+        chunks_per_batch=-(-local_batch // max(1, CHUNK_BYTES // image_bytes)),
+        flip=flip,
+        max_bad=int(max_bad_fraction * len(dataset) + 1e-9),
+    )
+    if read_threads is None:
+        read_threads = 2 if num_workers else min(8, 2 * available_cpus())
+    return HostIterator(_start_grain(source, num_workers, read_threads, worker_buffer), source)
+
+
+def _start_grain(source: ChunkSource, num_workers: int, read_threads: int, worker_buffer: int) -> Any:
+    import grain  # imports jax, two seconds: not for those who only prepare or list
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain reads its flags when it starts workers
+        flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=max(2, read_threads))
+    chunks = grain.MapDataset.source(source).to_iter_dataset(options)
+    if num_workers:
+        shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
+        chunks = grain.experimental.WithOptionsIterDataset(chunks, shared)
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=worker_buffer)
+        chunks = chunks.mp_prefetch(workers, worker_init_fn=_init_worker)
+    return iter(chunks)
+
+
+def _init_worker(worker_index: int, worker_count: int) -> None:
+    """Runs first in each worker: Grain imports jax, but it must never start a backend there nor see a GPU."""
+    del worker_index, worker_count
+    obey_parent()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,129 @@
+"""Worker processes with a progress line, for `python -m jitjax.prepare`. They die with their parent and stop at its
+word.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jitjax.errors import UserError
+
+
+class Stopped(Exception):
+    """The work is being interrupted."""
+
+
+_progress: Any = None
+_stop: Any = None
+_shared: Any = None  # the input or the index: large, so sent once per worker instead of once per shard
+
+
+def _init_worker(progress: Any, stop: Any, shared: Any) -> None:
+    global _progress, _stop, _shared
+    _progress, _stop, _shared = progress, stop, shared
+    obey_parent()
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+
+
+def obey_parent() -> None:
+    """In a worker process: leaves Ctrl-C to the parent, and ends when the parent does, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def shared() -> Any:
+    """In a worker: the object that the pool was made with."""
+    return _shared
+
+
+def step(images: int = 1) -> None:
+    """In a worker: reports progress. Raises Stopped where the parent wants to end."""
+    with _progress.get_lock():
+        _progress.value += images
+    if _stop.is_set():
+        raise Stopped
+
+
+class Pool:
+    """Worker processes with a progress line. Leaving the context by an error stops them within one image."""
+
+    def __init__(self, workers: int | None, total: int, jobs: int, unit: str, shared: Any):
+        self._workers = max(1, min(workers or available_cpus(), jobs))
+        self._total, self._unit = total, unit
+        context = multiprocessing.get_context("spawn")
+        self._done, self._stop = context.Value("q", 0), context.Event()
+        self._executor = concurrent.futures.ProcessPoolExecutor(
+            self._workers, mp_context=context, initializer=_init_worker, initargs=(self._done, self._stop, shared)
+        )
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self._stop.set()
+        self._executor.shutdown(wait=True, cancel_futures=kind is not None)
+
+    def run(self, function: Callable, calls: list[tuple[Any, tuple]]) -> Iterator[tuple[Any, Any]]:
+        """Yields (key, function(*arguments)) as they finish; a few calls more than workers are under way, to bound
+        memory.
+        """
+        waiting, running = collections.deque(calls), {}
+        line = _ProgressLine(self._total, self._unit)
+        while waiting or running:
+            while waiting and len(running) < self._workers + 2:
+                key, arguments = waiting.popleft()
+                running[self._executor.submit(function, *arguments)] = key
+            finished, _ = concurrent.futures.wait(running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+            line.show(self._done.value)
+            for future in finished:
+                key = running.pop(future)
+                try:
+                    yield key, future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise UserError(
+                        "a worker was killed, mostly because memory ran out; run again with fewer --workers"
+                    ) from None
+        line.show(self._done.value, last=True)
+
+
+class _ProgressLine:
+    """A bar, count, rate and time left on stderr; where that is a file, a line every ten seconds."""
+
+    def __init__(self, total: int, unit: str):
+        self._total, self._unit = total, unit
+        self._start = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, done: int, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self._shown < (0.2 if self._terminal else 10):
+            return
+        self._shown = now
+        rate = done / max(now - self._start, 1e-9)
+        left = f", {(self._total - done) / rate:.0f} s left" if rate and not last else ""
+        bar = "#" * (20 * done // max(1, self._total))
+        line = f"[{bar:.<20}] {done}/{self._total} {self._unit}, {rate:.0f} images/s{left}"
+        end = "\n" if last or not self._terminal else ""
+        print(f"\r{line}\x1b[K" if self._terminal else line, end=end, file=sys.stderr, flush=True)

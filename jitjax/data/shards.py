@@ -1,0 +1,162 @@
+"""Writing and checking one shard of a prepared directory; runs in the worker processes of `python -m
+jitjax.prepare`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jitjax.data.image import BadImage, decode
+from jitjax.data.inputs import Input
+from jitjax.data.prepared import LABEL_BYTES, WRITER_OPTIONS, PreparedSource
+from jitjax.errors import UserError
+
+_PIECE = 2**22
+_CHECK_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What, beside the input, decides the bytes of a prepared directory."""
+
+    image_size: int
+    encoding: str
+    quality: int
+    exif_rotate: bool
+    limit: int | None
+    shards: int
+
+
+def shard_name(number: int, total: int) -> str:
+    return f"shard-{number:05d}-of-{total:05d}.arrayrecord"
+
+
+def encode(image: np.ndarray, encoding: str, quality: int) -> bytes:
+    """(H, W, 3) uint8 -> the payload of a record. PNG and WebP are lossless; JPEG keeps full colour resolution."""
+    if encoding == "raw":
+        return image.tobytes()
+    file = io.BytesIO()
+    picture = Image.fromarray(image)
+    if encoding == "png":
+        picture.save(file, "PNG", compress_level=6)
+    elif encoding == "webp":
+        picture.save(file, "WEBP", lossless=True, quality=50, method=4)
+    else:
+        picture.save(file, "JPEG", quality=quality, subsampling=0)
+    return file.getvalue()
+
+
+def write_shard(
+    source: Input, indices: np.ndarray, path: str, settings: Settings, fail_on_bad: bool, step: Callable[[], None]
+) -> dict[str, Any]:
+    """Writes one shard under a temporary name, then renames it: a file of the final name is complete.
+
+    Args:
+      indices: (n,) which images, increasing. step: called after every image; may raise `pool.Stopped`.
+
+    Returns:
+      The shard's entry for the index ("file", "count", "bytes", "sha256", "class_counts") and "skipped": [{"name",
+      "reason"}].
+
+    Raises:
+      UserError: the disk is full, or `fail_on_bad` and an image cannot be decoded.
+    """
+    from array_record.python import array_record_module
+
+    skipped: list[dict[str, str]] = []
+    class_counts = np.zeros(max(1, len(source.classes)), np.int64)
+    temporary = path + ".tmp"
+    try:
+        writer = array_record_module.ArrayRecordWriter(temporary, WRITER_OPTIONS)
+        for index, data in zip(indices.tolist(), source.read(indices), strict=True):
+            try:
+                if isinstance(data, BadImage):
+                    raise data
+                image = decode(data, settings.image_size, settings.exif_rotate)
+            except BadImage as error:
+                if fail_on_bad:
+                    raise UserError(f"{source.name(index)} cannot be used: {error}; repair it or use --on_bad skip") from None
+                skipped.append({"name": source.name(index), "reason": str(error)})
+            else:
+                label = int(source.labels[index])
+                class_counts[label] += 1
+                writer.write(
+                    label.to_bytes(LABEL_BYTES, "little", signed=True) + encode(image, settings.encoding, settings.quality)
+                )
+            step()
+        writer.close()
+        _sync(temporary)
+        count = int(class_counts.sum())
+        entry = {
+            "file": os.path.basename(path),
+            "count": count,
+            "bytes": os.path.getsize(temporary),
+            "sha256": sha256(temporary),
+        }
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as error:  # ArrayRecord turns a failed write into one of the latter two
+        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+    return {**entry, "class_counts": class_counts.tolist(), "skipped": skipped}
+
+
+def check_shard(root: str, shard: dict[str, Any], index: dict[str, Any], step: Callable[[int], None]) -> str | None:
+    """Verifies checksum, count, labels and that every record decodes. Returns what is wrong, or None."""
+    path = os.path.join(root, shard["file"])
+    try:
+        if sha256(path) != shard["sha256"]:
+            return f"{shard['file']} has another checksum than when it was written"
+        source = PreparedSource([path], [shard["count"]], index["image_size"], index["encoding"])
+        size, count = index["image_size"], shard["count"]
+        if source.stored_records(0) != count:
+            return f"{shard['file']} holds {source.stored_records(0)} records instead of {count}"
+        for start in range(0, count, _CHECK_BATCH):
+            rows = np.arange(start, min(start + _CHECK_BATCH, count))
+            images, labels = np.empty((len(rows), size, size, 3), np.uint8), np.empty(len(rows), np.int32)
+            failures = source.read(rows, images, labels)
+            if failures:
+                return f"{shard['file']} record {rows[failures[0][0]]}: {failures[0][1]}"
+            if labels.min() < 0 or labels.max() >= max(1, len(index["classes"])):
+                return f"{shard['file']} holds a label outside the {len(index['classes'])} classes"
+            step(len(rows))
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{shard['file']} cannot be read: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes a JSON file so that it is there completely or not at all, even if the power goes. UserError: disk full."""
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+        _sync(os.path.dirname(path) or ".")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,296 @@
+"""Turns an image folder, archive or Parquet data set into shards that training reads at random, once and for all.
+
+    python -m jitjax.prepare --data_path ./data/train --output ./data/train64 --image_size 64
+    python -m jitjax.prepare --check ./data/train64
+
+Every shard covers a fixed range of the input, whoever writes it, so the bytes do not depend on the number of workers. A
+finished shard leaves a note in `partial/`; after an interruption the same command continues with the others.
+`index.json` comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from jitjax.data import pool
+from jitjax.data.inputs import Input, open_input
+from jitjax.data.listing import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
+from jitjax.data.prepared import ENCODINGS, FORMAT, VERSION, index_checksum, read_index
+from jitjax.data.shards import Settings, check_shard, shard_name, write_json, write_shard
+from jitjax.errors import UserError, cli
+
+MAX_RAW_SIZE = 64  # larger images are stored as PNG unless told otherwise
+_IMAGES_PER_SHARD, _MAX_DEFAULT_SHARDS = 1024, 256
+
+
+def prepare(
+    data_path: str,
+    output: str,
+    image_size: int,
+    *,
+    encoding: str | None = None,
+    quality: int = 95,
+    exif_rotate: bool = False,
+    limit: int | None = None,
+    shards: int | None = None,
+    on_bad: str = "skip",
+    workers: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
+    """Prepares a data set; the arguments are those of the command line. Does nothing where it is done already.
+
+    Returns:
+      The content of `index.json`.
+
+    Raises:
+      UserError: bad input, bad settings, a full disk, or an output that belongs to something else.
+    """
+    partial = os.path.join(output, PARTIAL_FOLDER)
+    with _locked(output):
+        source = _open_input(data_path, partial, image_column, label_column)
+        total = min(limit or len(source), len(source))
+        shards = shards or max(1, min(_MAX_DEFAULT_SHARDS, total // _IMAGES_PER_SHARD))
+        if shards > total:
+            raise UserError(f"--shards={shards} is more than the {total} images; lower it")
+        encoding = encoding or ("raw" if image_size <= MAX_RAW_SIZE else "png")
+        settings = Settings(image_size, encoding, quality if encoding == "jpeg" else 0, exif_rotate, limit, shards)
+        plan = {"settings": dataclasses.asdict(settings), "input": source.fingerprint(), "version": VERSION}
+        index = _finished(output, plan)
+        if index is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            print(f"{output} is complete already: {index['count']} images")
+            return index
+        _begin(output, partial, plan)
+        _check_space(output, total, settings)
+        # --limit takes every n-th, so that all classes stay
+        chosen = np.arange(total, dtype=np.int64) * len(source) // total
+        bounds = [k * total // shards for k in range(shards + 1)]
+        entries: dict[int, dict[str, Any]] = {k: e for k in range(shards) if (e := _done_shard(output, partial, k, shards))}
+        jobs = {k: chosen[bounds[k] : bounds[k + 1]] for k in range(shards) if k not in entries}
+        if entries:
+            print(f"continuing: {len(entries)} of {shards} shards are done")
+        with pool.Pool(workers, sum(map(len, jobs.values())), len(jobs), "images", source) as workers_pool:
+            calls = [(k, (indices, output, k, settings, on_bad == "fail")) for k, indices in jobs.items()]
+            for k, entry in workers_pool.run(_write_job, calls):
+                write_json(os.path.join(partial, f"{shard_name(k, shards)}.json"), entry)
+                entries[k] = entry
+        index = _index(source, plan, [entries[k] for k in range(shards)])
+        if index["count"] == 0:
+            first = index["skipped"][0]
+            raise UserError(
+                f"none of the {total} images in --data_path={data_path} can be decoded ({first['name']}: {first['reason']})"
+            )
+        write_json(os.path.join(output, INDEX_FILE), index)
+        shutil.rmtree(partial)
+    _report(output, index)
+    return index
+
+
+def check(output: str, workers: int | None = None) -> int:
+    """Reads every record of a prepared directory; returns their number. Raises UserError for the first thing wrong."""
+    where = f"--check={output}"
+    if not os.path.isfile(os.path.join(output, INDEX_FILE)):
+        raise UserError(f"{where} is not a finished prepared directory: it has no {INDEX_FILE}")
+    index = read_index(output, where)
+    with pool.Pool(workers, index["count"], len(index["shards"]), "images checked", index) as workers_pool:
+        calls = [(shard["file"], (output, shard)) for shard in index["shards"]]
+        for _, problem in workers_pool.run(_check_job, calls):
+            if problem:
+                raise UserError(f"{where}: {problem}; prepare the data set again")
+    return index["count"]
+
+
+def _open_input(data_path: str, partial: str, image_column: str | None, label_column: str | None) -> Input:
+    try:
+        return open_input(data_path, partial, image_column=image_column, label_column=label_column)
+    except BaseException:
+        if not os.path.exists(os.path.join(partial, PLAN_FILE)):  # nothing but a half decompressed archive
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _index(source: Input, plan: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any]:
+    settings = plan["settings"]
+    class_counts = np.sum([entry["class_counts"] for entry in entries], axis=0).tolist()
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": sum(entry["count"] for entry in entries),
+        "classes": list(source.classes),
+        "class_counts": class_counts if source.classes else [],
+        "image_size": settings["image_size"],
+        "encoding": settings["encoding"],
+        "exif_rotate": settings["exif_rotate"],
+        "plan": plan,
+        "shards": [{key: entry[key] for key in ("file", "count", "bytes", "sha256")} for entry in entries],
+        "skipped": [bad for entry in entries for bad in entry["skipped"]],
+    }
+    return {**index, "checksum": index_checksum(index)}
+
+
+def _finished(output: str, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The index of a preparation that is complete. Raises UserError if it is one of other images or settings."""
+    if not os.path.isfile(os.path.join(output, INDEX_FILE)):
+        return None
+    index = read_index(output, f"--output={output}")
+    _require_same(index.get("plan", {}), plan, output, "was prepared")
+    return index
+
+
+def _begin(output: str, partial: str, plan: dict[str, Any]) -> None:
+    path = os.path.join(partial, PLAN_FILE)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            _require_same(json.load(file), plan, output, "is being prepared")
+        return
+    foreign = sorted(set(os.listdir(output)) - {PARTIAL_FOLDER, LOCK_FILE})
+    if foreign:
+        raise UserError(f"--output={output} is not empty (it holds {foreign[0]!r}); give a new folder")
+    os.makedirs(partial, exist_ok=True)
+    write_json(path, plan)
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], output: str, state: str) -> None:
+    if before == now:
+        return
+    old, new = before.get("settings", {}), now["settings"]
+    differing = [f"{key} {old.get(key)} instead of {new[key]}" for key in new if old.get(key) != new[key]]
+    change = ", ".join(differing) or "other input files"
+    raise UserError(f"--output={output} {state} with {change}; give a new folder or delete this one")
+
+
+def _done_shard(output: str, partial: str, number: int, shards: int) -> dict[str, Any] | None:
+    """The entry of a shard that an earlier run completed."""
+    try:
+        with open(os.path.join(partial, f"{shard_name(number, shards)}.json"), encoding="utf-8") as file:
+            entry = json.load(file)
+        return entry if os.path.getsize(os.path.join(output, entry["file"])) == entry["bytes"] else None
+    except (OSError, ValueError):
+        return None
+
+
+def _check_space(output: str, total: int, settings: Settings) -> None:
+    if settings.encoding == "raw":
+        written = sum(entry.stat().st_size for entry in os.scandir(output) if entry.is_file())
+        needed = total * (settings.image_size**2 * 3 + 80) - written
+        free = shutil.disk_usage(output).free
+        if needed > free:
+            raise UserError(
+                f"--output={output} has {free >> 20} MiB free, {needed >> 20} MiB are needed; free some "
+                "or choose --encoding png"
+            )
+
+
+def _report(output: str, index: dict[str, Any]) -> None:
+    skipped = index["skipped"]
+    for bad in skipped[:20]:
+        print(f"skipped {bad['name']}: {bad['reason']}".encode(errors="backslashreplace").decode())
+    if len(skipped) > 20:
+        print(f"... and {len(skipped) - 20} more, all listed in {INDEX_FILE}")
+    size = sum(shard["bytes"] for shard in index["shards"]) / 2**20
+    classes = f"{len(index['classes'])} classes" if index["classes"] else "no labels"
+    print(
+        f"{output}: {index['count']} images, {classes}, {len(index['shards'])} shards, {size:.1f} MiB, {len(skipped)} skipped"
+    )
+
+
+@contextlib.contextmanager
+def _locked(output: str) -> Iterator[None]:
+    """Creates the output folder and keeps a second preparation out of it."""
+    try:
+        os.makedirs(output, exist_ok=True)
+        lock = os.open(os.path.join(output, LOCK_FILE), os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise UserError(f"--output={output} is being written by another preparation") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(output, LOCK_FILE))
+            os.rmdir(output)  # only where a mistake was found before anything was written
+        os.close(lock)
+
+
+# --- what the worker processes run ---
+
+
+def _write_job(indices: np.ndarray, output: str, number: int, settings: Settings, fail_on_bad: bool) -> dict[str, Any]:
+    path = os.path.join(output, shard_name(number, settings.shards))
+    return write_shard(pool.shared(), indices, path, settings, fail_on_bad, pool.step)
+
+
+def _check_job(root: str, shard: dict[str, Any]) -> str | None:
+    return check_shard(root, shard, pool.shared(), pool.step)
+
+
+# --- command line ---
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m jitjax.prepare --help")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m jitjax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", help="image folder, zip or tar of one, Parquet file or folder of them")
+    parser.add_argument("--output", help="folder to write")
+    parser.add_argument("--image_size", type=_positive, help="edge of the published centre crop, in pixels")
+    parser.add_argument(
+        "--encoding",
+        choices=ENCODINGS,
+        help=f"default: raw up to {MAX_RAW_SIZE} px, png above; only jpeg loses anything",
+    )
+    parser.add_argument("--quality", type=_positive, default=95, help="of --encoding jpeg (default 95)")
+    parser.add_argument("--exif_rotate", action="store_true", help="turn photographs as their EXIF orientation says")
+    parser.add_argument("--limit", type=_positive, help="use only so many images, spread evenly over the set")
+    parser.add_argument("--shards", type=_positive, help="number of files (default: one per 1024 images, at most 256)")
+    parser.add_argument(
+        "--on_bad", choices=("skip", "fail"), default="skip", help="what to do with an image that cannot be decoded"
+    )
+    parser.add_argument("--workers", type=_positive, help="processes (default: all cores)")
+    parser.add_argument("--image_column", help="Parquet column with the image bytes (default: found by name)")
+    parser.add_argument("--label_column", help="Parquet column with the labels (default: found by name)")
+    parser.add_argument("--check", metavar="DIR", help="verify a prepared directory instead: checksums, counts, every record")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = vars(parse(sys.argv[1:] if argv is None else argv))
+    directory = arguments.pop("check")
+    if directory:
+        count = check(directory, arguments["workers"])
+        print(f"{directory}: {count} images, all well")
+        return 0
+    for name in ("data_path", "output", "image_size"):
+        if arguments[name] is None:
+            raise UserError(f"--{name} is missing; see python -m jitjax.prepare --help")
+    prepare(arguments.pop("data_path"), arguments.pop("output"), arguments.pop("image_size"), **arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

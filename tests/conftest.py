@@ -1,0 +1,57 @@
+"""Eight emulated CPU devices for every test, set up before JAX is imported; helpers that several test files share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Small programs compile four times faster without LLVM's expensive passes; sharding and fusion are decided before them.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+)
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared(path: str) -> Path:
+    """A reference file beside the project; the test is skipped, saying so, where it is not there."""
+    file = ROOT.parent / "shared" / path
+    if not file.exists():
+        pytest.skip(f"needs {file}, which is not on this machine")
+    return file
+
+
+def small_config(**overrides):
+    """A run that takes a second a step or less: JiT with 2 blocks of width 32 on 8-pixel shapes. Dotted overrides."""
+    from jitjax.config import default_config
+
+    config = default_config()
+    config.data.synthetic = "shapes"
+    config.data.image_size = 8
+    config.data.num_workers = 0
+    config.model.name = "JiT-nano/4"
+    for name, value in dict(depth=2, width=32, heads=2, bottleneck=8, context_length=2, context_start=1).items():
+        config.model[name] = value
+    config.model.class_conditional = True
+    config.batch_size = 2
+    config.total_steps = 4
+    config.dtype = "float32"
+    config.optim.lr = 1e-3
+    config.optim.warmup_epochs = 0.0
+    config.optim.ema_decays = (0.9, 0.5)
+    config.preview.num_images = 8
+    config.preview.steps = 2
+    config.log.every_steps = 2
+    for name, value in overrides.items():
+        *parents, leaf = name.split("__")
+        target = config
+        for parent in parents:
+            target = target[parent]
+        with target.ignore_type():
+            target[leaf] = value
+    return config

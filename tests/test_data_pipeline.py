@@ -1,0 +1,282 @@
+"""The exact place: which example stands where depends on the seed and the data alone. On real photographs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from data_files import caltech_folder, official_pixels
+
+from jitjax.data import check_fingerprint, make_iterator, open_dataset, to_device
+from jitjax.data.dataset import DataSet
+from jitjax.data.order import ExampleOrder
+from jitjax.errors import UserError
+from jitjax.prepare import prepare
+
+SIZE, BATCH, SEED = 64, 32, 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return caltech_folder(tmp_path_factory.mktemp("caltech") / "train", every=71)
+
+
+@pytest.fixture(scope="module")
+def datasets(folder, tmp_path_factory):
+    prepared = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(str(folder), str(prepared), SIZE, shards=3, workers=1)
+    return {"folder": open_dataset(folder.parent, SIZE), "prepared": open_dataset(prepared, SIZE)}
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """rows(first, last) -> the run's examples by the definition: one at a time, with the published preprocessing."""
+    files = sorted(folder.glob("*/*.jpg"), key=lambda file: (file.parent.name, file.name))
+    classes = sorted({file.parent.name for file in files})
+    images = np.stack([official_pixels(file, SIZE) for file in files])
+    labels = np.array([classes.index(file.parent.name) for file in files])
+    order = ExampleOrder(SEED, len(files), BATCH)
+
+    def rows(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        examples = np.arange(first, last)
+        chosen, flips = order.images(examples), order.flips(examples)
+        pixels = [images[k][:, ::-1] if flip else images[k] for k, flip in zip(chosen, flips, strict=True)]
+        return np.stack(pixels), labels[chosen]
+
+    return rows
+
+
+def take(dataset: DataSet, batches: int, **options) -> tuple[np.ndarray, np.ndarray]:
+    """The first batches of an iterator, joined along the rows."""
+    iterator = make_iterator(dataset, seed=SEED, global_batch=BATCH, **options)
+    try:
+        taken = [next(iterator) for _ in range(batches)]
+    finally:
+        iterator.close()
+    assert all(batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32 for batch in taken)
+    return np.concatenate([batch["image"] for batch in taken]), np.concatenate([batch["label"] for batch in taken])
+
+
+# 106 images, so three batches of 32 an epoch: the starts lie at the beginning, in the second epoch, just before a
+# boundary and inside a batch (a run whose batch size changed), and each run crosses a boundary.
+@pytest.mark.parametrize("start", [0, 4 * BATCH, 5 * BATCH, 77])
+@pytest.mark.parametrize("kind", ["folder", "prepared"])
+def test_batches_are_the_examples_of_their_place(datasets, expected, kind, start):
+    dataset = datasets[kind]
+    assert dataset.kind == kind and 96 <= len(dataset) < 128
+    images, labels = take(dataset, 4, start_example=start)
+    want_images, want_labels = expected(start, start + 4 * BATCH)
+    assert np.array_equal(images, want_images)
+    assert np.array_equal(labels, want_labels)
+    for process in range(4):
+        part, part_labels = take(dataset, 4, start_example=start, process_index=process, process_count=4)
+        rows = np.arange(4 * BATCH).reshape(4, 4, BATCH // 4)[:, process].ravel()
+        assert np.array_equal(part, want_images[rows])
+        assert np.array_equal(part_labels, want_labels[rows])
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "process", "processes", "start"),
+    [
+        ("folder", 2, 0, 1, 0),
+        ("folder", 2, 3, 4, 5 * BATCH),
+        ("prepared", 2, 1, 4, 4 * BATCH),
+        ("prepared", 8, 0, 1, 77),
+        ("folder", 8, 2, 4, 4 * BATCH),
+    ],
+)
+def test_worker_processes_change_nothing(datasets, expected, kind, workers, process, processes, start):
+    options = dict(num_workers=workers, process_index=process, process_count=processes, start_example=start)
+    images, labels = take(datasets[kind], 10, **options)  # more batches than workers: each is asked again
+    want_images, want_labels = expected(start, start + 10 * BATCH)
+    rows = np.arange(10 * BATCH).reshape(10, processes, BATCH // processes)[:, process].ravel()
+    assert np.array_equal(images, want_images[rows])
+    assert np.array_equal(labels, want_labels[rows])
+
+
+def test_large_batches_travel_in_pieces_of_bounded_size(datasets, expected, monkeypatch):
+    """A batch larger than a chunk is put together from several, uneven ones included."""
+    from jitjax.data import pipeline
+
+    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 7 * SIZE * SIZE * 3)
+    images, labels = take(datasets["prepared"], 4)
+    assert np.array_equal(images, expected(0, 4 * BATCH)[0])
+    assert np.array_equal(labels, expected(0, 4 * BATCH)[1])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_global_arrays_hold_the_rows_in_device_order(datasets, expected, devices):
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1), ("data", "fsdp"))
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    batches = to_device(make_iterator(datasets["folder"], seed=SEED, global_batch=BATCH), sharding)
+    try:
+        taken = [next(batches) for _ in range(4)]
+        assert batches.wait_seconds > 0
+    finally:
+        batches.close()
+        batches.close()
+    want_images, want_labels = expected(0, 4 * BATCH)
+    for k, batch in enumerate(taken):
+        assert batch["image"].sharding == sharding and len(batch["image"].addressable_shards) == devices
+        for number, shard in enumerate(batch["image"].addressable_shards):
+            first = k * BATCH + number * BATCH // devices
+            assert np.array_equal(np.asarray(shard.data), want_images[first : first + BATCH // devices])
+        assert np.array_equal(np.asarray(batch["label"]), want_labels[k * BATCH : (k + 1) * BATCH])
+    assert not [thread for thread in threading.enumerate() if thread.name == "to_device"]
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness:
+    """A source whose labels tell what a worker process knows of devices."""
+
+    def read(self, indices, images, labels):
+        import os
+
+        from jax._src import xla_bridge
+
+        images[:] = 0
+        labels[:] = len(xla_bridge._backends)
+        labels[0] = os.getpid() % 2**31
+        labels[1] = os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["JAX_PLATFORMS"] == "cpu"
+        return []
+
+    def name(self, index):
+        return str(index)
+
+
+def test_workers_live_through_epochs_and_never_start_jax():
+    dataset = DataSet("", "folder", 8, ("a",), {"count": 8, "classes": 1, "checksum": ""}, Witness())
+    before = set(multiprocessing.active_children())
+    iterator = make_iterator(dataset, seed=0, global_batch=8, num_workers=2)
+    try:
+        labels = np.stack([next(iterator)["label"] for _ in range(40)])  # 40 epochs
+        assert len(set(labels[:, 0].tolist())) == 2
+        assert labels[:, 1].all()
+        assert not labels[:, 2:].any()
+    finally:
+        iterator.close()
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_killed_worker_is_one_line_and_no_hang(datasets):
+    before = set(multiprocessing.active_children())
+    iterator = make_iterator(datasets["prepared"], seed=0, global_batch=BATCH, num_workers=1)
+    try:
+        next(iterator)
+        (worker,) = set(multiprocessing.active_children()) - before
+        worker.kill()
+        with pytest.raises(UserError, match="--config.data.num_workers"):
+            for _ in range(50):
+                next(iterator)
+    finally:
+        iterator.close()
+
+
+def test_workers_end_with_a_parent_that_is_killed(folder, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from jitjax.data import make_iterator, open_dataset\n"
+        "if __name__ == '__main__':\n"
+        f"    batches = make_iterator(open_dataset({str(folder)!r}, 32), seed=0, global_batch=8, num_workers=1)\n"
+        "    next(batches)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command, environment = [sys.executable, str(script)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{worker}/stat").read_text().split()[2]
+        if state == "Z":  # ended; nobody collects it in a container without an init process
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_batch_that_does_not_fit_is_refused(datasets):
+    with pytest.raises(UserError, match=r"fewer than one global batch of 512.*--config.batch_size"):
+        make_iterator(datasets["folder"], seed=0, global_batch=512)
+    with pytest.raises(UserError, match="3 processes"):
+        make_iterator(datasets["folder"], seed=0, global_batch=32, process_count=3)
+    with pytest.raises(UserError, match="num_workers=-1"):
+        make_iterator(datasets["folder"], seed=0, global_batch=32, num_workers=-1)
+
+
+def test_a_data_set_that_changed_is_refused_unless_allowed(datasets, folder, tmp_path):
+    saved = datasets["folder"].fingerprint
+    check_fingerprint(saved, open_dataset(folder, SIZE))
+    changed = caltech_folder(tmp_path / "again", every=71)
+    check_fingerprint(saved, open_dataset(changed, SIZE))  # elsewhere, but the same
+    victim = sorted(changed.glob("*/*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"checksum.*--config.data.allow_changed"):
+        check_fingerprint(saved, open_dataset(changed, SIZE))
+    check_fingerprint(saved, open_dataset(changed, SIZE), allow_changed=True)
+    victim.unlink()
+    with pytest.raises(UserError, match=f"count {len(datasets['folder'])} -> {len(datasets['folder']) - 1}"):
+        check_fingerprint(saved, open_dataset(changed, SIZE))
+
+
+def test_folders_are_read_as_imagefolder_reads_them(folder, tmp_path, caplog):
+    source = sorted(folder.glob("*/*.jpg"))
+    root = tmp_path / "root"
+    for k, place in enumerate(["b/x.JPG", "b/deep/er/y.jpeg", "b/a.jpg", "B/z.jpg", "a b/1.jpg", "b/notes.txt", "b/._x.jpg"]):
+        (root / "train" / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / place).write_bytes(source[k].read_bytes())
+    (root / "val" / "b").mkdir(parents=True)
+    (root / "train" / ".cache").mkdir()
+    prepare(str(root), str(root / "train32"), 32, workers=1)  # beside train/, where one would put it
+    dataset = open_dataset(root, SIZE)  # the parent of train/
+    assert dataset.class_names == ("B", "a b", "b")
+    names = [dataset.source.name(k).removeprefix(f"{root}/train/") for k in range(len(dataset))]
+    assert names == ["B/z.jpg", "a b/1.jpg", "b/a.jpg", "b/x.JPG", "b/deep/er/y.jpeg"]
+    assert [int(dataset[k]["label"]) for k in range(5)] == [0, 1, 2, 2, 2]
+    assert np.array_equal(dataset[3]["image"], official_pixels(root / "train/b/x.JPG", SIZE))
+    (root / "train" / "stray.jpg").write_bytes(source[0].read_bytes())
+    with caplog.at_level(logging.WARNING):
+        assert len(open_dataset(root / "train", SIZE)) == 5
+    assert "1 images beside" in caplog.text
+    (root / "train" / "b" / "loop").symlink_to(root / "train" / "b")
+    assert len(open_dataset(root / "train", SIZE)) == 5
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for k in range(3):
+        (flat / f"{k}.jpg").write_bytes(source[k].read_bytes())
+    dataset = open_dataset(flat, SIZE)
+    assert (len(dataset), dataset.labelled, dataset.num_classes, int(dataset[2]["label"])) == (3, False, 0, 0)
+
+
+def test_what_is_not_a_data_set_is_refused_by_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "class").mkdir(parents=True)
+    (tmp_path / "file.zip").write_bytes(b"PK")
+    for path, match in {
+        "": "is not set",
+        str(tmp_path / "missing"): "does not exist",
+        str(tmp_path / "empty"): "no image in",
+        str(tmp_path / "hollow"): "no image in",
+        str(tmp_path / "file.zip"): "jitjax.prepare",
+    }.items():
+        with pytest.raises(UserError, match=rf"(?s)--config\.data\.path.*{match}|{match}.*--config\.data\.path") as caught:
+            open_dataset(path, SIZE)
+        assert "\n" not in str(caught.value)

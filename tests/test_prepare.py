@@ -1,0 +1,444 @@
+"""`python -m jitjax.prepare`: same pixels, same bytes, resumable, checked, and safe against what archives can hold."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from data_files import caltech_folder, official_pixels
+
+from jitjax.data import open_dataset, pool
+from jitjax.errors import UserError, cli
+from jitjax.prepare import check, main, prepare
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return caltech_folder(tmp_path_factory.mktemp("caltech") / "train", every=97)
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(str(folder), str(output), SIZE, shards=4, workers=1)
+    return output
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+def same_images(first, second) -> bool:
+    assert first.class_names == second.class_names
+    return len(first) == len(second) and all(
+        np.array_equal(a["image"], b["image"]) and a["label"] == b["label"]
+        for a, b in ((first[k], second[k]) for k in range(len(first)))
+    )
+
+
+@pytest.mark.parametrize(("encoding", "size"), [("raw", 32), ("png", 48), ("webp", 32), ("jpeg", 32)])
+def test_prepared_pixels_are_those_of_the_folder(folder, tmp_path, encoding, size):
+    index = prepare(str(folder), str(tmp_path / "out"), size, encoding=encoding, workers=1)
+    stored, decoded = open_dataset(tmp_path / "out", size), open_dataset(folder, size)
+    assert stored.kind == "prepared" and index["encoding"] == encoding
+    if encoding != "jpeg":
+        assert same_images(stored, decoded)
+    else:
+        difference = [np.abs(stored[k]["image"].astype(int) - decoded[k]["image"]).mean() for k in range(len(decoded))]
+        assert 0 < np.mean(difference) < 3  # of 255
+
+
+def test_the_bytes_do_not_depend_on_the_workers(folder, prepared, tmp_path):
+    prepare(str(folder), str(tmp_path / "out"), SIZE, shards=4, workers=2)
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def test_run_twice_it_does_nothing_and_other_settings_are_refused(folder, prepared, tmp_path, capsys):
+    before = {file: file.stat().st_mtime_ns for file in prepared.iterdir()}
+    prepare(str(folder.parent), str(prepared), SIZE, shards=4)
+    assert "complete already" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in prepared.iterdir()} == before
+    with pytest.raises(UserError, match="image_size 32 instead of 64"):
+        prepare(str(folder), str(prepared), 64, shards=4)
+    other = caltech_folder(tmp_path / "other", every=400)
+    with pytest.raises(UserError, match="other input files"):
+        prepare(str(other), str(prepared), SIZE, shards=4)
+    with pytest.raises(UserError, match="not empty"):
+        prepare(str(folder), str(other), SIZE)
+
+
+def test_killed_it_looks_unfinished_and_continues_to_the_same_bytes(folder, prepared, tmp_path, capsys):
+    output = tmp_path / "out"
+    slow = tmp_path / "slow.py"  # the real command, with a pause after every image
+    slow.write_text(
+        "import time\n"
+        "from jitjax.data import shards\n"
+        "decode = shards.decode\n"
+        "shards.decode = lambda *a: (time.sleep(0.03), decode(*a))[1]\n"
+        "from jitjax.prepare import main\n"
+        f"if __name__ == '__main__':\n    main(['--data_path', {str(folder)!r}, '--output', {str(output)!r},"
+        f" '--image_size', '{SIZE}', '--shards', '4', '--workers', '1'])\n"
+    )
+    process = subprocess.Popen([sys.executable, str(slow)], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(output.glob("partial/shard-*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = len(list(output.glob("partial/shard-*.json")))
+    assert 2 <= done < 4
+    with pytest.raises(UserError, match="not completely prepared"):
+        open_dataset(output, SIZE)
+    with pytest.raises(UserError, match="not a finished"):
+        check(str(output))
+    # and the machine lost power while writing
+    (output / "partial" / "shard-00000-of-00004.arrayrecord.json").write_text("{")
+    prepare(str(folder), str(output), SIZE, shards=4, workers=1)
+    assert f"continuing: {done - 1} of 4" in capsys.readouterr().out
+    assert contents(output) == contents(prepared)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_done(folder, prepared, tmp_path):
+    """A limit on the size of files stands for the disk: it fails the same writes."""
+    output = tmp_path / "out"
+    command = f"{sys.executable} -m jitjax.prepare --data_path {folder} --output {output} --image_size {SIZE} --shards 4"
+    result = subprocess.run(["bash", "-c", f"ulimit -f 20; {command}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1 and "cannot be written" in result.stderr
+    with pytest.raises(UserError, match="not completely prepared"):
+        open_dataset(output, SIZE)
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True).returncode == 0
+    assert contents(output) == contents(prepared)
+
+
+def test_interrupted_by_the_keyboard_it_stops_soon_and_can_go_on(folder, prepared, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool._ProgressLine, "show", interrupt)
+    arguments = [
+        "--data_path",
+        str(folder),
+        "--output",
+        str(tmp_path / "out"),
+        "--image_size",
+        str(SIZE),
+        "--shards",
+        "4",
+    ]
+    assert cli(lambda: main(arguments)) == 130
+    monkeypatch.undo()
+    assert cli(lambda: main(arguments)) == 0
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def test_check_finds_every_kind_of_damage(prepared, tmp_path):
+    assert check(str(prepared), workers=1) == len(open_dataset(prepared, SIZE))
+    good = contents(prepared)
+    shard = "shard-00001-of-00004.arrayrecord"
+
+    def damaged(name: str, data: bytes | None, match: str):
+        for file, content in good.items():
+            (tmp_path / file).write_bytes(content)
+        (tmp_path / name).unlink() if data is None else (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=match) as caught:
+            check(str(tmp_path), workers=1)
+        assert "\n" not in str(caught.value)
+
+    flipped = bytearray(good[shard])
+    flipped[len(flipped) // 2] ^= 1
+    damaged(shard, bytes(flipped), "another checksum")
+    damaged(shard, good[shard][:-1], "bytes instead of")
+    damaged(shard, None, "is missing")
+    damaged("index.json", good["index.json"].replace(b'"image_size": 32', b'"image_size": 48', 1), "was changed")
+    damaged("index.json", good["index.json"][:-9], "is damaged")
+    damaged("index.json", None, "not a finished")
+
+
+def test_a_damaged_record_is_replaced_while_training(prepared, folder, tmp_path):
+    from jitjax.data import make_iterator
+
+    good = contents(prepared)
+    for file, content in good.items():
+        (tmp_path / file).write_bytes(content)
+    shard = bytearray(good["shard-00000-of-00004.arrayrecord"])
+    pixels = open_dataset(folder, SIZE)[5]["image"].tobytes()
+    place = bytes(shard).index(pixels)
+    shard[place : place + 100] = bytes(100)
+    (tmp_path / "shard-00000-of-00004.arrayrecord").write_bytes(shard)
+    dataset = open_dataset(tmp_path, SIZE)
+    iterator = make_iterator(dataset, seed=0, global_batch=len(dataset), max_bad_fraction=0.2)
+    labels = next(iterator)["label"]
+    assert list(iterator.bad_files) == [5]
+    assert len(labels) == len(dataset)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {f"wrapper/train/{name}": data for name, data in contents(folder).items()}
+
+
+def write_zip(path: Path, files: dict[str, bytes], **options) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w", extra: tuple[tarfile.TarInfo, ...] = ()) -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for info in extra:
+            archive.addfile(info)
+    return path
+
+
+def write_parquet(path: Path, folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    files = sorted(folder.glob("*/*.jpg"), key=lambda file: (file.parent.name, file.name))
+    classes = sorted({file.parent.name for file in files})
+    features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+    table = pyarrow.table(
+        {
+            "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+            "label": [classes.index(file.parent.name) for file in files],
+        }
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.mkdir()
+    half = len(files) // 2
+    pyarrow.parquet.write_table(table[:half], path / "train-00000-of-00002.parquet", row_group_size=7)
+    pyarrow.parquet.write_table(table[half:], path / "train-00001-of-00002.parquet", row_group_size=100)
+    pyarrow.parquet.write_table(table[:3], path / "test-00000-of-00001.parquet")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "zip stored", "tar", "tar.gz", "tar.xz", "parquet"])
+def test_archives_and_parquet_give_what_the_folder_gives(folder, prepared, tmp_path, kind):
+    files = {**files_of(folder), "wrapper/README.txt": b"no image", "__MACOSX/wrapper/train/._x.jpg": b"no image"}
+    if kind.startswith("zip"):
+        method = zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED
+        path = write_zip(tmp_path / "set.zip", files, compression=method)
+    elif kind == "parquet":
+        path = write_parquet(tmp_path / "hub", folder)
+    else:
+        path = write_tar(tmp_path / f"set.{kind}", files, "w:" + kind.partition(".")[2])
+    index = prepare(str(path), str(tmp_path / "out"), SIZE, shards=4, workers=1)
+    assert index["skipped"] == []
+    for shard in range(4):
+        name = f"shard-{shard:05d}-of-00004.arrayrecord"
+        assert (tmp_path / "out" / name).read_bytes() == (prepared / name).read_bytes()
+    assert open_dataset(tmp_path / "out", SIZE).class_names == open_dataset(prepared, SIZE).class_names
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(prepared))  # nothing is left behind
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def dangerous_archives(folder: Path, tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    """name -> (archive, what the message must say)."""
+    good = dict(list(files_of(folder).items())[:4])
+    name, data = next(iter(good.items()))
+    zip_link = zipfile.ZipInfo("wrapper/train/a/link.jpg")
+    zip_link.external_attr = 0o120777 << 16
+    linked = write_zip(tmp_path / "link.zip", good)
+    with zipfile.ZipFile(linked, "a") as archive:
+        archive.writestr(zip_link, "/etc/passwd")
+    double = write_zip(tmp_path / "twice.zip", good)
+    with zipfile.ZipFile(double, "a") as archive, pytest.warns(UserWarning):
+        archive.writestr(name, data)
+    encrypted = write_zip(tmp_path / "encrypted.zip", good).read_bytes()
+    place = encrypted.index(b"PK\x01\x02") + 8
+    (tmp_path / "encrypted.zip").write_bytes(encrypted[:place] + b"\x01" + encrypted[place + 1 :])
+    zeros = bytes(80 * 2**20)
+    tar = write_tar(tmp_path / "whole.tar", good).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(tar[: len(data) // 2 + 512])
+    (tmp_path / "cut-at-member.tar").write_bytes(tar[: 512 + -(-len(data) // 512) * 512])
+    packed = write_tar(tmp_path / "whole.tar.gz", good, "w:gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(packed[:-2000])
+    (tmp_path / "cut.zip").write_bytes(write_zip(tmp_path / "whole.zip", good).read_bytes()[:-100])
+    (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(4096))
+    return {
+        "zip ..": (write_zip(tmp_path / "up.zip", {**good, "a/../../up.jpg": data}), "outside the archive"),
+        "zip absolute": (write_zip(tmp_path / "abs.zip", {**good, "/tmp/x.jpg": data}), "outside the archive"),
+        "zip backslash": (write_zip(tmp_path / "back.zip", {**good, "a\\..\\..\\x.jpg": data}), "outside the archive"),
+        "zip drive": (write_zip(tmp_path / "drive.zip", {**good, "C:\\x.jpg": data}), "outside the archive"),
+        "zip link": (linked, "is a link"),
+        "zip twice": (double, "twice"),
+        "zip encrypted": (tmp_path / "encrypted.zip", "is encrypted"),
+        "zip bomb": (write_zip(tmp_path / "bomb.zip", {"a/x.jpg": zeros}, compression=zipfile.ZIP_DEFLATED), "bomb"),
+        "zip cut": (tmp_path / "cut.zip", "neither a folder nor"),
+        "tar ..": (write_tar(tmp_path / "up.tar", {**good, "../up.jpg": data}), "outside the archive"),
+        "tar absolute": (write_tar(tmp_path / "abs.tar", {**good, "/tmp/x.jpg": data}), "outside the archive"),
+        "tar symlink": (
+            write_tar(tmp_path / "s.tar", good, extra=(link("a/s.jpg", "/etc/passwd", tarfile.SYMTYPE),)),
+            "a link",
+        ),
+        "tar hardlink": (
+            write_tar(tmp_path / "h.tar", good, extra=(link("a/h.jpg", name, tarfile.LNKTYPE),)),
+            "a link",
+        ),
+        "tar device": (
+            write_tar(tmp_path / "d.tar", good, extra=(link("a/d.jpg", "", tarfile.CHRTYPE),)),
+            "not a plain file",
+        ),
+        "tar.gz bomb": (write_tar(tmp_path / "bomb.tar.gz", {"a/x.jpg": zeros}, "w:gz"), "bomb"),
+        "tar cut": (tmp_path / "cut.tar", "truncated"),
+        "tar cut between members": (tmp_path / "cut-at-member.tar", "truncated"),
+        "tar.gz cut": (tmp_path / "cut.tar.gz", "damaged"),
+        "tar noise": (tmp_path / "noise.tar", "damaged"),
+    }
+
+
+def test_dangerous_and_damaged_archives_are_refused_and_leave_nothing(folder, tmp_path):
+    for name, (path, match) in dangerous_archives(folder, tmp_path).items():
+        output = tmp_path / "out"
+        with pytest.raises(UserError, match=match) as caught:
+            prepare(str(path), str(output), SIZE, workers=1)
+        assert "--data_path=" in str(caught.value) and "\n" not in str(caught.value), name
+        assert not output.exists(), name
+
+
+def test_a_damaged_member_of_an_archive_is_a_bad_image(folder, tmp_path):
+    good = files_of(folder)
+    archive = bytearray(write_zip(tmp_path / "set.zip", good).read_bytes())
+    victim = sorted(good)[2]
+    place = bytes(archive).index(good[victim]) + 700
+    archive[place] ^= 0xFF
+    (tmp_path / "set.zip").write_bytes(archive)
+    index = prepare(str(tmp_path / "set.zip"), str(tmp_path / "out"), SIZE, workers=1)
+    assert index["count"] == len(good) - 1
+    assert [(Path(bad["name"]).name, bad["reason"]) for bad in index["skipped"]] == [
+        (Path(victim).name, "damaged zip: wrong checksum")
+    ]
+
+
+def test_parquet_that_cannot_be_used_is_named(folder, tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    data = next(iter(contents(folder).values()))
+
+    def refused(match: str, columns: dict, **options):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=match):
+            prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out"), SIZE, workers=1, **options)
+
+    refused("--image_column", {"photo": [data]})
+    refused("not image bytes", {"image": ["a.jpg"]})
+    refused("row 1: -3 is not a class number", {"image": [data] * 2, "label": [0, -3]})
+    refused("--label_column=kind is not a column", {"image": [data]}, label_column="kind")
+    refused("none of the 1 images.*no image bytes", {"image": pyarrow.array([None], pyarrow.binary())})
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(UserError, match="damaged Parquet"):
+        prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out2"), SIZE)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'jitjax\[parquet\]'"):
+        prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out3"), SIZE)
+
+
+# --- options and the command line -------------------------------------------------------------------------------------
+
+
+def test_limit_takes_images_of_all_classes(folder, tmp_path):
+    whole = open_dataset(folder, SIZE)
+    prepare(str(folder), str(tmp_path / "out"), SIZE, limit=20, workers=1)
+    part = open_dataset(tmp_path / "out", SIZE)
+    assert len(part) == 20 and part.class_names == whole.class_names
+    for k in range(20):
+        assert np.array_equal(part[k]["image"], whole[k * len(whole) // 20]["image"])
+
+
+def test_bad_images_are_listed_or_fatal(folder, tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "b").mkdir()
+    good = sorted(folder.glob("*/*.jpg"))[0]
+    for name, data in {
+        "a/1.jpg": good.read_bytes(),
+        "a/2.jpg": b"",
+        "b/3.png": b"not",
+        "b/4.jpg": good.read_bytes()[:900],
+    }.items():
+        (tmp_path / "set" / name).write_bytes(data)
+    (tmp_path / "set" / "b" / "5.jpg").write_bytes(good.read_bytes())
+    index = prepare(str(tmp_path / "set"), str(tmp_path / "out"), SIZE, workers=1)
+    assert {bad["name"]: bad["reason"] for bad in index["skipped"]} == {
+        "a/2.jpg": "the file is empty",
+        "b/3.png": "not an image of a known format",
+        "b/4.jpg": index["skipped"][2]["reason"],
+    }
+    assert "truncated" in index["skipped"][2]["reason"]
+    assert (index["count"], index["class_counts"], index["classes"]) == (2, [1, 1], ["a", "b"])
+    assert np.array_equal(open_dataset(tmp_path / "out", SIZE)[1]["image"], official_pixels(good, SIZE))
+    with pytest.raises(UserError, match=r"a/2.jpg cannot be used: the file is empty.*--on_bad skip"):
+        prepare(str(tmp_path / "set"), str(tmp_path / "strict"), SIZE, on_bad="fail", workers=1)
+    with pytest.raises(UserError, match="not completely prepared"):
+        open_dataset(tmp_path / "strict", SIZE)
+
+
+def test_the_prepared_size_must_be_the_configured_one(prepared):
+    with pytest.raises(UserError, match=r"prepared at 32 px, not at --config.data.image_size=64"):
+        open_dataset(prepared, 64)
+    with pytest.raises(UserError, match="exif_rotate"):
+        open_dataset(prepared, 32, exif_rotate=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_path", "/nowhere", "--output", "OUT", "--image_size", "32"], "--data_path=/nowhere does not exist"),
+        (["--output", "OUT", "--image_size", "32"], "--data_path is missing"),
+        (
+            ["--data_path", "FOLDER", "--output", "OUT", "--image_size", "0"],
+            "--image_size: '0' is not a positive number",
+        ),
+        (["--data_path", "FOLDER", "--output", "OUT", "--image_size", "32", "--shards", "9999"], "--shards=9999"),
+        (
+            ["--data_path", "FOLDER", "--output", "/proc/out", "--image_size", "32"],
+            "--output=/proc/out cannot be written",
+        ),
+        (
+            ["--data_path", "FOLDER", "--output", "OUT", "--image_size", "32", "--encoding", "tiff"],
+            "--encoding: invalid choice",
+        ),
+        (["--data_pth", "FOLDER"], "--data_pth"),
+        (["--check", "FOLDER"], "not a finished prepared directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
+    replaced = [a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    assert cli(lambda: main(replaced)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_shows_rate_and_result(folder, tmp_path):
+    command = [sys.executable, "-m", "jitjax.prepare", "--data_path", str(folder), "--output", str(tmp_path / "out")]
+    result = subprocess.run([*command, "--image_size", "32"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "images/s" in result.stderr and "0 skipped" in result.stdout
