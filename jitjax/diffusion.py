@@ -1,0 +1,81 @@
+"""The flow-matching objective: noising, what a network may predict, and in which space its error is measured.
+
+Direction of time: t = 0 is pure noise, t = 1 is data; z_t = t * x + (1 - t) * e. Velocity v = dz/dt = x - e.
+Source: arXiv 2511.13720, section 3 and Table 1 (the nine combinations of prediction and loss space).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+SPACES = ("x", "epsilon", "v")
+
+
+def expand(t_B: jax.Array, like: jax.Array) -> jax.Array:
+    """(B,) -> (B, 1, 1, 1), ready to broadcast against images."""
+    return t_B.reshape(t_B.shape + (1,) * (like.ndim - t_B.ndim))
+
+
+def noised(x: jax.Array, e: jax.Array, t_B: jax.Array) -> jax.Array:
+    """z_t = t x + (1 - t) e."""
+    t = expand(t_B, x)
+    return t * x + (1 - t) * e
+
+
+def convert(value: jax.Array, source: str, target: str, z: jax.Array, t_B: jax.Array, t_eps: float = 0.05) -> jax.Array:
+    """Re-express `value`, given in space `source` at (z, t), in space `target`. All images (B, H, W, C), t (B,).
+
+    Denominators 1 - t and t are clipped from below at `t_eps`, as published.
+
+    Raises:
+      KeyError: a space that is not one of `SPACES`.
+    """
+    t = expand(t_B, z)
+    to_data, to_noise = jnp.maximum(1 - t, t_eps), jnp.maximum(t, t_eps)
+    return {
+        ("x", "x"): lambda: value,
+        ("x", "epsilon"): lambda: (z - t * value) / to_data,
+        ("x", "v"): lambda: (value - z) / to_data,
+        ("epsilon", "x"): lambda: (z - (1 - t) * value) / to_noise,
+        ("epsilon", "epsilon"): lambda: value,
+        ("epsilon", "v"): lambda: (z - value) / to_noise,
+        ("v", "x"): lambda: z + (1 - t) * value,
+        ("v", "epsilon"): lambda: z - t * value,
+        ("v", "v"): lambda: value,
+    }[source, target]()
+
+
+def loss_per_image(
+    output: jax.Array, x: jax.Array, e: jax.Array, t_B: jax.Array, prediction: str, loss: str, t_eps: float = 0.05
+) -> jax.Array:
+    """Mean squared error of each image in the loss space, (B,) float32.
+
+    Args:
+      output: what the network gave at (z_t, t), in space `prediction`.
+      x, e, t_B: clean images, noise (already scaled) and times that made z_t.
+      prediction, loss: one of `SPACES`.
+
+    The target goes through the same clipped conversion as the output, so that a perfect output has loss zero at every t.
+    For x-prediction with v-loss this is the published target (x - z) / max(1 - t, t_eps).
+    """
+    x, e, output = x.astype(jnp.float32), e.astype(jnp.float32), output.astype(jnp.float32)
+    z = noised(x, e, t_B)
+    truth = {"x": x, "epsilon": e, "v": x - e}[prediction]
+    error = convert(output, prediction, loss, z, t_B, t_eps) - convert(truth, prediction, loss, z, t_B, t_eps)
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def sample_times(key: jax.Array, mean: float, std: float) -> jax.Array:
+    """One logit-normal time: sigmoid(N(mean, std)), scalar float32."""
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key))
+
+
+def to_float(images_uint8: jax.Array) -> jax.Array:
+    """uint8 in [0, 255] -> float32 in [-1, 1]: v / 255 * 2 - 1."""
+    return images_uint8.astype(jnp.float32) / 255 * 2 - 1
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Float in [-1, 1] -> uint8: (v + 1) / 2 * 255, clipped, rounded half to even."""
+    return jnp.round(jnp.clip((images.astype(jnp.float32) + 1) / 2 * 255, 0, 255)).astype(jnp.uint8)

@@ -1,0 +1,147 @@
+"""The five operations that JiT is written on, each as plain jnp and as fused GPU kernels with the same result.
+
+What is not a matrix product in a transformer block moves bytes. Left to XLA it moves them several times; here each chain
+between two matrix products is one operation, one pass over memory forward and one backward:
+
+    qkv_attention            bias, query/key norm, RoPE, softmax attention        between the qkv and proj products
+    residual_norm_modulate   bias, gate, residual, RMSNorm, adaLN modulation      between proj and w12, w3 and the next qkv
+    swiglu                   bias, silu(a) * b                                    between w12 and w3
+    norm_modulate, gated_residual    the two ends of the chain that stand alone at the first block and where tokens are added
+
+All biases of the matrix products live inside the operations, so their gradients fall out of the same pass.
+
+Shape letters as in `jitjax.model`: B images, T tokens, D width, H heads, N head dimension, F SwiGLU hidden width, C = 3*D.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jitjax.errors import UserError
+from jitjax.kernels import attention, norm, swiglu, triton
+from jitjax.kernels.attention import qkv_attention_with_dropout
+
+__all__ = ["Ops", "get_ops", "qkv_attention_with_dropout", "resolve"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """One implementation of the operations. Hashable, so it can be a static argument of `jax.jit`.
+
+    Activations, branches and modulation vectors are in the compute type (float32, bfloat16, float16), biases and norm
+    weights are float32 parameters. Statistics, sums and softmax are float32 whatever the compute type.
+
+    residual_norm_modulate(x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD) -> (x_BTD, h_BTD)
+        x + gate * (branch + bias), rounded to the compute type; h = RMSNorm(x) * weight * (1 + scale) + shift.
+    norm_modulate(x_BTD, weight_D, shift_BD, scale_BD) -> h_BTD
+    gated_residual(x_BTD, branch_BTD, bias_D, gate_BD) -> x_BTD
+    swiglu(h_BTF2, bias_F2) -> BTF
+        h + bias split into [a | b]; silu(a) * b.
+    qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads) -> BTD
+        bias; split q | k | v, each heads x head_dim; RMSNorm of q and k over the head; RoPE; softmax(q k^T / sqrt(N)) v.
+        cos_TN and sin_TN hold each angle twice in a row (published interleaved RoPE); constants, no gradient.
+    prepare_qkv(kernel_DC, bias_C, q_weight_N, k_weight_N, num_heads) -> the same four
+        Turns published weights into the column order that this implementation's `qkv_attention` wants. Apply it to the
+        weights, before the matrix product: it is a permutation within each head of q and k, cheap on weights.
+    prepare_mlp(w12_DF2, bias_F2, w3_FD) -> the same three
+        Pads the hidden width with zeros where the hardware wants a rounder one (silu(0) * 0 = 0, so nothing changes).
+    """
+
+    residual_norm_modulate: Callable[..., tuple[jax.Array, jax.Array]]
+    norm_modulate: Callable[..., jax.Array]
+    gated_residual: Callable[..., jax.Array]
+    swiglu: Callable[..., jax.Array]
+    qkv_attention: Callable[..., jax.Array]
+    prepare_qkv: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
+    prepare_mlp: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+PLAIN = Ops(
+    residual_norm_modulate=norm.plain_residual_norm_modulate,
+    norm_modulate=norm.plain_norm_modulate,
+    gated_residual=norm.plain_gated_residual,
+    swiglu=swiglu.plain_swiglu,
+    qkv_attention=attention.plain_qkv_attention,
+    prepare_qkv=lambda kernel, bias, q_weight, k_weight, num_heads: (kernel, bias, q_weight, k_weight),
+    prepare_mlp=lambda w12, bias, w3: (w12, bias, w3),
+)
+
+
+FUSED = Ops(
+    residual_norm_modulate=norm.fused_residual_norm_modulate,
+    norm_modulate=norm.fused_norm_modulate,
+    gated_residual=norm.fused_gated_residual,
+    swiglu=swiglu.fused_swiglu,
+    qkv_attention=attention.fused_qkv_attention,
+    prepare_qkv=attention.prepare_qkv,
+    prepare_mlp=swiglu.prepare_mlp,
+)
+
+
+def get_ops(name: str) -> Ops:
+    """The operations by name: "plain" or "fused" (what `resolve` returned).
+
+    Where the program is not compiled for a GPU, the fused operations run in an interpreter: right, and very slow.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in ("plain", "fused"):
+        raise ValueError(f"kernels must be 'plain' or 'fused', not {name!r}")
+    return PLAIN if name == "plain" else FUSED
+
+
+def resolve(kernels: str, *, dtype: Any, width: int, heads: int, device: jax.Device | None = None) -> tuple[str, str]:
+    """Which implementation a run uses and, in words, why: ("plain" | "fused", reason).
+
+    The fused kernels take any batch size, number of tokens, width and SwiGLU width, and head dimensions up to 128.
+
+    Args:
+      kernels: "auto" (fused where it is known to win, else plain), "fused" (or say why not) or "plain".
+      dtype: compute type of the activations.
+      width, heads: the model's.
+      device: where the run takes place; default the first device.
+
+    Raises:
+      UserError: "fused" was asked for and cannot run here, or `kernels` is none of the three.
+    """
+    if kernels not in ("auto", "fused", "plain"):
+        raise UserError(f"--config.kernels={kernels!r} is unknown: use auto, fused or plain")
+    if kernels == "plain":
+        return "plain", "asked for"
+    device = device or jax.local_devices()[0]
+    obstacle = _obstacle(device, jnp.dtype(dtype), width // heads)
+    if kernels == "fused":
+        if obstacle:
+            raise UserError(f"--config.kernels=fused cannot run here: {obstacle}; use --config.kernels=auto or plain")
+        return "fused", "asked for"
+    if not obstacle and _compute_capability(device) < 9.0:
+        obstacle = f"{device.device_kind} is older than Hopper, where the kernels were tuned (try --config.kernels=fused)"
+    return ("plain", obstacle) if obstacle else ("fused", f"{device.device_kind}, {jnp.dtype(dtype).name}")
+
+
+def _compute_capability(device: jax.Device) -> float:
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):  # not an NVIDIA card
+        return 0.0
+
+
+def _obstacle(device: jax.Device, dtype: Any, head_dim: int) -> str:
+    """Why the fused kernels cannot run, or an empty string."""
+    if device.platform != "gpu" or not _compute_capability(device):
+        return f"fused kernels need an NVIDIA GPU and this is {device.device_kind}"
+    if _compute_capability(device) < 8.0:
+        return f"fused kernels need an Ampere card or newer and this is {device.device_kind}"
+    if triton.UNAVAILABLE:
+        return triton.UNAVAILABLE
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"fused kernels are for bfloat16 and float16, not {dtype.name}"
+    if head_dim > 128:
+        return f"fused attention takes head dimensions up to 128, not {head_dim}"
+    return ""

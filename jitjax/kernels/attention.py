@@ -1,0 +1,289 @@
+"""Attention from the fused qkv product to the input of the output projection: bias, qk-norm, RoPE, softmax attention."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jitjax.kernels import flash, triton
+from jitjax.kernels.triton import Span, load, store
+
+EPS = 1e-6
+f32 = jnp.float32
+
+
+def rotate_pairs(x: jax.Array) -> jax.Array:
+    """Each adjacent pair (a, b) of the last axis becomes (-b, a): a quarter turn of interleaved RoPE."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+
+
+def _norm_rope(x_BTHN: jax.Array, weight_N: jax.Array, cos_TN: jax.Array, sin_TN: jax.Array) -> jax.Array:
+    """RMSNorm over the head, times weight, then RoPE; float32 in and out."""
+    x = x_BTHN * jax.lax.rsqrt(jnp.mean(x_BTHN * x_BTHN, axis=-1, keepdims=True) + EPS) * weight_N.astype(f32)
+    return x * cos_TN[:, None].astype(f32) + rotate_pairs(x) * sin_TN[:, None].astype(f32)
+
+
+def _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+    """(B, T, 3*H*N) -> q, k, v, each (B, T, H, N) in the compute type; q and k normalised and turned."""
+    b, t, c = qkv_BTC.shape
+    qkv = (qkv_BTC.astype(f32) + bias_C.astype(f32)).reshape(b, t, 3, num_heads, c // (3 * num_heads))
+    q, k = (_norm_rope(qkv[:, :, i], w, cos_TN, sin_TN) for i, w in ((0, q_weight_N), (1, k_weight_N)))
+    return tuple(z.astype(qkv_BTC.dtype) for z in (q, k, qkv[:, :, 2]))
+
+
+def plain_qkv_attention(
+    qkv_BTC: jax.Array,
+    bias_C: jax.Array,
+    q_weight_N: jax.Array,
+    k_weight_N: jax.Array,
+    cos_TN: jax.Array,
+    sin_TN: jax.Array,
+    num_heads: int,
+) -> jax.Array:
+    """(B, T, 3D) -> (B, T, D). Softmax in float32; on a GPU in half precision through cuDNN's flash attention."""
+    q, k, v = _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+    half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    cudnn = jax.default_backend() == "gpu" and half_precision and fits
+    if q.dtype == jnp.float16 and not cudnn:  # XLA on CPU has no float16 product with float32 sums
+        q, k, v = (x.astype(f32) for x in (q, k, v))
+    o_BTHN = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
+    return o_BTHN.astype(qkv_BTC.dtype).reshape(*qkv_BTC.shape[:2], -1)
+
+
+def qkv_attention_with_dropout(
+    qkv_BTC: jax.Array,
+    bias_C: jax.Array,
+    q_weight_N: jax.Array,
+    k_weight_N: jax.Array,
+    cos_TN: jax.Array,
+    sin_TN: jax.Array,
+    num_heads: int,
+    rate: float,
+    keys_B: jax.Array,
+) -> jax.Array:
+    """`plain_qkv_attention` with dropout of the softmax weights (inverted, one random key an image). Published column
+    order. No recipe uses it, so it is written out in jnp and holds the (B, H, T, T) weights."""
+    q, k, v = _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+    logits = jnp.einsum("BTHN,BSHN->BHTS", q, k, preferred_element_type=f32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits, axis=-1)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, weights.shape[1:]))(keys_B)
+    weights = jnp.where(keep, weights / (1 - rate), 0).astype(v.dtype)
+    return jnp.einsum("BHTS,BSHN->BTHN", weights, v).reshape(*qkv_BTC.shape[:2], -1)
+
+
+# ---------------------------------------------------------------- fused
+#
+# Interleaved RoPE turns neighbours, which is awkward for vectors in registers. Attention does not care in which order the
+# features of a head stand as long as q and k agree, so the fused kernels want all first members of the pairs, then all second
+# ones ("half-split"). `prepare_qkv` permutes the weights to that order, inside the step and in front of the matrix
+# product: parameters and checkpoints stay in the published order, and no activation is ever permuted.
+
+FORWARD = dict(rows=16, heads=4, warps=8)
+BACKWARD = dict(rows=8, heads=4, tokens=32, warps=1)
+
+
+def prepare_qkv(
+    kernel_DC: jax.Array, bias_C: jax.Array, q_weight_N: jax.Array, k_weight_N: jax.Array, num_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """From published to half-split order of the features of each head, for queries and keys."""
+
+    def heads(x):  # last axis q | k | v -> the same with q and k reordered
+        q_k, v = jnp.split(x, [2 * x.shape[-1] // 3], axis=-1)
+        return jnp.concatenate([_half_split(q_k, 2 * num_heads), v], axis=-1)
+
+    kernel_DC = heads(_written_gradient(kernel_DC))
+    return kernel_DC, heads(bias_C), _half_split(q_weight_N, 1), _half_split(k_weight_N, 1)
+
+
+@jax.custom_vjp
+def _written_gradient(x: jax.Array) -> jax.Array:
+    """Identity whose gradient is written to memory once. Without it XLA repeats the inverse permutation in each of several
+    optimizer kernels into which the permutation then breaks up the update of this weight (twice the time)."""
+    return x
+
+
+_written_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+
+
+def _half_split(x: jax.Array, groups: int) -> jax.Array:
+    """In each of `groups` equal parts of the last axis: a0 b0 a1 b1 ... -> a0 a1 ... b0 b1 ..."""
+    return x.reshape(*x.shape[:-1], groups, -1, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+    """`plain_qkv_attention` for weights that went through `prepare_qkv`: one row kernel and one attention kernel.
+
+    Backward: attention for dq, dk, dv (`flash.backward`), then a row kernel back through RoPE and norm, which completes
+    the gradient of the qkv product in place.
+    """
+    return _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)[0]
+
+
+def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+    b, t, c = qkv_BTC.shape
+    n = c // (3 * num_heads)
+    bias = bias_C.astype(qkv_BTC.dtype)  # see triton.py on types
+    q_BTHN, k_BTHN = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+    o_BTHN, lse_BHT = flash.forward(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n))
+    saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT
+    return o_BTHN.reshape(b, t, -1), saved
+
+
+def _fused_backward(num_heads, saved, do_BTD):
+    qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT = saved
+    b, t, _, n = q_BTHN.shape
+    bias, do_BTHN = bias_C.astype(qkv_BTC.dtype), do_BTD.reshape(q_BTHN.shape)
+    dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = flash.backward(
+        *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTHN)
+    )
+    dqkv_BTC, dbias_qk, dweight_q, dweight_k = _norm_rope_backward(
+        *(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+    )
+    # The barrier keeps XLA from computing both column sums inside the concatenation, at a tenth of their speed.
+    sums = jax.lax.optimization_barrier((dbias_qk.reshape(-1), dbias_v.reshape(-1)))
+    dbias = jnp.concatenate(sums).astype(bias_C.dtype)
+    return dqkv_BTC, dbias, dweight_q.astype(q_weight_N.dtype), dweight_k.astype(k_weight_N.dtype), None, None
+
+
+fused_qkv_attention.defvjp(_fused_forward, _fused_backward)
+
+
+def _halves(array: jax.Array, n: int) -> jax.Array:
+    """(..., groups * n) or (..., groups, n) -> (..., groups, 2, n/2): first and second members of the pairs."""
+    if array.shape[-1] != n:
+        array = array.reshape(*array.shape[:-1], -1, n)
+    return array.reshape(*array.shape[:-1], 2, n // 2)
+
+
+def _head_group(num_heads: int, most: int) -> int:
+    """Heads that one program takes: the largest power of two up to `most` that divides their number."""
+    return math.gcd(num_heads, most)
+
+
+def _norm_rope_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+    """Bias, RMSNorm and RoPE of queries and keys: (B, T, C) -> q, k, each (B, T, H, N) in the compute type."""
+    b, t, c = qkv_BTC.shape
+    n = c // (3 * num_heads)
+    heads = _head_group(num_heads, FORWARD["heads"])
+    rows, pieces = FORWARD["rows"], triton.pieces(n // 2, waste=0.4)
+
+    def kernel(qkv_ref, bias_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, q_ref, k_ref):
+        image, r, group = pl.program_id(0), triton.tile(pl.program_id(1), rows, t), pl.program_id(2) * heads
+        columns, own = triton.at_run_time(pieces), Span(group, heads)
+        cos, sin = ([load(ref, r, c)[:, None] for c in columns] for ref in (cos_ref, sin_ref))
+        for part, (weight_ref, out_ref) in enumerate(((q_weight_ref, q_ref), (k_weight_ref, k_ref))):
+            slots = Span(part * num_heads + group, heads)
+            x = [
+                [load(qkv_ref, image, r, slots, half, c) + load(bias_ref, slots, half, c)[None] for c in columns]
+                for half in (0, 1)
+            ]
+            rstd = jax.lax.rsqrt(_sum_of_squares(*x) / n + EPS)
+            for j, c in enumerate(columns):
+                first, second = (x[half][j] * rstd * load(weight_ref, half, c) for half in (0, 1))
+                store(out_ref, image, r, own, 0, c, value=first * cos[j] - second * sin[j])
+                store(out_ref, image, r, own, 1, c, value=second * cos[j] + first * sin[j])
+
+    q_or_k = ((b, t, num_heads, 2, n // 2), qkv_BTC.dtype)
+    q, k = triton.call(
+        kernel,
+        *(_halves(array, n) for array in (qkv_BTC, bias_C, q_weight_N, k_weight_N)),
+        *(cos_TN[:, ::2].astype(f32), sin_TN[:, ::2].astype(f32)),
+        name="norm_rope_forward",
+        grid=(b, -(-t // rows), num_heads // heads),
+        out=[q_or_k, q_or_k],
+        warps=FORWARD["warps"],
+    )
+    return q.reshape(b, t, num_heads, n), k.reshape(b, t, num_heads, n)
+
+
+def _sum_of_squares(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
+    """Over the features of each head; pieces are (rows, heads, columns), the result (rows, heads, 1)."""
+    return sum(jnp.sum(x * x, axis=2, keepdims=True) for x in (*first, *second))
+
+
+def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+    """Back through RoPE, RMSNorm and bias for queries and keys; fills their two thirds of dqkv in place.
+
+    RoPE is a rotation, so its gradient g = (dq rotated back). With x = qkv + bias, r = 1 / rms(x), xhat = x r:
+
+        dxhat = g * weight        dx = r (dxhat - xhat * mean(dxhat * xhat))
+        dweight = sum of g * xhat over tokens and heads        dbias = sum of dx over tokens
+
+    Returns:
+      dqkv_BTC; dbias (2H, N) float32; dweight of q and of k, (N,) float32.
+    """
+    b, t, c = qkv_BTC.shape
+    n = c // (3 * num_heads)
+    heads = _head_group(num_heads, BACKWARD["heads"])
+    rows, pieces = BACKWARD["rows"], triton.pieces(n // 2, waste=0.4)
+    tokens = triton.chunk(t, BACKWARD["tokens"], rows)
+    chunks = -(-t // tokens)
+
+    def kernel(_, dq_ref, dk_ref, qkv_ref, bias_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, *outputs):
+        dqkv_ref, dbias_ref, dweight_ref = outputs
+        image, chunk, group = pl.program_id(0), pl.program_id(1), pl.program_id(2) * heads
+        columns, own = triton.at_run_time(pieces), Span(group, heads)
+        for part, (weight_ref, gradient_ref) in enumerate(((q_weight_ref, dq_ref), (k_weight_ref, dk_ref))):
+            slots = Span(part * num_heads + group, heads)
+            bias, weight = (
+                [[load(ref, *index, half, c)[None] for c in columns] for half in (0, 1)]
+                for ref, index in ((bias_ref, (slots,)), (weight_ref, ()))
+            )
+
+            def body(i, sums, part=part, slots=slots, bias=bias, weight=weight, gradient_ref=gradient_ref):
+                # Masked rows load as zeros (their cosines and sines too) and add nothing to dweight; dx is 0 there.
+                r = Span(chunk * tokens + i * rows, rows, t if t % tokens else None)
+                # All loads come before the first sum, which would make them wait.
+                x = [[load(qkv_ref, image, r, slots, half, c) for c in columns] for half in (0, 1)]
+                d = [[load(gradient_ref, image, r, own, half, c) for c in columns] for half in (0, 1)]
+                turns = [(load(cos_ref, r, c)[:, None], load(sin_ref, r, c)[:, None]) for c in columns]
+                xhat = [[x[half][j] + bias[half][j] for j in range(len(columns))] for half in (0, 1)]
+                rstd = jax.lax.rsqrt(_sum_of_squares(*xhat) / n + EPS)
+                xhat = [[x * rstd for x in half] for half in xhat]
+                dxhat, dweight, mean = [[], []], [[], []], 0.0
+                for j, (cos, sin) in enumerate(turns):
+                    d0, d1 = d[0][j], d[1][j]
+                    for half, g in enumerate((d0 * cos + d1 * sin, d1 * cos - d0 * sin)):
+                        dweight[half].append(jnp.sum(g * xhat[half][j], 0))
+                        dxhat[half].append(g * weight[half][j])
+                        mean += jnp.sum(dxhat[half][j] * xhat[half][j], axis=2, keepdims=True) / n
+                new = []
+                for half in (0, 1):
+                    for j, c in enumerate(columns):
+                        dx = rstd * (dxhat[half][j] - xhat[half][j] * mean)
+                        store(dqkv_ref, image, r, slots, half, c, value=dx)
+                        old = sums[len(new)]
+                        new.append((old[0] + jnp.sum(dx, 0), old[1] + dweight[half][j]))
+                return tuple(new)
+
+            zeros = tuple((jnp.zeros((heads, c.size), f32),) * 2 for _ in (0, 1) for c in columns)
+            sums = jax.lax.fori_loop(0, tokens // rows, body, zeros)
+            for k, (dbias, dweight) in enumerate(sums):
+                half, c = k // len(columns), columns[k % len(columns)]
+                store(dbias_ref, image, chunk, slots, half, c, value=dbias)
+                store(dweight_ref, image, chunk, pl.program_id(2), part, half, c, value=jnp.sum(dweight, 0))
+
+    groups = num_heads // heads
+    dqkv, dbias, dweight = triton.call(
+        kernel,
+        *(_halves(array, n) for array in (dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N, k_weight_N)),
+        *(cos_TN[:, ::2].astype(f32), sin_TN[:, ::2].astype(f32)),
+        name="norm_rope_backward",
+        grid=(b, chunks, groups),
+        out=[
+            ((b, t, 3 * num_heads, 2, n // 2), qkv_BTC.dtype),
+            ((b, chunks, 2 * num_heads, 2, n // 2), f32),
+            ((b, chunks, groups, 2, 2, n // 2), f32),
+        ],
+        warps=BACKWARD["warps"],
+        aliases={0: 0},
+    )
+    dweight_q, dweight_k = dweight.reshape(-1, 2, n).sum(0)
+    return dqkv.reshape(b, t, c), dbias.sum((0, 1)), dweight_q, dweight_k

@@ -1,0 +1,126 @@
+"""SwiGLU between its two matrix products: bias, split, silu(a) * b.
+
+h_BTF2 is the first product without its bias, [a | b] on the last axis; bias_F2 is float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jitjax.kernels import triton
+from jitjax.kernels.triton import load, store
+
+f32 = jnp.float32
+
+# One program's tile: rows at a time x columns, and how many rows it walks through in the backward pass. Columns shrink
+# (and rows grow) where they do not divide F.
+FORWARD = dict(rows=4, columns=1024, warps=4)
+BACKWARD = dict(rows=4, columns=128, tokens=64, warps=4)
+PADDING = 128
+
+
+def plain_swiglu(h_BTF2: jax.Array, bias_F2: jax.Array) -> jax.Array:
+    """silu(a) * b of h + bias = [a | b], (B, T, 2F) -> (B, T, F), computed in float32 and rounded to the type of h."""
+    a, b = jnp.split(h_BTF2.astype(f32) + bias_F2.astype(f32), 2, axis=-1)
+    return (jax.nn.silu(a) * b).astype(h_BTF2.dtype)
+
+
+def prepare_mlp(w12_DF2: jax.Array, bias_F2: jax.Array, w3_FD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pads the hidden width F with zeros to a multiple of 128: 2730 -> 2816, 3413 -> 3456, 4437 -> 4480.
+
+    The published widths are odd multiples of 1 or 2, which the matrix units and 16-byte memory accesses cannot work on.
+    A hidden unit with zero weights gives silu(0) * 0 = 0 and receives a zero gradient through a zero row of w3, so
+    neither the result nor the gradients of the rest change.
+    """
+    hidden = w3_FD.shape[0]
+    extra = -hidden % PADDING
+    if not extra:
+        return w12_DF2, bias_F2, w3_FD
+    w12 = jnp.pad(w12_DF2.reshape(-1, 2, hidden), ((0, 0), (0, 0), (0, extra))).reshape(w12_DF2.shape[0], -1)
+    bias = jnp.pad(bias_F2.reshape(2, hidden), ((0, 0), (0, extra))).reshape(-1)
+    return w12, bias, jnp.pad(w3_FD, ((0, extra), (0, 0)))
+
+
+@jax.custom_vjp
+def fused_swiglu(h_BTF2: jax.Array, bias_F2: jax.Array) -> jax.Array:
+    """`plain_swiglu` as one kernel; its backward recomputes silu and sums the bias gradient in the same pass.
+
+    With s = sigmoid(a):  da = dy * b * (s + a s (1 - s)),  db = dy * a s,  dbias = sum of [da | db] over all tokens.
+    """
+    return _forward(h_BTF2, bias_F2)
+
+
+def _tiling(hidden: int, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile: columns halve (rows double) down to 128 until they divide the hidden width."""
+    while hidden % columns and columns > 128:
+        rows, columns = rows * 2, columns // 2
+    return rows, columns
+
+
+def _forward(h_BTF2, bias_F2):
+    b, t, f2 = h_BTF2.shape
+    m, f = b * t, f2 // 2
+    rows, columns = _tiling(f, FORWARD["rows"], FORWARD["columns"])
+
+    def kernel(h_ref, bias_ref, y_ref):
+        r, c = triton.tile(pl.program_id(0), rows, m), triton.tile(pl.program_id(1), columns, f)
+        a = load(h_ref, r, 0, c) + load(bias_ref, 0, c)
+        u = load(h_ref, r, 1, c) + load(bias_ref, 1, c)
+        store(y_ref, r, c, value=a * u / (1 + jnp.exp(-a)))
+
+    (y,) = triton.call(
+        kernel,
+        h_BTF2.reshape(m, 2, f),
+        bias_F2.reshape(2, f).astype(h_BTF2.dtype),  # see triton.py on types
+        name="swiglu_forward",
+        grid=(-(-m // rows), -(-f // columns)),
+        out=[((m, f), h_BTF2.dtype)],
+        warps=FORWARD["warps"],
+    )
+    return y.reshape(b, t, f)
+
+
+def _backward(residuals, dy_BTF):
+    h_BTF2, bias_F2 = residuals
+    b, t, f2 = h_BTF2.shape
+    m, f = b * t, f2 // 2
+    rows, columns = _tiling(f, BACKWARD["rows"], BACKWARD["columns"])
+    tokens = triton.chunk(m, BACKWARD["tokens"], rows)
+
+    def kernel(h_ref, bias_ref, dy_ref, dh_ref, sums_ref):
+        chunk, c = pl.program_id(0), triton.tile(pl.program_id(1), columns, f)
+        bias_a, bias_u = load(bias_ref, 0, c), load(bias_ref, 1, c)
+
+        def body(i, sums):
+            # A masked row contributes nothing: its dy is 0.
+            r = triton.Span(chunk * tokens + i * rows, rows, m if m % tokens else None)
+            a, u, dy = load(h_ref, r, 0, c) + bias_a, load(h_ref, r, 1, c) + bias_u, load(dy_ref, r, c)
+            s = 1 / (1 + jnp.exp(-a))
+            silu = a * s
+            da, du = dy * u * (s + silu * (1 - s)), dy * silu
+            store(dh_ref, r, 0, c, value=da)
+            store(dh_ref, r, 1, c, value=du)
+            return sums[0] + da, sums[1] + du
+
+        zero = jnp.zeros((rows, columns), f32)
+        sum_a, sum_u = jax.lax.fori_loop(0, tokens // rows, body, (zero, zero))
+        store(sums_ref, chunk, 0, c, value=jnp.sum(sum_a, 0))
+        store(sums_ref, chunk, 1, c, value=jnp.sum(sum_u, 0))
+
+    chunks = -(-m // tokens)
+    dh, sums = triton.call(
+        kernel,
+        h_BTF2.reshape(m, 2, f),
+        bias_F2.reshape(2, f).astype(h_BTF2.dtype),  # see triton.py on types
+        dy_BTF.reshape(m, f),
+        name="swiglu_backward",
+        grid=(chunks, -(-f // columns)),
+        out=[((m, 2, f), h_BTF2.dtype), ((chunks, 2, f), f32)],
+        warps=BACKWARD["warps"],
+    )
+    return dh.reshape(b, t, f2), sums.sum(0).reshape(f2).astype(bias_F2.dtype)
+
+
+fused_swiglu.defvjp(lambda h, bias: (_forward(h, bias), (h, bias)), _backward)

@@ -1,0 +1,448 @@
+"""JiT in flax.nnx: a plain vision transformer from a noised image to the clean image, in pixel space.
+
+Source: "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720. Every number (epsilons, orders of
+concatenation, initial scales) is the published implementation's, so that its weights give its outputs.
+
+Shape letters used in array names, here and in `jitjax.kernels`:
+    B images   T tokens (context tokens included)   D width   H heads   N head dimension   F SwiGLU hidden width
+    C 3*D, the fused query|key|value width           S image side in pixels
+
+Images are NHWC. The transformer is written once, on the five operations of `jitjax.kernels.Ops`; each has a plain
+jnp implementation and a fused GPU one. A branch (attention or SwiGLU) leaves a block *without* its output bias, gate and
+residual addition: they are `pending`, and merge with the next norm into one operation, one pass over memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jitjax import kernels
+from jitjax.errors import UserError
+
+Params = dict[str, jax.Array]  # {"blocks.0.attn.qkv.kernel": array, ...}
+TIME_FEATURES = 256
+CHANNELS = 3
+
+# depth, width, heads, bottleneck, context tokens, first block that sees them. B to G are published (arXiv 2511.13720,
+# Tables 8 and 9); S and below are ours, for laptops, tests and small data.
+SIZES: dict[str, dict[str, int]] = {
+    "nano": dict(depth=4, width=96, heads=3, bottleneck=32, context_length=4, context_start=1),
+    "Ti": dict(depth=6, width=192, heads=3, bottleneck=64, context_length=8, context_start=2),
+    "S": dict(depth=12, width=384, heads=6, bottleneck=128, context_length=32, context_start=4),
+    "B": dict(depth=12, width=768, heads=12, bottleneck=128, context_length=32, context_start=4),
+    "L": dict(depth=24, width=1024, heads=16, bottleneck=128, context_length=32, context_start=8),
+    "H": dict(depth=32, width=1280, heads=16, bottleneck=256, context_length=32, context_start=10),
+    "G": dict(depth=40, width=1664, heads=16, bottleneck=256, context_length=32, context_start=10),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Everything that fixes the shapes of a JiT. Sizes in pixels (`image_size`, `patch_size`), tokens or features."""
+
+    image_size: int
+    patch_size: int
+    depth: int
+    width: int
+    heads: int
+    bottleneck: int
+    context_length: int
+    context_start: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    attn_dropout: float = 0.0
+    proj_dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.patch_size <= 0 or self.image_size % self.patch_size:
+            raise UserError(
+                f"--config.data.image_size={self.image_size} is not a multiple of the patch size {self.patch_size}: "
+                f"use {max(1, round(self.image_size / max(1, self.patch_size))) * self.patch_size} or another JiT-*/patch"
+            )
+        if self.heads <= 0 or self.width % self.heads or self.head_dim % 4:
+            raise UserError(
+                f"--config.model.width={self.width} with --config.model.heads={self.heads}: the width must be a "
+                "multiple of 4 x heads (RoPE turns pairs along two axes)"
+            )
+        if self.width % 4:
+            raise UserError(f"--config.model.width={self.width} must be a multiple of 4 (sin-cos positions)")
+        if self.context_length and not 0 <= self.context_start < self.depth:
+            raise UserError(
+                f"--config.model.context_start={self.context_start} must lie in [0, depth={self.depth}): it is the first "
+                "block that sees the in-context class tokens"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens (context tokens not counted): what "tokens per second" counts."""
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """SwiGLU hidden width, truncated as published: int(int(width * ratio) * 2 / 3), e.g. 2730 for JiT-L."""
+        return int(int(self.width * self.mlp_ratio) * 2 / 3)
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_size**2 * CHANNELS
+
+
+def make_geometry(name: str, image_size: int, num_classes: int, **overrides: Any) -> Geometry:
+    """The geometry of a model by name, e.g. "JiT-B/4"; `overrides` replace single numbers (None leaves them).
+
+    Raises:
+      UserError: unknown name, unknown override, or numbers that do not fit each other.
+    """
+    match = re.fullmatch(r"JiT-([A-Za-z]+)/(\d+)", name)
+    if not match or match[1] not in SIZES:
+        known = ", ".join(f"JiT-{size}/<patch>" for size in SIZES)
+        raise UserError(f"--config.model.name={name!r} is unknown: use one of {known}, e.g. JiT-B/4")
+    numbers = dict(SIZES[match[1]], patch_size=int(match[2]), image_size=image_size, num_classes=num_classes)
+    fields = {field.name for field in dataclasses.fields(Geometry)}
+    for key, value in overrides.items():
+        if key not in fields:
+            raise UserError(f"unknown geometry {key!r}: known are {', '.join(sorted(fields))}")
+        if value is not None:
+            numbers[key] = value
+    return Geometry(**numbers)
+
+
+def geometry_from_config(config: Any, num_classes: int) -> Geometry:
+    """The geometry that `config.model` and `config.data.image_size` describe."""
+    overrides = {k: v for k, v in config.model.items() if k not in ("name", "class_conditional", "num_classes")}
+    return make_geometry(config.model.name, config.data.image_size, num_classes, **overrides)
+
+
+# ---------------------------------------------------------------- fixed tables
+
+
+@functools.lru_cache(maxsize=16)
+def position_table(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sin-cos positions, (grid*grid, width) float32. First half encodes the column, second half the row."""
+    quarter = width // 4
+    omega = 10000.0 ** -(np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.outer(np.arange(grid, dtype=np.float64), omega)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    rows, columns = np.repeat(axis, grid, axis=0), np.tile(axis, (grid, 1))
+    return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def rope_tables(head_dim: int, grid: int, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of the rotary angles, each (context_length + grid*grid, head_dim) float32.
+
+    First half of a head turns with the row, second half with the column; each angle stands twice in a row, for the
+    adjacent pair that it turns. Context tokens come first and are not turned.
+    """
+    per_axis = head_dim // 2
+    frequency = 10000.0 ** -(np.arange(0, per_axis, 2, dtype=np.float64) / per_axis)
+    axis = np.repeat(np.outer(np.arange(grid, dtype=np.float64), frequency), 2, axis=1)
+    rows, columns = np.repeat(axis, grid, axis=0), np.tile(axis, (grid, 1))
+    angles = np.concatenate([rows, columns], axis=1)
+    angles = np.concatenate([np.zeros((context_length, head_dim)), angles])
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def time_features(t_B: jax.Array) -> jax.Array:
+    """Sinusoidal features of the raw time in [0, 1] (not scaled), (B, 256) float32: cosines first, then sines."""
+    half = TIME_FEATURES // 2
+    frequency = np.exp(-math.log(10000) * np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = t_B.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(images: jax.Array, patch: int) -> jax.Array:
+    """(B, S, S, 3) -> (B, T, patch*patch*3); tokens row by row, values ordered (row in patch, column, channel)."""
+    b, s, _, c = images.shape
+    x = images.reshape(b, s // patch, patch, s // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (s // patch) ** 2, patch * patch * c)
+
+
+def unpatchify(tokens: jax.Array, patch: int) -> jax.Array:
+    """Inverse of `patchify`: (B, T, patch*patch*3) -> (B, S, S, 3)."""
+    b, t, _ = tokens.shape
+    grid = math.isqrt(t)
+    x = tokens.reshape(b, grid, grid, patch, patch, CHANNELS)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, grid * patch, grid * patch, CHANNELS)
+
+
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
+    """Inverted dropout with one key per image, so that the mask does not depend on how a batch is cut up."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+# ---------------------------------------------------------------- modules
+
+xavier = nnx.initializers.xavier_uniform()
+zeros = nnx.initializers.zeros
+normal = nnx.initializers.normal(0.02)
+
+
+def linear(n_in: int, n_out: int, rngs: nnx.Rngs, init=xavier, use_bias: bool = True) -> nnx.Linear:
+    return nnx.Linear(n_in, n_out, kernel_init=init, bias_init=zeros, use_bias=use_bias, rngs=rngs)
+
+
+def matmul(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """x @ kernel in the type of x, without the bias (the fused operations add it)."""
+    return x @ layer.kernel[...].astype(x.dtype)
+
+
+def affine(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    return matmul(layer, x) + layer.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Holds the weight only; the arithmetic (statistics in float32, epsilon 1e-6) is in `jitjax.kernels.norm`."""
+
+    def __init__(self, width: int):
+        self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
+
+
+class PatchEmbed(nnx.Module):
+    """Two linear maps with a bottleneck and nothing between them."""
+
+    def __init__(self, g: Geometry, rngs: nnx.Rngs):
+        self.proj1 = linear(g.patch_values, g.bottleneck, rngs, use_bias=False)
+        self.proj2 = linear(g.bottleneck, g.width, rngs)
+
+    def __call__(self, patches_BTV: jax.Array) -> jax.Array:
+        return affine(self.proj2, matmul(self.proj1, patches_BTV))
+
+
+class TimeEmbedder(nnx.Module):
+    def __init__(self, g: Geometry, rngs: nnx.Rngs):
+        self.fc1 = linear(TIME_FEATURES, g.width, rngs, init=normal)
+        self.fc2 = linear(g.width, g.width, rngs, init=normal)
+
+    def __call__(self, t_B: jax.Array, dtype: Any) -> jax.Array:
+        return affine(self.fc2, jax.nn.silu(affine(self.fc1, time_features(t_B).astype(dtype))))
+
+
+class LabelEmbedder(nnx.Module):
+    """One row a class and, last, the null row that stands for "no label"."""
+
+    def __init__(self, g: Geometry, rngs: nnx.Rngs):
+        self.table = nnx.Param(normal(rngs.params(), (g.num_classes + 1, g.width), jnp.float32))
+
+    def __call__(self, y_B: jax.Array) -> jax.Array:
+        return self.table[...][y_B]
+
+
+class Attention(nnx.Module):
+    def __init__(self, g: Geometry, dropout_rate: float, rngs: nnx.Rngs):
+        self.qkv = linear(g.width, 3 * g.width, rngs)
+        self.q_norm, self.k_norm = RMSNorm(g.head_dim), RMSNorm(g.head_dim)
+        self.proj = linear(g.width, g.width, rngs)
+        self.heads, self.dropout_rate = g.heads, dropout_rate
+
+    def __call__(self, h_BTD, rope, keys_B, ops: kernels.Ops) -> jax.Array:
+        """Everything up to the output projection, whose bias the caller adds. `keys_B` None means no dropout."""
+        weights = (self.qkv.kernel[...], self.qkv.bias[...], self.q_norm.weight[...], self.k_norm.weight[...])
+        if self.dropout_rate and keys_B is not None:
+            qkv = h_BTD @ weights[0].astype(h_BTD.dtype)
+            a = kernels.qkv_attention_with_dropout(qkv, *weights[1:], *rope, self.heads, self.dropout_rate, keys_B)
+        else:
+            kernel, *rest = ops.prepare_qkv(*weights, self.heads)
+            a = ops.qkv_attention(h_BTD @ kernel.astype(h_BTD.dtype), *rest, *rope, self.heads)
+        return matmul(self.proj, a)
+
+
+class SwiGLU(nnx.Module):
+    def __init__(self, g: Geometry, dropout_rate: float, rngs: nnx.Rngs):
+        self.w12 = linear(g.width, 2 * g.mlp_hidden, rngs)
+        self.w3 = linear(g.mlp_hidden, g.width, rngs)
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, h_BTD, keys_B, ops: kernels.Ops) -> jax.Array:
+        """Everything up to the output projection, whose bias the caller adds."""
+        w12, bias, w3 = ops.prepare_mlp(self.w12.kernel[...], self.w12.bias[...], self.w3.kernel[...])
+        u_BTF = ops.swiglu(h_BTD @ w12.astype(h_BTD.dtype), bias)
+        if self.dropout_rate and keys_B is not None:
+            u_BTF = dropout(u_BTF, self.dropout_rate, keys_B)
+        return u_BTF @ w3.astype(h_BTD.dtype)
+
+
+class Block(nnx.Module):
+    """adaLN-Zero transformer block: x + gate * attn(...), then x + gate * swiglu(...)."""
+
+    def __init__(self, g: Geometry, index: int, rngs: nnx.Rngs):
+        # Dropout acts in the middle half of the network only.
+        active = g.depth // 4 <= index < g.depth // 4 * 3
+        attn_dropout, self.proj_dropout = (g.attn_dropout, g.proj_dropout) if active else (0.0, 0.0)
+        self.norm1, self.norm2 = RMSNorm(g.width), RMSNorm(g.width)
+        self.attn = Attention(g, attn_dropout, rngs)
+        self.mlp = SwiGLU(g, self.proj_dropout, rngs)
+        self.adaln = linear(g.width, 6 * g.width, rngs, init=zeros)
+
+    def __call__(self, x_BTD, pending, c_BD, rope, keys_B3, ops: kernels.Ops):
+        """Args: x and the `pending` branch of the block before (None at the start), silu of the conditioning, the rope
+        tables, three dropout keys an image or None. Returns x (first residual merged) and this block's pending."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(affine(self.adaln, c_BD), 6, axis=-1)
+        keys = (None,) * 3 if keys_B3 is None else tuple(keys_B3[:, i] for i in range(3))
+        if pending is None:
+            h_BTD = ops.norm_modulate(x_BTD, self.norm1.weight[...], shift_a, scale_a)
+        else:
+            x_BTD, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.norm1.weight[...], shift_a, scale_a)
+        branch, bias = self.attn(h_BTD, rope, keys[0], ops), self.attn.proj.bias[...]
+        if self.proj_dropout and keys[1] is not None:
+            branch = dropout(branch + bias.astype(branch.dtype), self.proj_dropout, keys[1])
+            bias = jnp.zeros_like(bias)
+        x_BTD, h_BTD = ops.residual_norm_modulate(x_BTD, branch, bias, gate_a, self.norm2.weight[...], shift_m, scale_m)
+        return x_BTD, (self.mlp(h_BTD, keys[2], ops), self.mlp.w3.bias[...], gate_m)
+
+
+class FinalLayer(nnx.Module):
+    def __init__(self, g: Geometry, rngs: nnx.Rngs):
+        self.norm = RMSNorm(g.width)
+        self.adaln = linear(g.width, 2 * g.width, rngs, init=zeros)
+        self.linear = linear(g.width, g.patch_values, rngs, init=zeros)
+
+
+@functools.partial(jax.jit, static_argnames="ops")
+def _apply_block(block: Block, x_BTD, pending, c_BD, rope, keys_B3, *, ops: kernels.Ops):
+    # jitted so that blocks of equal structure are traced once: a deep model traces as fast as a shallow one.
+    # (A scan over layers would too, but copies every saved activation: 40% slower, measured on an H200.)
+    return block(x_BTD, pending, c_BD, rope, keys_B3, ops)
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class JiT(nnx.Module):
+    """Just image Transformer. `model(z, t, y)` predicts the clean image (or noise or velocity, as it was trained).
+
+    Example:
+      >>> model = JiT(make_geometry("JiT-B/16", image_size=256, num_classes=1000), rngs=nnx.Rngs(0))
+      >>> model(z, t, y).shape   # z (B, 256, 256, 3), t (B,), y (B,) int
+      (B, 256, 256, 3)
+    """
+
+    def __init__(self, geometry: Geometry, *, rngs: nnx.Rngs):
+        g = self.geometry = geometry
+        self.patch_embed = PatchEmbed(g, rngs)
+        self.t_embedder = TimeEmbedder(g, rngs)
+        self.y_embedder = LabelEmbedder(g, rngs)
+        if g.context_length:
+            self.in_context_pos = nnx.Param(normal(rngs.params(), (g.context_length, g.width), jnp.float32))
+        self.blocks = nnx.List([Block(g, i, rngs) for i in range(g.depth)])
+        self.final = FinalLayer(g, rngs)
+
+    def __call__(
+        self,
+        z: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        *,
+        dtype: Any = jnp.float32,
+        ops: kernels.Ops | None = None,
+        remat: str = "none",
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Args:
+          z: noised images, (B, S, S, 3) float.
+          t: times in [0, 1], (B,) float; 0 is noise, 1 is data.
+          y: labels, (B,) int in [0, num_classes]; num_classes is the null label.
+          dtype: type of the matrix products and activations; parameters stay float32.
+          ops: plain or fused implementation, `jitjax.kernels.get_ops`; default plain.
+          remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
+          dropout_keys: one key an image, (B,) key array; None switches dropout off.
+
+        Returns:
+          (B, S, S, 3) in `dtype`.
+
+        Raises:
+          ValueError: images of another size than the geometry's.
+        """
+        g = self.geometry
+        if z.shape[1:] != (g.image_size, g.image_size, CHANNELS):
+            raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
+        if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 products to TF32
+            with jax.default_matmul_precision("float32"):
+                return self._forward(z, t, y, dtype, ops, remat, dropout_keys)
+        return self._forward(z, t, y, dtype, ops, remat, dropout_keys)
+
+    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys):
+        g = self.geometry
+        ops = ops or kernels.get_ops("plain")
+        apply_block = functools.partial(_apply_block, ops=ops)
+        if remat != "none":
+            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat])
+        keys = None
+        if dropout_keys is not None and (g.attn_dropout or g.proj_dropout):
+            keys = jax.vmap(lambda key: jax.random.split(key, (g.depth, 3)))(dropout_keys)  # (B, depth, 3)
+
+        y_BD = self.y_embedder(y)
+        c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
+        x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
+        x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
+        rope, context, pending = rope_tables(g.head_dim, g.grid, 0), 0, None
+        for i, block in enumerate(self.blocks):
+            if g.context_length and i == g.context_start:
+                if pending is not None:
+                    x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
+                context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype)
+                x_BTD = jnp.concatenate([context_BTD, x_BTD], axis=1)
+                context, rope = g.context_length, rope_tables(g.head_dim, g.grid, g.context_length)
+            x_BTD, pending = apply_block(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i])
+
+        shift, scale = jnp.split(affine(self.final.adaln, c_BD), 2, axis=-1)
+        _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)
+        # Context tokens are cut off the narrow output rather than the wide input: a smaller copy, the same numbers.
+        return unpatchify(affine(self.final.linear, h_BTD)[:, context:], g.patch_size)
+
+
+# ---------------------------------------------------------------- modules <-> flat parameters
+
+
+def split(model: JiT) -> tuple[nnx.GraphDef, Params]:
+    """A module as its structure and one flat dictionary of parameters, keyed by dotted path."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array]) -> JiT:
+    """Inverse of `split`; pure, so it may be called inside jit."""
+    paths = {tuple(int(k) if k.isdigit() else k for k in name.split(".")): value for name, value in params.items()}
+    return nnx.merge(graphdef, nnx.from_flat_state({path: nnx.Param(value) for path, value in paths.items()}))
+
+
+def init_fn(geometry: Geometry):
+    """A pure function from a random key to freshly initialised parameters, for `jax.jit` or `jax.eval_shape`."""
+    return lambda key: split(JiT(geometry, rngs=nnx.Rngs(params=key)))[1]
+
+
+@functools.lru_cache(maxsize=32)
+def graphdef_of(geometry: Geometry) -> nnx.GraphDef:
+    """The structure alone, without computing any parameter."""
+    return nnx.split(nnx.eval_shape(lambda: JiT(geometry, rngs=nnx.Rngs(0))), nnx.Param)[0]
+
+
+def create_model(name: str, *, image_size: int, num_classes: int, seed: int = 0, **geometry: Any) -> JiT:
+    """A freshly initialised model, e.g. create_model("JiT-B/16", image_size=256, num_classes=1000).
+
+    `geometry` overrides single numbers of the named size (depth, width, heads, bottleneck, ...; see `Geometry`).
+    """
+    return JiT(make_geometry(name, image_size, num_classes, **geometry), rngs=nnx.Rngs(params=seed))

@@ -1,0 +1,282 @@
+"""The fused operations equal the plain ones, in value and in every gradient, and lower for CUDA at every published size.
+
+On a CPU the fused kernels run in Pallas' interpreter. Lowering needs no GPU: it shows that a kernel uses nothing that the
+Triton backend of this jax refuses (not that it fits registers).
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from jitjax import kernels
+from jitjax import model as jit_model
+from jitjax.errors import UserError
+from jitjax.kernels import norm, triton
+
+PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
+# Published: width, heads, SwiGLU hidden width.
+SIZES = {"B": (768, 12, 2048), "L": (1024, 16, 2730), "H": (1280, 16, 3413), "G": (1664, 16, 4437)}
+
+
+def draws(seed=0):
+    """normal(*shape): fresh float32 numbers at every call."""
+    rng = np.random.default_rng(seed)
+    return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def values_and_gradients(function, arguments, cotangents):
+    @jax.jit
+    def run(arguments, cotangents):
+        value, pullback = jax.vjp(function, *arguments)
+        return value, pullback(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, value))
+
+    return jax.tree.leaves(run(arguments, cotangents))
+
+
+def relative_error(value, reference):
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    return np.linalg.norm(value - reference) / (np.linalg.norm(reference) + 1e-30)
+
+
+def assert_same(function, arguments, cotangents, tolerance=3e-6):
+    """`function(ops, *arguments)` and its gradients are the same for both implementations."""
+    plain = values_and_gradients(functools.partial(function, PLAIN), arguments, cotangents)
+    fused = values_and_gradients(functools.partial(function, FUSED), arguments, cotangents)
+    for i, (a, b) in enumerate(zip(fused, plain, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert relative_error(a, b) < tolerance, f"output {i}"
+
+
+def norm_inputs(b, t, d):
+    """x, branch, bias, gate, weight, shift, scale; cotangents of x and h."""
+    normal = draws()
+    x, branch, dx, dh = (normal(b, t, d) for _ in range(4))
+    return (x, branch, normal(d), normal(b, d), 1 + 0.3 * normal(d), normal(b, d), 0.3 * normal(b, d)), (dx, dh)
+
+
+def attention_inputs(b, t, heads, n, width=8):
+    """h, qkv kernel, bias, q and k norm weight; cotangent; cos and sin."""
+    normal = draws()
+    angles = jnp.repeat(3 * normal(t, n // 2), 2, axis=1)
+    parameters = normal(width, 3 * heads * n), normal(3 * heads * n), 1 + 0.3 * normal(n), 1 + 0.3 * normal(n)
+    return (normal(b, t, width), *parameters), normal(b, t, heads * n), (jnp.cos(angles), jnp.sin(angles))
+
+
+def projected_attention(ops, h, *weights, rope, heads):
+    """From the input of the qkv product on, with weights in the published order, as the model does it."""
+    kernel, *rest = ops.prepare_qkv(*weights, heads)
+    return ops.qkv_attention(h @ kernel.astype(h.dtype), *rest, *rope, heads)
+
+
+def mlp(ops, h, *weights):
+    w12, bias, w3 = ops.prepare_mlp(*weights)
+    return ops.swiglu(h @ w12, bias) @ w3
+
+
+# Rows that tile evenly, rows that do not, a width that is no power of two, and one above a single tile's worth of rows.
+@pytest.mark.parametrize("shape", [(2, 8, 128), (2, 5, 24), (1, 51, 96)])
+def test_norm_operations(shape):
+    arguments, cotangents = norm_inputs(*shape)
+    x, branch, bias, gate, weight, shift, scale = arguments
+    assert_same(lambda ops, *a: ops.residual_norm_modulate(*a), arguments, cotangents)
+    assert_same(lambda ops, *a: ops.norm_modulate(*a), (x, weight, shift, scale), cotangents[1])
+    assert_same(lambda ops, *a: ops.gated_residual(*a), (x, branch, bias, gate), cotangents[0])
+
+
+def test_norm_gradients_where_one_output_is_unused():
+    """Behind the last block nobody uses the residual stream, and its cotangent is a symbolic zero."""
+    arguments, cotangents = norm_inputs(2, 6, 24)
+    for used in (0, 1):
+        assert_same(lambda ops, *a, i=used: ops.residual_norm_modulate(*a)[i], arguments, cotangents[used])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 128), (2, 37, 35)])
+def test_swiglu(shape):
+    b, t, f = shape
+    normal = draws()
+    assert_same(lambda ops, *a: ops.swiglu(*a), (normal(b, t, 2 * f), normal(2 * f)), normal(b, t, f))
+
+
+def test_padded_mlp_has_the_gradients_of_the_published_one():
+    normal = draws()
+    arguments = normal(1, 8, 12), normal(12, 2 * 43), normal(2 * 43), normal(43, 12)
+    assert FUSED.prepare_mlp(*arguments[1:])[0].shape[1] % 256 == 0
+    assert_same(mlp, arguments, normal(1, 8, 12))
+
+
+# Head dimensions 64, 80 and 104 are the published ones; 37 tokens leave masked rows, 3 heads are no power of two.
+@pytest.mark.parametrize(("t", "heads", "n"), [(64, 2, 64), (37, 3, 16), (40, 1, 80), (17, 2, 104), (80, 1, 12)])
+def test_attention(t, heads, n):
+    arguments, cotangent, rope = attention_inputs(1, t, heads, n)
+    assert_same(functools.partial(projected_attention, rope=rope, heads=heads), arguments, cotangent)
+
+
+def test_attention_survives_extreme_scores():
+    """Sharp softmax with rows of very negative scores: what stands in masked lanes (2^2000) must not reach the gradients."""
+    (h, kernel, bias, q_weight, k_weight), cotangent, rope = attention_inputs(2, 3, 4, 12)
+    arguments = h, kernel, bias, 40 * q_weight, 40 * k_weight
+    attention = functools.partial(projected_attention, FUSED, rope=rope, heads=4)
+    assert all(np.isfinite(x).all() for x in values_and_gradients(attention, arguments, cotangent))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_fused_is_as_accurate_as_plain(dtype):
+    """Against float32 on the same rounded inputs, in half precision, with a little room for another order of sums."""
+
+    def check(function, activations, parameters, cotangents):
+        rounded = [x.astype(dtype) for x in activations]
+        reference = values_and_gradients(
+            functools.partial(function, PLAIN), (*(x.astype(jnp.float32) for x in rounded), *parameters), cotangents
+        )
+        plain, fused = (
+            values_and_gradients(functools.partial(function, ops), (*rounded, *parameters), cotangents)
+            for ops in (PLAIN, FUSED)
+        )
+        for i, (r, p, f) in enumerate(zip(reference, plain, fused, strict=True)):
+            assert relative_error(f, r) < 1.3 * relative_error(p, r) + float(jnp.finfo(dtype).eps) / 2, f"output {i}"
+
+    (x, branch, bias, gate, weight, shift, scale), cotangents = norm_inputs(2, 32, 96)
+    half = [c.astype(dtype).astype(jnp.float32) for c in cotangents]
+
+    def residual_norm(ops, x, branch, gate, shift, scale, bias, weight):
+        return ops.residual_norm_modulate(x, branch, bias, gate, weight, shift, scale)
+
+    check(residual_norm, (x, branch, gate, shift, scale), (bias, weight), tuple(half))
+    check(lambda ops, h, bias: ops.swiglu(h, bias), (draws()(2, 32, 192),), (draws()(192),), half[0])
+    (h, *parameters), cotangent, rope = attention_inputs(1, 48, 2, 32)
+    check(functools.partial(projected_attention, rope=rope, heads=2), (h,), parameters, cotangent)
+
+
+def test_whole_model_with_fused_kernels():
+    """The loss gradient of every parameter of a small JiT with context tokens and with nothing left at zero."""
+    config = small_config(model__depth=2, model__width=32)
+    geometry = jit_model.geometry_from_config(config, 4)
+    normal = draws(1)
+    params = {name: p + 0.1 * normal(*p.shape) for name, p in jit_model.init_fn(geometry)(jax.random.key(0)).items()}
+    z, target = normal(2, 8, 8, 3), normal(2, 8, 8, 3)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, ops):
+        def loss(params):
+            model = jit_model.merge(jit_model.graphdef_of(geometry), params)
+            return jnp.mean((model(z, jnp.array([0.2, 0.7]), jnp.array([1, 4]), ops=ops) - target) ** 2)
+
+        return jax.value_and_grad(loss)(params)
+
+    (plain_loss, plain), (fused_loss, fused) = gradient(params, PLAIN), gradient(params, FUSED)
+    assert relative_error(fused_loss, plain_loss) < 1e-5
+    errors = {name: relative_error(fused[name], plain[name]) for name in params}
+    assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("width", [1, 12, 24, 32, 40, 52, 64, 80, 104, 768, 1024, 1280, 1664, 4437])
+@pytest.mark.parametrize("options", [{}, {"waste": 0.25}, {"smallest": 16}])
+def test_pieces_cover_a_row_once(width, options):
+    pieces = triton.pieces(width, **options)
+    covered = [i for p in pieces for i in range(p.start, p.start + p.size) if p.limit is None or i < p.limit]
+    assert covered == list(range(width))
+    assert all(p.size & (p.size - 1) == 0 and p.size >= options.get("smallest", 1) for p in pieces)
+
+
+# ---------------------------------------------------------------- lowering for CUDA
+
+
+def lower_for_cuda(function, *shapes, devices=1):
+    """StableHLO text of `function` as it would be compiled for H200s."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def parameter(*shape):
+    return struct(*shape, dtype=jnp.float32)
+
+
+def with_gradient(function):
+    def both(*arguments):
+        value, pullback = jax.vjp(function, *arguments)
+        return value, pullback(value)
+
+    return both
+
+
+@pytest.mark.parametrize("tokens", [256, 288, 77])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_published_size_lowers_for_cuda(size, tokens):
+    width, heads, hidden = SIZES[size]
+    n = width // heads
+    x, vector = struct(2, tokens, width), struct(2, width)
+    operations = {
+        "residual_norm_modulate": (x, x, parameter(width), vector, parameter(width), vector, vector),
+        "norm_modulate": (x, parameter(width), vector, vector),
+        "gated_residual": (x, x, parameter(width), vector),
+        "swiglu": (struct(2, tokens, 2 * hidden), parameter(2 * hidden)),
+    }
+
+    def attention(qkv, bias, q_weight, k_weight):
+        return FUSED.qkv_attention(qkv, bias, q_weight, k_weight, *jnp.ones((2, tokens, n)), heads)
+
+    functions = {name: (getattr(FUSED, name), shapes) for name, shapes in operations.items()}
+    functions["qkv_attention"] = attention, (struct(2, tokens, 3 * width), parameter(3 * width), parameter(n), parameter(n))
+    for name, (function, shapes) in functions.items():
+        assert "__gpu$xla.gpu.triton" in lower_for_cuda(with_gradient(function), *shapes), name
+
+
+def test_kernels_run_per_shard():
+    """Under the train step's shard_map a fused operation moves nothing between devices."""
+    spec = P("data")
+
+    @functools.partial(jax.shard_map, in_specs=(spec, P(), spec, spec), out_specs=spec, check_vma=False)
+    def sharded(x, weight, shift, scale):
+        return with_gradient(FUSED.norm_modulate)(x, weight, shift, scale)[1][0]
+
+    text = lower_for_cuda(sharded, struct(16, 256, 768), parameter(768), struct(16, 768), struct(16, 768), devices=8)
+    assert "__gpu$xla.gpu.triton" in text and "tensor<2x256x768xbf16>" in text
+    assert not any(name in text for name in ("all_gather", "all_reduce", "all_to_all", "collective_permute"))
+
+
+# ---------------------------------------------------------------- choice
+
+
+def card(capability, kind="NVIDIA H200", platform="gpu"):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+
+
+def test_resolve_says_which_and_why():
+    b = dict(width=768, heads=12)
+    assert kernels.resolve("auto", dtype="bfloat16", device=card("9.0"), **b)[0] == "fused"
+    assert kernels.resolve("plain", dtype="bfloat16", device=card("9.0"), **b)[0] == "plain"
+    for device, dtype, words in (
+        (card("8.0", "NVIDIA A100"), "bfloat16", "A100"),
+        (card("7.0", "NVIDIA V100"), "float16", "Ampere"),
+        (card("gfx942", "AMD MI300X"), "bfloat16", "NVIDIA"),
+        (card("9.0"), "float32", "float32"),
+        (None, "bfloat16", "cpu"),
+    ):
+        name, reason = kernels.resolve("auto", dtype=dtype, device=device, **b)
+        assert name == "plain" and words in reason
+    assert kernels.resolve("fused", dtype="bfloat16", device=card("8.0"), **b)[0] == "fused"  # the user knows better
+    with pytest.raises(UserError, match=r"--config\.kernels=fused cannot run here"):
+        kernels.resolve("fused", dtype="bfloat16", **b)
+    with pytest.raises(UserError, match="auto, fused or plain"):
+        kernels.resolve("fast", dtype="bfloat16", **b)
+
+
+def test_norm_statistics_are_float32_in_half_precision():
+    """Squares of bfloat16 activations of this size overflow or lose everything if summed in half precision."""
+    x = jnp.full((1, 4, 64), 3e4, jnp.float16)
+    one, zero = jnp.ones((64,)), jnp.zeros((1, 64), jnp.float16)
+    for function in (norm.plain_norm_modulate, norm.fused_norm_modulate):
+        np.testing.assert_allclose(np.asarray(function(x, one, zero, zero), np.float32), 1.0, rtol=1e-3)
