@@ -1,0 +1,104 @@
+"""Metrics that stay on the device and are written one interval late, so that the training loop never waits for them."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from jitjax.errors import UserError
+from jitjax.monitor.monitor import Monitor
+from jitjax.monitor.throughput import Throughput
+
+NON_FINITE_PATIENCE = 100  # optimizer steps in a row without a finite loss after which a run stops
+SKIPPED = "train/skipped_micro_batches"
+
+
+class _Interval:
+    """Some consecutive steps: their metrics on the device, when the last one ended, what the loop did meanwhile."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[int, dict[str, Any]]] = []
+        self.end: Future[float] | None = None
+        self.waited = self.paused = 0.0
+
+
+class LateLog:
+    """Collects the metrics of each optimizer step and hands them to the monitor when they are surely there.
+
+    Args:
+      monitor, meter: where metrics go, and what turns times into rates.
+      samples_per_step: images of one optimizer step, over all devices.
+      steps_per_epoch: for `train/epoch_loss`, written with the last step of each epoch.
+    """
+
+    def __init__(self, monitor: Monitor, meter: Throughput, *, samples_per_step: int, steps_per_epoch: int):
+        self._monitor, self._meter = monitor, meter
+        self._samples_per_step, self._steps_per_epoch = samples_per_step, steps_per_epoch
+        self._previous, self._current = _Interval(), _Interval()
+        # Waits for the end of an interval where the loop does not: the time of day when the device was done with it.
+        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="interval_end")
+        self._non_finite = 0
+
+    def add(self, step: int, metrics: dict[str, Any], waited: float) -> None:
+        """The metrics (device scalars) of one step, whose batch the loop waited for `waited` seconds."""
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self._current.metrics.append((step, metrics))
+        self._current.waited += waited
+
+    def paused(self, seconds: float) -> None:
+        """Time since the last step that was not training: a preview, a save."""
+        self._current.paused += seconds
+
+    def first_step_done(self) -> None:
+        """Write the first step without a speed, and start the clock behind it: it was compilation."""
+        interval, self._current = self._current, _Interval()
+        self._write(interval, speed={})
+        self._meter.restart(time.perf_counter())
+
+    def interval(self) -> None:
+        """Close the current interval and write the one before."""
+        if not self._current.metrics:
+            return
+        last = next(iter(self._current.metrics[-1][1].values()))
+        self._current.end = self._watcher.submit(lambda: (last.block_until_ready(), time.perf_counter())[1])
+        self._finish(self._previous)
+        self._previous, self._current = self._current, _Interval()
+
+    def flush(self) -> None:
+        """Write everything; waits for the device."""
+        self.interval()
+        self._finish(self._previous)
+        self._previous = _Interval()
+
+    def close(self) -> None:
+        self._watcher.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, interval: _Interval) -> None:
+        if interval.end is None:
+            return
+        self._meter.waited(interval.waited)
+        self._meter.paused(interval.paused)
+        steps = len(interval.metrics)
+        speed = self._meter.close(steps, steps * self._samples_per_step, interval.end.result())
+        self._write(interval, speed)
+
+    def _write(self, interval: _Interval, speed: dict[str, float]) -> None:
+        for step, on_device in interval.metrics:
+            metrics = {name: float(value) for name, value in on_device.items()}
+            if not metrics.get(SKIPPED):
+                metrics.pop(SKIPPED, None)
+            if step == interval.metrics[-1][0]:
+                metrics.update(speed)
+            epoch_start = step - self._steps_per_epoch if step % self._steps_per_epoch == 0 else None
+            self._monitor.write(step, metrics, epoch_start=epoch_start)
+            self._non_finite = 0 if math.isfinite(metrics["train/loss"]) else self._non_finite + 1
+        if speed:
+            self._monitor.status(step, metrics)
+        if self._non_finite >= NON_FINITE_PATIENCE:
+            raise UserError(
+                f"the loss has not been finite for {self._non_finite} optimizer steps: lower --config.optim.lr or set "
+                "--config.optim.clip_norm=1; the same command resumes from the last checkpoint"
+            )

@@ -1,0 +1,110 @@
+"""`metrics.jsonl`: one JSON object a line, `{"step": 12, "train/loss": 0.4375, ...}`, in ascending order of step."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends one line an optimizer step and hands it to the operating system at once.
+
+    A run that resumes at step s writes the steps after s again, so lines with a later step, and a last line that a
+    crash tore, go first. Lines ascend, so that is one cut at the end of the file: done by `ftruncate`, which either
+    happens or not, needs no free space on a full disk, and leaves every kept byte where it was.
+
+    Args:
+      path: the file; made when absent.
+      resume_step: the last step to keep; 0 starts anew.
+
+    Raises:
+      OSError: the file cannot be opened or cut.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int = 0):
+        self.path = Path(path)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._unwritten = b""
+        try:
+            _cut_after(self._fd, resume_step)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends the line of one step. Floats keep full precision; infinities and NaN, which JSON lacks, become null.
+
+        Raises:
+          OSError: e.g. the disk is full. The line is kept and goes out, whole and in order, with a later call.
+        """
+        line = json.dumps({"step": step} | {name: _number(value) for name, value in metrics.items()}, allow_nan=False)
+        self._unwritten += line.encode() + b"\n"
+        while self._unwritten:
+            # A nearly full disk takes part of a line: go on from there next time, so that no line is torn or doubled.
+            self._unwritten = self._unwritten[os.write(self._fd, self._unwritten) :]
+
+    def read(self, name: str, after: int, upto: int) -> list[float]:
+        """The values of one metric in steps `after` < step <= `upto`, in order of step; nulls are left out.
+
+        Reads the file from its end, so it costs as much as the steps it returns, not as the run is long.
+        """
+        values = []
+        for _, line in _lines_backwards(self._fd):
+            record = _parse(line)
+            if record is None or record["step"] > upto:
+                continue
+            if record["step"] <= after:
+                break
+            if record.get(name) is not None:
+                values.append(record[name])
+        return values[::-1]
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's object, or None for one that was torn."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _lines_backwards(fd: int) -> Iterator[tuple[int, bytes]]:
+    """(offset of the line's end, line with its newline), last line first."""
+    if not os.fstat(fd).st_size:
+        return  # an empty file cannot be mapped
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
+        end = len(data)
+        while end:
+            start = data.rfind(b"\n", 0, end - 1) + 1
+            yield end, data[start:end]
+            end = start
+
+
+def _cut_after(fd: int, step: int) -> None:
+    keep, complete = 0, True
+    for end, line in _lines_backwards(fd):
+        record = _parse(line)
+        if record is not None and record["step"] <= step:
+            keep, complete = end, line.endswith(b"\n")
+            break
+    if keep != os.fstat(fd).st_size:
+        os.ftruncate(fd, keep)
+    if not complete:
+        os.write(fd, b"\n")  # only the newline was lost
+    os.fsync(fd)

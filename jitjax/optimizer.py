@@ -1,0 +1,66 @@
+"""AdamW with parameter groups, the learning-rate schedule and exponential moving averages of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jitjax.config import Plan
+
+Params = dict[str, jax.Array]
+
+
+def learning_rate(step: Any, *, peak: float, min_lr: float, warmup: float, total: float, schedule: str) -> jax.Array:
+    """Linear warm-up from exactly 0, then `peak` ("constant") or half a cosine down to `min_lr` ("cosine").
+
+    `step`, `warmup` and `total` share one unit (optimizer steps here; the published code counts fractional epochs, which
+    gives the same numbers). The first step of a warmed-up run has learning rate 0, as published.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    after = peak
+    if schedule == "cosine":
+        # (1 + cos(pi p)) / 2 = sin((1 - p) pi / 2)^2, which keeps its digits in float32 to the very end.
+        remaining = jnp.clip((total - step) / max(total - warmup, 1e-9), 0, 1)
+        after = min_lr + (peak - min_lr) * jnp.square(jnp.sin(remaining * (jnp.pi / 2)))
+    return jnp.where(step < warmup, peak * step / max(warmup, 1e-9), after)
+
+
+def make_schedule(config: Any, plan: Plan):
+    """The run's learning rate as a function of the optimizer step."""
+    return lambda step: learning_rate(
+        step,
+        peak=plan.peak_lr,
+        min_lr=config.optim.min_lr,
+        warmup=plan.warmup_steps,
+        total=plan.total_steps,
+        schedule=config.optim.schedule,
+    )
+
+
+def decay_mask(params: Params) -> dict[str, bool]:
+    """Weight decay acts on matrices, the label table and the context positions, not on biases and norm weights."""
+    return {name: value.ndim > 1 for name, value in params.items()}
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """AdamW with learning rate 1: the step multiplies its update by the learning rate of the optimizer step.
+
+    So the rate follows the step counter, also after steps that were skipped because of a non-finite gradient; inside
+    AdamW decay and update share the one factor, as they must for decoupled decay.
+    """
+    o = config.optim
+    return optax.adamw(1.0, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
+
+
+def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:
+    """ema = decay * ema + (1 - decay) * params for every decay (the dictionary's keys). No bias correction."""
+
+    def moved(average, value, decay):
+        return average + (1 - decay) * (value - average)
+
+    return {
+        decay: {name: moved(average[name], params[name], float(decay)) for name in average} for decay, average in ema.items()
+    }

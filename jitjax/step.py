@@ -1,0 +1,220 @@
+"""One optimizer step: loss -> gradient -> accumulation -> mean over devices -> AdamW -> EMA, jitted as a whole.
+
+The step runs inside `jax.shard_map`: each device works on its own images with whole parameters (gathered over `fsdp`
+once, where split) and nothing crosses devices until all micro-batches are done. So an optimizer step communicates its
+gradients once, however many micro-batches it has.
+
+Everything random is a function of (seed, optimizer step, index of the image in the global batch): the same on any mesh and for
+any way to cut the batch into micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jitjax import diffusion, kernels, sharding
+from jitjax import model as jit_model
+from jitjax.config import Plan
+from jitjax.optimizer import make_optimizer, make_schedule, update_ema
+
+Params = dict[str, jax.Array]
+Batch = dict[str, jax.Array]  # {"image": uint8 (B, S, S, 3), "label": int32 (B,)}
+FIRST_LOSS_SCALE = 2.0**15  # float16 only
+LOSS_SCALE_PATIENCE = 2000  # finite steps after which the loss scale doubles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step. Float32 throughout; nothing random is stored."""
+
+    step: jax.Array  # optimizer steps done, int32
+    params: Params
+    opt_state: Any
+    ema: dict[str, Params]  # by decay, e.g. "0.9999"
+    loss_scale: dict[str, jax.Array]  # float16: "scale" and "finite_steps" since it last changed
+
+
+def init_state(geometry: jit_model.Geometry, config: Any, key: jax.Array) -> TrainState:
+    """A fresh state; pure, so that it can be jitted with sharded outputs or `jax.eval_shape`d."""
+    params = jit_model.init_fn(geometry)(key)
+    return fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in config.optim.ema_decays}, config)
+
+
+def fresh_state(params: Params, ema: dict[str, Params], config: Any) -> TrainState:
+    """Step 0 with given weights: optimizer and schedule start afresh."""
+    scale = FIRST_LOSS_SCALE if config.dtype == "float16" else 1.0
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        ema=ema,
+        loss_scale={"scale": jnp.float32(scale), "finite_steps": jnp.zeros((), jnp.int32)},
+    )
+
+
+def make_loss(geometry: jit_model.Geometry, config: Any, ops: kernels.Ops) -> Callable[..., jax.Array]:
+    """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,)) -> loss of each image, (B,) float32."""
+    graphdef, d = jit_model.graphdef_of(geometry), config.diffusion
+
+    def loss(params: Params, images: jax.Array, labels: jax.Array, keys: jax.Array) -> jax.Array:
+        def draw(key):
+            key_t, key_noise, key_label, key_dropout = jax.random.split(key, 4)
+            return (
+                diffusion.sample_times(key_t, d.p_mean, d.p_std),
+                d.noise_scale * jax.random.normal(key_noise, images.shape[1:]),
+                jax.random.bernoulli(key_label, d.label_drop_prob),
+                key_dropout,
+            )
+
+        t, e, dropped, dropout_keys = jax.vmap(draw)(keys)
+        if config.model.class_conditional:
+            y = jnp.where(dropped, geometry.num_classes, labels)
+        else:
+            y = jnp.full_like(labels, geometry.num_classes)
+        x = diffusion.to_float(images)
+        output = jit_model.merge(graphdef, params)(
+            diffusion.noised(x, e, t),
+            t,
+            y,
+            dtype=jnp.dtype(config.dtype),
+            ops=ops,
+            remat=config.remat,
+            dropout_keys=dropout_keys,
+        )
+        return diffusion.loss_per_image(output, x, e, t, config.prediction, config.loss, d.t_eps)
+
+    return loss
+
+
+def local_gradients(
+    loss: Callable[..., jax.Array], params: Params, batch: Batch, keys: jax.Array, micro_batches: int, scale: jax.Array
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Gradients of one device's images, accumulated over `micro_batches` equal parts by `optax.MultiSteps`.
+
+    Returns:
+      (sum of the finite micro-batches' mean gradients, sum of their mean losses, their number as float32).
+
+    MultiSteps serves as the accumulator only, set to emit one micro-step later than there are: the sum is taken from
+    its state and AdamW runs once, behind it. (Emitting from inside, it would run the optimizer on every micro-step and
+    select, and a device could not wait for the others' gradients.) It leaves out a micro-batch whose gradient is not
+    finite, which would otherwise stay in the accumulator as 0 * NaN for good.
+    """
+
+    def objective(params, images, labels, keys):
+        value = jnp.mean(loss(params, images, labels, keys))
+        return value * scale, value
+
+    def unscaled(grads):
+        return jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if micro_batches == 1:
+        (_, value), grads = gradient(params, batch["image"], batch["label"], keys)
+        return unscaled(grads), value, jnp.float32(1)
+
+    accumulator = optax.MultiSteps(
+        optax.identity(),
+        every_k_schedule=micro_batches + 1,
+        use_grad_mean=False,
+        should_skip_update_fn=optax.skip_not_finite,
+    )
+
+    def micro_step(carry, part):
+        state, loss_sum = carry
+        (_, value), grads = gradient(params, *part)
+        _, new_state = accumulator.update(unscaled(grads), state, params)
+        counted = new_state.mini_step > state.mini_step
+        return (new_state, loss_sum + jnp.where(counted, value, 0)), None
+
+    parts = jax.tree.map(
+        lambda a: a.reshape(micro_batches, a.shape[0] // micro_batches, *a.shape[1:]),
+        (batch["image"], batch["label"], keys),
+    )
+    (state, loss_sum), _ = jax.lax.scan(micro_step, (accumulator.init(params), jnp.float32(0)), parts)
+    return state.acc_grads, loss_sum, state.mini_step.astype(jnp.float32)
+
+
+def next_loss_scale(loss_scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
+    """Halve after a step with anything non-finite, double after `LOSS_SCALE_PATIENCE` finite ones."""
+    count = jnp.where(finite, loss_scale["finite_steps"] + 1, 0)
+    grow = count >= LOSS_SCALE_PATIENCE
+    scale = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5) * loss_scale["scale"]
+    return {"scale": jnp.clip(scale, 1.0, 2.0**24), "finite_steps": jnp.where(grow, 0, count)}
+
+
+def make_train_step(
+    geometry: jit_model.Geometry, config: Any, plan: Plan, mesh: Mesh, ops: kernels.Ops
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step: (state, batch) -> (new state, metrics of this optimizer step as scalars on the device).
+
+    The state is donated. `batch` holds the images of one optimizer step, split over both mesh axes; each device cuts
+    its part into `optim.accumulation_steps` micro-batches. A step without a finite gradient changes only the step counter.
+    """
+    optimizer, schedule = make_optimizer(config), make_schedule(config, plan)
+    loss = make_loss(geometry, config, ops)
+    micro_batches = config.optim.accumulation_steps
+    comm_dtype = jnp.dtype(config.mesh.comm_dtype)
+    abstract_state = jax.eval_shape(functools.partial(init_state, geometry, config), jax.random.key(0))
+    state_specs = sharding.specs(abstract_state, mesh)
+    param_specs = state_specs.params
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        local = batch["label"].shape[0]
+        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        indices = sharding.device_index(mesh) * local + jnp.arange(local)
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
+
+        scale = state.loss_scale["scale"]
+        params = sharding.gather(state.params, param_specs, mesh, comm_dtype)
+        grads, loss_sum, count = local_gradients(loss, params, batch, keys, micro_batches, scale)
+
+        grads = sharding.sum_gradients(grads, param_specs, mesh, comm_dtype)
+        loss_sum, count = sharding.total((loss_sum, count), mesh)
+        grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
+        norm = sharding.global_norm(grads, param_specs, mesh)
+        usable = jnp.isfinite(norm) & (count > 0)
+        if config.optim.clip_norm:
+            shrink = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda grad: grad * shrink, grads)
+
+        rate = schedule(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
+        ema = update_ema(state.ema, new_params)
+        new_params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, old),
+            (new_params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        skipped = mesh.size * micro_batches - jnp.where(usable, count, 0)
+        loss_scale = state.loss_scale
+        if config.dtype == "float16":
+            loss_scale = next_loss_scale(loss_scale, skipped == 0)
+        metrics = {
+            "train/loss": loss_sum / count,
+            "train/learning_rate": rate,
+            "train/grad_norm": norm,
+            "train/skipped_micro_batches": skipped,
+        }
+        return TrainState(state.step + 1, new_params, opt_state, ema, loss_scale), metrics
+
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(state_specs, sharding.BATCH), out_specs=(state_specs, P()), check_vma=False
+    )
+    state_shardings = sharding.shardings(abstract_state, mesh)
+    return jax.jit(
+        sharded,
+        in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
+        out_shardings=(state_shardings, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )

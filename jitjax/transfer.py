@@ -1,0 +1,62 @@
+"""Starting a run from another run's weights: unconditional pretraining into a class-conditional fine-tuning, say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jitjax.model import Params
+
+LABELS = "y_embedder.table"
+
+
+@dataclasses.dataclass
+class Report:
+    """Names of parameters by what became of them."""
+
+    loaded: list[str] = dataclasses.field(default_factory=list)
+    grown: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)  # in the source only, or of another shape
+    fresh: list[str] = dataclasses.field(default_factory=list)  # in the new model only, or of another shape
+
+    def __str__(self) -> str:
+        def names(kind: str, items: list[str]) -> str:
+            shown = ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
+            return f"; {kind}: {shown}" if items else ""
+
+        text = f"{len(self.loaded)} parameters loaded"
+        return text + names("grown", self.grown) + names("left out", self.left_out) + names("initialised anew", self.fresh)
+
+
+def grow_labels(source: jax.Array, fresh: jax.Array) -> jax.Array:
+    """The label table for new classes: fresh rows for them, and the source's null row (its last) as null row.
+
+    Where the number of classes is the same the whole table is taken, so this is called for differing numbers only.
+    """
+    return jnp.concatenate([fresh[:-1], source[-1:]])
+
+
+def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
+    """`fresh` parameters with all that fits from `source`.
+
+    The label table is grown (`grow_labels`) when the number of classes differs. Anything else of another shape stays
+    fresh and is reported; nothing is dropped without a word.
+    """
+    report, result = Report(), dict(fresh)
+    for name, value in fresh.items():
+        old = source.get(name)
+        if old is not None and old.shape == value.shape:
+            result[name] = old
+            report.loaded.append(name)
+        elif name == LABELS and old is not None and old.shape[1:] == value.shape[1:]:
+            result[name] = grow_labels(old, value)
+            report.grown.append(f"{name} {old.shape[0] - 1} -> {value.shape[0] - 1} classes")
+        else:
+            report.fresh.append(name)
+    for name, old in source.items():
+        if name not in fresh or (name in report.fresh):
+            wanted = f", here {tuple(fresh[name].shape)}" if name in fresh else ""
+            report.left_out.append(f"{name} {tuple(old.shape)}{wanted}")
+    return result, report

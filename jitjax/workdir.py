@@ -1,0 +1,135 @@
+"""The folder of one run: its lock, its configuration, what it says about itself. Nothing here deletes anything."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jitjax import config as config_lib
+from jitjax.errors import UserError
+
+PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "wandb")
+
+
+class Workdir:
+    """An open workdir: locked against a second live run, and known to hold this configuration or none yet."""
+
+    def __init__(self, path: str | Path, *, is_main: bool = True):
+        """Creates the folder and takes its lock (which the system lets go of when the process ends, however it ends).
+
+        Raises:
+          UserError: no permission, no space, not a folder, or in use by a live run.
+        """
+        self.path, self.is_main = Path(path).expanduser().absolute(), is_main
+        self._lock = None
+        if not is_main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "samples").mkdir(exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._lock.flush()
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            raise UserError(
+                f"--workdir={path} is in use by a live run ({self._lock.read().strip()}): stop that one or choose another"
+            ) from error
+        except OSError as error:
+            raise UserError(f"--workdir={path} cannot be written ({error.strerror}): choose another") from error
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """What config.json holds, or None in a new workdir."""
+        file = self.path / "config.json"
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"--workdir={self.path}: config.json is unreadable ({error}); move it away to go on") from error
+
+    def check_config(self, config: ConfigDict, effective_batch: int, *, accept_changes: bool) -> None:
+        """Raises:
+        UserError: this workdir's run began with another configuration; the line names the differing fields.
+        """
+        saved = self.saved_config()
+        if saved is None:
+            return
+        known = config_lib.to_dict(config_lib.default_config())
+        new = config_lib.to_dict(config)
+        differing = config_lib.differing_fields({k: v for k, v in saved.items() if k in known}, new)
+        if saved.get("effective_batch", effective_batch) != effective_batch and not any(
+            line.startswith(("batch_size", "optim.accumulation_steps")) for line in differing
+        ):
+            differing.append(f"effective batch (batch_size x devices): {saved['effective_batch']} -> {effective_batch}")
+        if differing and not accept_changes:
+            raise UserError(
+                f"--workdir={self.path} holds a run with another configuration ({'; '.join(differing)}): "
+                "use another workdir, or --accept_config_changes to go on with the new one"
+            )
+
+    def describe_run(self, config: ConfigDict, facts: Mapping[str, Any]) -> None:
+        """Write config.json (the resolved configuration and `facts`, e.g. devices) and versions.json."""
+        if not self.is_main:
+            return
+        self.write("config.json", json.dumps({**config_lib.to_dict(config), **facts}, indent=1))
+        self.write("versions.json", json.dumps(versions(), indent=1))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all.
+
+        Raises:
+          UserError: no space or no permission.
+        """
+        if not self.is_main:
+            return
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=self.path, prefix=f".{name}.", delete=False) as file:
+                file.write(text + "\n")
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, self.path / name)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"
+            ) from error
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the git revision of the code where it is a checkout."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        found["git"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
+
+
+def parameter_table(params: Mapping[str, Any]) -> str:
+    """One line a parameter: name, shape, count; the total last."""
+    rows = [(name, "x".join(map(str, value.shape)), int(value.size)) for name, value in params.items()]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{name:{width}}  {shape:>12}  {size:>12,}" for name, shape, size in rows]
+    return "\n".join([*lines, f"{'all':{width}}  {'':>12}  {sum(size for *_, size in rows):>12,}"])

@@ -1,0 +1,316 @@
+"""Whole runs: kill and resume, fine-tuning, what a workdir refuses, and that training learns the classes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, small_config
+from PIL import Image
+
+from jitjax import checkpoint
+from jitjax.config import to_dict
+from jitjax.errors import UserError
+from jitjax.train import train
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(workdir):
+    return checkpoint.load_weights(workdir)
+
+
+def assert_same_run(a, b):
+    """Losses, learning rates, norms, parameters and averages equal, bit for bit."""
+    keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch_loss")
+    assert [[m.get(k) for k in keys] for m in metrics(a)] == [[m.get(k) for k in keys] for m in metrics(b)]
+    for x, y in zip(
+        jax.tree.leaves((weights(a).params, weights(a).ema)),
+        jax.tree.leaves((weights(b).params, weights(b).ema)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+CONFIG_FILE = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from conftest import small_config
+def get_config():
+    return small_config(**{overrides!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """40 steps on 8 devices, 2 micro-batches: 16 steps an epoch of 512 images, checkpoints every 8."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    assert train(small_config(**RUN), workdir) == 0
+    return workdir
+
+
+RUN = dict(
+    total_steps=40,
+    optim__accumulation_steps=2,
+    checkpoint__every_steps=8,
+    preview__every_steps=20,
+    checkpoint__keep_every=16,
+)
+
+
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
+    """kill -9 in the middle; the same command again goes on from the last complete checkpoint and ends bit for bit where
+    the uninterrupted run does, epoch means included."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=RUN))
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "jitjax.main", f"--config={config}", f"--workdir={workdir}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if (workdir / "checkpoints" / "16").is_dir():  # complete: Orbax renames it into place
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()[-2000:]
+    (workdir / "metrics.jsonl").open("a").write('{"step": 999, "train/lo')  # as a crash may leave it
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert_same_run(uninterrupted, workdir)
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [16, 24, 32, 40]
+
+
+def test_sigterm_saves_and_resumes(uninterrupted, tmp_path):
+    """A polite stop saves at once; the resumed run loses nothing. Here on a 4x2 mesh after the start on 8x1."""
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_21(step, number=signal.SIGTERM):
+        if step == 21:
+            os.kill(os.getpid(), number)
+
+    from jitjax.monitor import LateLog
+
+    original = LateLog.add
+    try:
+        LateLog.add = lambda self, step, metrics, waited: (stop_at_21(step), original(self, step, metrics, waited))[1]
+        assert train(small_config(**RUN), tmp_path) == 128 + signal.SIGTERM
+    finally:
+        LateLog.add = original
+    assert checkpoint.find(tmp_path)[1] == 21
+    assert train(small_config(**RUN, mesh__data=4, mesh__fsdp=2), tmp_path) == 0
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_workdir_tells_its_story(uninterrupted):
+    """Names that scripts outside rely on: one line a step with these metrics, config, grids."""
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert all({"train/loss", "train/learning_rate", "train/grad_norm"} <= line.keys() for line in lines)
+    assert {"train/samples_per_second", "train/tokens_per_second"} <= lines[-1].keys()
+    first = [line["train/loss"] for line in lines[:16]]
+    assert lines[15]["train/epoch_loss"] == pytest.approx(np.mean(first), rel=1e-6)
+    assert [line["step"] for line in lines if "train/epoch_loss" in line] == [16, 32]
+    saved = json.loads((uninterrupted / "config.json").read_text())
+    assert saved["optim"]["accumulation_steps"] == 2 and saved["effective_batch"] == 32 and saved["devices"] == 8
+    for name in ("step_00000020.png", "step_00000040.png"):
+        with Image.open(uninterrupted / "samples" / name) as grid:
+            assert grid.width > 8 * 8
+
+
+def test_another_config_is_refused_by_field(uninterrupted):
+    before = (uninterrupted / "config.json").read_text()
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.002"):
+        train(small_config(**RUN, optim__lr=2e-3), uninterrupted)
+    with pytest.raises(UserError, match=r"batch_size: 2 -> 1"):
+        train(small_config(**RUN, batch_size=1), uninterrupted)
+    with pytest.raises(UserError, match=r"another model \(width: 32 -> 64; optim.ema_decays: \(0.5,0.9\) -> \(0.9\)\)"):
+        changed = small_config(**RUN, model__width=64, optim__ema_decays=(0.9,))
+        train(changed, uninterrupted, accept_config_changes=True)
+    assert (uninterrupted / "config.json").read_text() == before
+    assert checkpoint.find(uninterrupted)[1] == 40
+
+
+def test_a_live_workdir_is_refused(tmp_path):
+    from jitjax.workdir import Workdir
+
+    script = (
+        "import sys, time; from jitjax.workdir import Workdir; w = Workdir(sys.argv[1]); print(1, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="in use by a live run"):
+            Workdir(tmp_path)
+        other.kill()
+    Workdir(tmp_path).close()
+
+
+def test_finetuning_carries_weights_and_null_row(tmp_path):
+    """Unconditional pretraining, then --init_from with classes: everything but the label table is loaded bit for bit, the
+    null row becomes the new table's null row, optimizer and schedule start afresh."""
+    pretrained, finetuned = tmp_path / "a", tmp_path / "b"
+    train(small_config(model__class_conditional=False, total_steps=3), pretrained)
+    config = small_config(init_from=str(pretrained), total_steps=1, optim__warmup_steps=10)
+    train(config, finetuned)  # the one step has learning rate 0: parameters stay
+    old, new = weights(pretrained), weights(finetuned)
+    assert old.params["y_embedder.table"].shape[0] == 1 and new.params["y_embedder.table"].shape[0] == 9
+    for name, value in new.params.items():
+        if name == "y_embedder.table":
+            np.testing.assert_array_equal(value[-1], old.params[name][-1])
+            for decay in ("0.9", "0.5"):  # averages moved one step towards the unchanged parameters
+                rest = float(decay) * np.asarray(old.ema[decay][name][-1]) + (1 - float(decay)) * np.asarray(value[-1])
+                np.testing.assert_allclose(new.ema[decay][name][-1], rest, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(value, old.params[name], err_msg=name)
+    assert new.step == 1
+    again = tmp_path / "c"  # one checkpoint instead of a workdir
+    train(small_config(init_from=str(pretrained / "checkpoints" / "3"), total_steps=1, optim__warmup_steps=10), again)
+    np.testing.assert_array_equal(weights(again).params["final.adaln.kernel"], new.params["final.adaln.kernel"])
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        train(small_config(init_from=str(tmp_path / "nowhere"), total_steps=1), tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(data__synthetic="", data__path="/nowhere"), r"--config\.data\.path"),
+        (dict(data__image_size=9), r"not a multiple of the patch size 4"),
+        (dict(model__name="JiT-X/4"), r"--config\.model\.name='JiT-X/4' is unknown.*JiT-B"),
+        (dict(batch_size=128), r"holds 512 images, fewer than one effective batch of 1024.*batch_size=64"),
+        (dict(mesh__data=3), r"must be one of 8x1, 4x2, 2x4, 1x8"),
+        (dict(model__num_classes=5), r"--config\.model\.num_classes=5 but .* has 8 class folders"),
+        (dict(epochs=1.0), r"exactly one run length"),
+        (dict(total_steps=None), r"exactly one run length"),
+        (dict(dtype="bf16"), r"--config\.dtype='bf16': use one of bfloat16"),
+        (dict(optim__ema_decays=()), r"--config\.optim\.ema_decays is empty"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(small_config(**overrides), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_on_a_flat_folder_are_refused(tmp_path):
+    images = tmp_path / "flat"
+    images.mkdir()
+    for i in range(32):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(images / f"{i}.png")
+    with pytest.raises(UserError, match="flat folder"):
+        train(small_config(data__synthetic="", data__path=str(images)), tmp_path / "run")
+    assert (
+        train(small_config(data__synthetic="", data__path=str(images), model__class_conditional=False), tmp_path / "run") == 0
+    )
+
+
+def test_a_broken_image_is_told_once_and_replaced(tmp_path):
+    """Training on a folder with a file that cannot be decoded: one warning that names it, and the run goes on."""
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for i in range(60):
+            Image.new("RGB", (8, 8), (2 * i, 0, 0)).save(images / name / f"{i}.png")
+    (images / "a" / "0.png").write_bytes(b"not a picture")
+    overrides = dict(data__synthetic="", data__path=str(images), total_steps=15, data__num_workers=1)  # epochs of 7 steps
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=overrides))
+    command = [sys.executable, "-m", "jitjax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("0.png") == 1 and "warning: " in done.stdout + done.stderr
+
+
+def test_no_space_and_no_permission(tmp_path, monkeypatch):
+    """One line, before any training: a file where the folder should be, a folder that is not there, a full disk."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train(small_config(), tmp_path / "file")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
+    with pytest.raises(UserError, match=r"no space for a checkpoint, which takes 1 MiB"):
+        train(small_config(), tmp_path / "full")
+    assert not (tmp_path / "full" / "metrics.jsonl").exists()
+
+
+def test_training_learns_the_classes(tmp_path):
+    """After a short run the mean colour of nearly every sample is nearest to its own class's; before training it is not."""
+    config = small_config(
+        data__image_size=16,
+        model__width=64,
+        model__depth=3,
+        batch_size=8,
+        total_steps=250,
+        optim__lr=2e-3,
+        optim__ema_decays=(0.98,),
+        preview__every_steps=250,
+        preview__num_images=64,
+        preview__steps=10,
+        preview__cfg_scale=2.0,
+        log__every_steps=50,
+    )
+    train(config, tmp_path)
+    truth = {}
+    for folder in sorted((tmp_path / "shapes" / "train").iterdir()):
+        truth[folder.name] = np.mean([np.asarray(Image.open(p), np.float32).mean((0, 1)) for p in folder.iterdir()], 0)
+    means = np.stack(list(truth.values()))
+
+    from jitjax import diffusion, model, sampling
+
+    loaded = weights(tmp_path)
+    labels = np.arange(64) % 8
+
+    def share_recognised(params):
+        module = model.merge(model.graphdef_of(loaded.geometry), params)
+        noise = jax.random.normal(jax.random.key(1), (64, 16, 16, 3))
+        images = diffusion.to_uint8(sampling.sample(module, noise, labels, steps=10, cfg_scale=2.0))
+        colours = np.asarray(images, np.float32).mean((1, 2))
+        nearest = np.argmin(((colours[:, None] - means[None]) ** 2).sum(-1), axis=1)
+        return float((nearest == labels).mean())
+
+    assert share_recognised(loaded.ema["0.98"]) > 0.8
+    assert share_recognised(jax.jit(model.init_fn(loaded.geometry))(jax.random.key(0))) < 0.4
+
+
+def test_config_survives_its_json():
+    from jitjax.config import from_dict
+
+    config = small_config(optim__ema_decays=(0.9, 0.99), preview__interval=(0.1, 0.9))
+    assert to_dict(from_dict(json.loads(json.dumps(to_dict(config))))) == to_dict(config)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two processes with two devices each train on the same batches to the same losses as one process with four."""
+    overrides = dict(total_steps=6, batch_size=4, checkpoint__every_steps=3, preview__every_steps=6)
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=overrides))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(workdir, devices, **environment):
+        command = [sys.executable, "-m", "jitjax.main", f"--config={config}", f"--workdir={workdir}"]
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    cluster = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
+    runs = [start(tmp_path / "two", 2, **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)] + [start(tmp_path / "one", 4)]
+    for process in runs:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [m["step"] for m in two] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([m["train/loss"] for m in two], [m["train/loss"] for m in one], rtol=2e-6)
+    with (
+        Image.open(tmp_path / "one/samples/step_00000006.png") as a,
+        Image.open(tmp_path / "two/samples/step_00000006.png") as b,
+    ):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2
