@@ -1,0 +1,1 @@
+"""Weights in and out: the published PyTorch checkpoints (.pth) and safetensors. Nothing here needs PyTorch."""
