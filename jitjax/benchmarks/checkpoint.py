@@ -1,0 +1,109 @@
+"""Saving and restoring a whole train state, as one JSON line.
+
+    python -m jitjax.bench checkpoint --config configs/imagenet.py:h16 --directory /disk/to/test
+
+`stopped_seconds` is how long a training loop stands still for an asynchronous save: until the state is on the host and
+the next step may overwrite it. `durable_seconds` counts from the same moment to the end of the writing in the background.
+The first save also starts threads and is told apart. What is restored is compared with what was saved, bit for bit; it may
+come from the system's file cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from jitjax import checkpoint, sharding, step
+from jitjax import config as config_lib
+from jitjax.benchmarks import common
+from jitjax.errors import UserError
+
+_DIRECTORY = flags.DEFINE_string("directory", None, "Existing folder on the disk to test; default the system's temporary one.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure. `argv`: arguments without the program's name.
+
+    Raises:
+      UserError: a mistake in the configuration, or a folder that cannot be written.
+    """
+    config = common.parse("checkpoint", argv)
+    if jax.process_count() > 1:
+        raise UserError("bench checkpoint runs in one process only")
+    setup = common.prepare(config)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="jitjax-bench-", dir=_DIRECTORY.value)
+    except OSError as error:
+        raise UserError(f"--directory={_DIRECTORY.value}: {error.strerror}; name an existing folder to test") from error
+    with folder as path:
+        common.emit(measure(setup, Path(path), common.REPEATS.value))
+    return 0
+
+
+def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
+    """Save 1 + `repeats` times into `folder`, restore the last. Times in seconds, sizes in bytes."""
+    state = common.random_state(setup)
+    like = sharding.abstract(jax.eval_shape(lambda: state), setup.mesh)
+    meta = checkpoint.describe(setup.geometry, state.ema, config=config_lib.to_dict(setup.config))
+    # As after a train step: new arrays in the place of old ones, of which the host has no copy yet.
+    advance = jax.jit(_advanced, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
+    saved = checkpoint.Checkpoints(folder, keep_last=1)
+    stopped, durable = [], []
+    for number in range(1, repeats + 2):
+        state = jax.block_until_ready(advance(state))
+        begun = time.perf_counter()
+        saved.save(state, number, meta)
+        stopped.append(time.perf_counter() - begun)
+        saved.wait()
+        durable.append(time.perf_counter() - begun)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    restore = []
+    for _ in range(repeats):
+        restored, seconds = common.timed(functools.partial(saved.restore, repeats + 1, like))
+        restore.append(seconds)
+    same = bool(jax.jit(_equal)(state, restored))
+    saved.close()
+
+    in_memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    common.say(
+        f"{setup.config.model.name}: {size / 1e9:.2f} GB; stopped {statistics.median(stopped[1:]):.2f} s, durable after "
+        f"{statistics.median(durable[1:]):.2f} s, restored in {statistics.median(restore):.2f} s"
+    )
+    return {
+        "benchmark": "checkpoint",
+        **common.summary(stopped[1:], "stopped_seconds"),
+        **common.summary(durable[1:], "durable_seconds"),
+        **common.summary(restore, "restore_seconds"),
+        "first_stopped_seconds": round(stopped[0], 3),
+        "first_durable_seconds": round(durable[0], 3),
+        "repeats": repeats,
+        "state_bytes": in_memory,
+        "disk_bytes": size,
+        "write_gb_per_second": round(size / statistics.median(durable[1:]) / 1e9, 3),
+        "restored_equals_saved": same,
+        **common.describe(setup),
+    }
+
+
+def _advanced(state: step.TrainState) -> step.TrainState:
+    """New values everywhere, random in every digit: Orbax compresses, and a fresh optimizer's zeros would vanish."""
+    params = {name: value * 1.001 for name, value in state.params.items()}
+    moments = {"mu": {n: p * 0.01 for n, p in params.items()}, "nu": {n: p * p for n, p in params.items()}}
+    adam, *rest = state.opt_state
+    ema = {decay: {n: p * float(decay) for n, p in params.items()} for decay in state.ema}
+    return dataclasses.replace(state, params=params, ema=ema, opt_state=(adam._replace(**moments), *rest))
+
+
+def _equal(a: step.TrainState, b: step.TrainState) -> jax.Array:
+    a, b = (step.TrainState(0, s.params, s.opt_state, s.ema, s.loss_scale) for s in (a, b))
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.all(x == y), a, b))))

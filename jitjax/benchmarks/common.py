@@ -1,0 +1,185 @@
+"""What the benchmarks share: a run's parts without a data set, random weights and data, and facts about the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jitjax import checkpoint, config_flags, kernels, model, runtime, sharding, step
+from jitjax import config as config_lib
+
+REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements; median, least and greatest are told.", lower_bound=1)
+
+IMAGES, CLASSES = 1_281_167, 1000  # ImageNet's, where the config leaves it to the data set
+PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that `jitjax.train` makes from a config and a data set, here from the config alone."""
+
+    config: ConfigDict
+    geometry: model.Geometry
+    plan: config_lib.Plan
+    mesh: Mesh
+    kernels: str
+    kernels_reason: str
+
+    @property
+    def ops(self) -> kernels.Ops:
+        return kernels.get_ops(self.kernels)
+
+
+def parse(name: str, argv: Sequence[str]) -> ConfigDict:
+    """The config that the command line describes. A run length is not needed and does not matter."""
+    holder = config_flags.define()
+    config_flags.parse([f"bench {name}", *argv])
+    config = holder.value()
+    for length in config_lib.RUN_LENGTHS:
+        config[length] = None
+    config.total_steps = 1_000_000
+    checkpoint.quiet()
+    return config
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Check the config and choose mesh and kernels as a run does. ImageNet's size stands in for a data set's.
+
+    Raises:
+      UserError: a mistake in the config.
+    """
+    config_lib.validate(config)
+    runtime.use_compilation_cache(config.compilation_cache)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    classes = config.model.num_classes or (CLASSES if config.model.class_conditional else 0)
+    geometry = model.geometry_from_config(config, classes)
+    global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
+    plan = config_lib.make_plan(
+        config,
+        images=max(IMAGES, global_batch),
+        folder_classes=classes,
+        tokens_per_image=geometry.tokens,
+        devices=mesh.size,
+    )
+    kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, width=geometry.width, heads=geometry.heads)
+    return Setup(config, geometry, plan, mesh, kind, reason)
+
+
+def random_params(geometry: model.Geometry, key: jax.Array) -> model.Params:
+    """A fresh model's weights, with noise in the matrices that start at zero (adaLN and the last layer).
+
+    With those at zero the whole backward pass would multiply zeros, which a GPU does with less power, so at a higher clock
+    than it has for real gradients.
+    """
+
+    def drawn(index: int, name: str, value: jax.Array) -> jax.Array:
+        if not name.endswith(("adaln.kernel", "final.linear.kernel")):
+            return value
+        return 0.02 * jax.random.normal(jax.random.fold_in(key, index), value.shape)
+
+    params = model.init_fn(geometry)(key)
+    return {name: drawn(index, name, value) for index, (name, value) in enumerate(params.items())}
+
+
+def random_state(setup: Setup) -> step.TrainState:
+    """A train state with `random_params`, on the mesh as in training."""
+
+    def init(key):
+        params = random_params(setup.geometry, key)
+        return step.fresh_state(params, {str(d): params for d in setup.config.optim.ema_decays}, setup.config)
+
+    key = jax.random.key(setup.config.seed)
+    placed = sharding.shardings(jax.eval_shape(init, key), setup.mesh)
+    return jax.block_until_ready(jax.jit(init, out_shardings=placed)(key))
+
+
+def random_batch(setup: Setup) -> step.Batch:
+    """Random images and labels of one optimizer step, made on the devices."""
+    size, count = setup.geometry.image_size, setup.plan.global_batch
+
+    def draw(key):
+        images, labels = jax.random.split(key)
+        return {
+            "image": jax.random.randint(images, (count, size, size, model.CHANNELS), 0, 256).astype(jnp.uint8),
+            "label": jax.random.randint(labels, (count,), 0, max(1, setup.geometry.num_classes)),
+        }
+
+    placed = NamedSharding(setup.mesh, sharding.BATCH)
+    return jax.block_until_ready(jax.jit(draw, out_shardings=placed)(jax.random.key(setup.config.seed + 1)))
+
+
+# ---------------------------------------------------------------- facts for the report
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """What was measured: the settings that decide speed, the devices, versions and flags."""
+    c, g, device = setup.config, setup.geometry, setup.mesh.devices.flat[0]
+    return {
+        "model": c.model.name,
+        "parameters": sum(math.prod(p.shape) for p in jax.eval_shape(model.init_fn(g), jax.random.key(0)).values()),
+        "image_size": g.image_size,
+        "tokens_per_image": g.tokens,
+        "context_length": g.context_length,
+        "class_conditional": c.model.class_conditional,
+        "batch_size": c.batch_size,
+        "accumulation_steps": c.optim.accumulation_steps,
+        "global_batch": setup.plan.global_batch,
+        "dtype": c.dtype,
+        "kernels": setup.kernels,
+        "kernels_reason": setup.kernels_reason,
+        "remat": c.remat,
+        "dropout": [c.model.attn_dropout, c.model.proj_dropout],
+        "ema_decays": list(c.optim.ema_decays),
+        "mesh": dict(setup.mesh.shape),
+        "comm_dtype": c.mesh.comm_dtype,
+        "device": device.device_kind,
+        "devices": setup.mesh.size,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def summary(values: Sequence[float], name: str, digits: int = 3) -> dict[str, float]:
+    """Median under `name`, least and greatest under `name`_min and `name`_max."""
+    found = {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+    return {key: round(value, digits) for key, value in found.items()}
+
+
+def emit(record: dict[str, Any]) -> None:
+    """One JSON line on stdout, by the first process only."""
+    if jax.process_index() == 0:
+        print(json.dumps(record), flush=True)
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What the function returned and the seconds until all of its arrays were there."""
+    begun = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return result, time.perf_counter() - begun

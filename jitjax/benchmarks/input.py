@@ -1,0 +1,114 @@
+"""The input pipeline alone: images/s to host batches and to device batches, as one JSON line.
+
+    python -m jitjax.bench input --config configs/h200.py --config.data.path=./data/train64
+
+Nothing consumes the batches but the clock, so this is what the pipeline can supply at most; training takes what it
+needs.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from jitjax import config_flags
+from jitjax.data import make_iterator, open_dataset, to_device
+from jitjax.data.pool import available_cpus
+
+_SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to measure each of the two stages.", lower_bound=0.1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures the data set and settings of a config. `argv`: arguments without the program's name."""
+    holder = config_flags.define()
+    config_flags.parse(["bench input", *argv])
+    print(json.dumps(measure(holder.value(), _SECONDS.value)), flush=True)
+    return 0
+
+
+def measure(config: Any, seconds: float) -> dict[str, Any]:
+    """Runs the pipeline twice, to host and to device, after a warm-up that fills its buffers.
+
+    Returns:
+      Rates in images/s (per worker: the rate divided by the workers, or by 1 where threads of this process read) and
+      the workers' memory in MiB after the warm-up and at the end.
+    """
+    import jax
+
+    from jitjax.sharding import BATCH, make_mesh
+
+    dataset = open_dataset(config.data.path, config.data.image_size, exif_rotate=config.data.exif_rotate)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
+    workers = config.data.num_workers
+
+    def start() -> Any:
+        return make_iterator(
+            dataset,
+            seed=config.seed,
+            global_batch=global_batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=workers,
+            flip=config.data.flip,
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
+
+    result: dict[str, Any] = {
+        "benchmark": "input",
+        "kind": dataset.kind,
+        "images": len(dataset),
+        "image_size": dataset.image_size,
+        "global_batch": global_batch,
+        "num_workers": workers,
+        "cpus": available_cpus(),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+    per_process = global_batch // jax.process_count()
+    for stage in ("host", "device"):
+        batches = start()
+        if stage == "device":
+            batches = to_device(batches, jax.sharding.NamedSharding(mesh, BATCH))
+        try:
+            begin = time.perf_counter()
+            next(batches)
+            result[f"{stage}_first_batch_seconds"] = round(time.perf_counter() - begin, 3)
+            _take(batches, seconds / 5)
+            memory = _worker_mib()
+            count, elapsed = _take(batches, seconds)
+            rate = count * per_process / elapsed
+            result[f"{stage}_images_per_second"] = round(rate, 1)
+            result[f"{stage}_images_per_second_per_worker"] = round(rate / max(1, workers), 1)
+            result[f"{stage}_worker_mib"] = [memory, _worker_mib()]
+        finally:
+            batches.close()
+    return result
+
+
+def _take(batches: Iterator[dict[str, Any]], seconds: float) -> tuple[int, float]:
+    """Takes batches for a time; waits for each to be on its device. Returns their number and the exact time."""
+    begin, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begin) < seconds or count == 0:
+        batch = next(batches)
+        if hasattr(batch["image"], "block_until_ready"):
+            batch["image"].block_until_ready()
+        count += 1
+    return count, elapsed
+
+
+def _worker_mib() -> int:
+    """Resident memory of all workers together; 0 where the system does not say."""
+    total = 0
+    for child in multiprocessing.active_children():
+        try:
+            with open(f"/proc/{child.pid}/statm", encoding="ascii") as file:
+                total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            continue
+    return total >> 20

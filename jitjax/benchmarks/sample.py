@@ -1,0 +1,158 @@
+"""The sampler: images/s with the preview's settings, as one JSON line for each way to sample.
+
+    python -m jitjax.bench sample --config configs/imagenet.py:b16 --num_images 64 --baseline
+
+With labels: "guided" (`preview.cfg_scale` inside `preview.interval`) and "unguided". `--baseline` adds "published", what the
+published sampler computes with the same network code: at every step the conditional and the unconditional images as two
+passes, also where guidance is off. Both give the same images, of random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import NamedSharding
+
+from jitjax import diffusion, flops, model, sampling, sharding
+from jitjax.benchmarks import card, common
+from jitjax.errors import UserError
+
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Images in one batch; default preview.num_images.", lower_bound=1)
+_BASELINE = flags.DEFINE_bool("baseline", False, "Also time the published way, for the ratio.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure. `argv`: arguments without the program's name.
+
+    Raises:
+      UserError: a mistake in the configuration.
+    """
+    config = common.parse("sample", argv)
+    if _NUM_IMAGES.value:
+        config.preview.num_images = _NUM_IMAGES.value
+    ways = ["unguided"]
+    if config.model.class_conditional:
+        ways = ["guided", "unguided"] + ["published"] * _BASELINE.value
+    elif _BASELINE.value:
+        raise UserError("--baseline compares guidance, which needs labels: add --config.model.class_conditional=True")
+    for record in measure(common.prepare(config), ways, common.REPEATS.value):
+        common.emit(record)
+    return 0
+
+
+def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """A record for each way, all sampled from one set of weights. Rounds go over all ways, so that a card that warms up
+    slows all of them."""
+    draw = functools.partial(common.random_params, setup.geometry)
+    abstract = jax.eval_shape(draw, jax.random.key(0))
+    params = jax.jit(draw, out_shardings=sharding.shardings(abstract, setup.mesh))(jax.random.key(0))
+    noise, labels = random_inputs(setup)
+    count = labels.shape[0]
+    programs, compile_seconds = {}, {}
+    for way in ways:
+        lowered = make_sampler(setup, way).lower(params, noise, labels)
+        programs[way], compile_seconds[way] = common.timed(lowered.compile)
+        jax.block_until_ready(programs[way](params, noise, labels))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with card.CardMonitor() as monitor:
+        for _ in range(repeats):
+            for way in ways:
+                seconds[way].append(common.timed(lambda way=way: programs[way](params, noise, labels))[1])
+
+    p = setup.config.preview
+    records = []
+    for way in ways:
+        median, passes = statistics.median(seconds[way]), network_passes(setup.config, way)
+        compared = way == "guided" and "published" in ways
+        work = 2 * flops.forward_macs(setup.geometry) * passes * count / median / setup.mesh.size
+        records.append(
+            {
+                "benchmark": "sample",
+                "way": way,
+                **common.summary(seconds[way], "seconds", digits=6),
+                "repeats": repeats,
+                "num_images": count,
+                "images_per_second": round(count / median, 3),
+                "network_passes_per_image": passes,
+                "tflops_per_device": round(work / 1e12, 4),
+                "speedup_over_published": round(statistics.median(seconds["published"]) / median, 3) if compared else None,
+                "compile_seconds": round(compile_seconds[way], 2),
+                "method": p.method,
+                "sampling_steps": p.steps,
+                "cfg_scale": scale_of(setup.config, way),
+                "interval": list(p.interval),
+                "card": monitor.report(),
+                **common.describe(setup),
+            }
+        )
+        common.say(
+            f"{setup.config.model.name} {way}: {records[-1]['images_per_second']} images/s, {count} in {median:.3f} s, "
+            f"{passes} network passes an image"
+        )
+    return records
+
+
+def random_inputs(setup: common.Setup) -> tuple[jax.Array, jax.Array]:
+    """Noise (B, S, S, 3) and labels (B,), split over the devices; B is `preview.num_images` rounded up to them."""
+    g, devices = setup.geometry, setup.mesh.size
+    count = -(-setup.config.preview.num_images // devices) * devices
+
+    def draw(key):
+        noise = setup.config.diffusion.noise_scale * jax.random.normal(key, (count, g.image_size, g.image_size, model.CHANNELS))
+        return noise, jnp.arange(count, dtype=jnp.int32) % max(1, g.num_classes)
+
+    return jax.jit(draw, out_shardings=NamedSharding(setup.mesh, sharding.BATCH))(jax.random.key(1))
+
+
+def make_sampler(setup: common.Setup, way: str) -> Any:
+    """The jitted (params, noise, labels) -> float32 images, sharded as `jitjax.preview` does it."""
+    c, g = setup.config, setup.geometry
+    graphdef = model.graphdef_of(g)
+    specs = sharding.specs(jax.eval_shape(model.init_fn(g), jax.random.key(0)), setup.mesh)
+    settings = dict(null_label=g.num_classes, steps=c.preview.steps, method=c.preview.method, cfg_scale=scale_of(c, way))
+    settings |= dict(interval=tuple(c.preview.interval), t_eps=c.preview.t_eps, prediction=c.prediction)
+    integrate = published if way == "published" else sampling.sample_fn
+
+    def sample(params, noise, labels):
+        params = sharding.gather(params, specs, setup.mesh, jnp.dtype(c.mesh.comm_dtype))
+        network = functools.partial(model.merge(graphdef, params), dtype=jnp.dtype(c.dtype), ops=setup.ops)
+        y = labels if c.model.class_conditional else jnp.full_like(labels, g.num_classes)
+        return integrate(network, noise, y, **settings)
+
+    specs_in = (specs, sharding.BATCH, sharding.BATCH)
+    return jax.jit(jax.shard_map(sample, mesh=setup.mesh, in_specs=specs_in, out_specs=sharding.BATCH, check_vma=False))
+
+
+def published(network, noise, labels, *, null_label, steps, method, cfg_scale, interval, t_eps, prediction) -> jax.Array:
+    """`sampling.sample_fn` as the published sampler computes it: two passes always, and outside the interval the scale is 1."""
+
+    def velocity(z, t, _):
+        tt = jnp.full((z.shape[0],), t, jnp.float32)
+
+        def forward(y):
+            return diffusion.convert(network(z, tt, y).astype(jnp.float32), prediction, "v", z, tt, t_eps)
+
+        v, v_null = forward(labels), forward(jnp.full_like(labels, null_label))
+        return v_null + jnp.where(sampling.guided(t, interval), cfg_scale, 1.0) * (v - v_null)
+
+    return sampling.integrate(velocity, noise, steps=steps, method=method, interval=interval)
+
+
+def scale_of(config: Any, way: str) -> float:
+    """The guidance scale of a way to sample; 1 is off."""
+    return 1.0 if way == "unguided" else float(config.preview.cfg_scale)
+
+
+def network_passes(config: Any, way: str) -> int:
+    """Forward passes of the network for one image."""
+    p = config.preview
+    on = sampling.guided(sampling.time_grid(p.steps), tuple(p.interval)) & (scale_of(config, way) != 1.0)
+    each = 1 + (on | (way == "published")).astype(int)
+    second = each[1:-1].sum() if p.method == "heun" else 0  # Heun's second evaluation; its last step is Euler's
+    return int(each[:-1].sum() + second)

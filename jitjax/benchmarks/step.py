@@ -1,0 +1,223 @@
+"""The train step alone, on random data that is already on the device: the `jitjax.step` that training runs.
+
+    python -m jitjax.bench step --config configs/h200.py --config.optim.accumulation_steps=1 \\
+        --config.model.class_conditional=True --kernels plain,fused --batch_sizes 64,256
+
+One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state.
+
+`ms` is the time of one optimizer step: the median over `repeats` of (time of `steps` steps back to back) / steps. A card
+that reaches its power limit lowers its clock within a second or two, so fewer than 60 steps flatter. Operations are the
+model's own (`jitjax.flops.train_flops`); `mfu` is their rate over that of a large matrix product measured here
+(`matmul_tflops`, a burst; `mfu_sustained`: seconds of them, when the card is warm) and `mfu_datasheet` over the
+datasheet's. Memory: `temporary_gib` is what XLA lays out for activations, `program_gib` adds state and batch;
+`process_peak_gib` is the allocator's peak of the process so far, not of the variant.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from jitjax import flops, step
+from jitjax.benchmarks import card, common, profile
+from jitjax.errors import UserError
+
+_STEPS = flags.DEFINE_integer("steps", 60, "Optimizer steps of one measurement, back to back.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 20, "Optimizer steps before the first measurement.", lower_bound=1)
+_KERNELS = flags.DEFINE_list("kernels", [], "Kernels to compare, e.g. plain,fused; default the config's.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Values of batch_size to measure; default the config's.")
+_PROFILE = flags.DEFINE_string("profile", None, "Folder for a trace of three steps and a table of its GPU kernels.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure every variant. `argv`: arguments without the program's name.
+
+    Raises:
+      UserError: a mistake in the configuration, or a variant that does not fit the card (after all were tried).
+    """
+    config = common.parse("step", argv)
+    variants = list_variants(config, _KERNELS.value, _BATCH_SIZES.value)
+    setups = [common.prepare(variant) for variant in variants]  # mistakes first
+    peak = card.matmul_peak()
+    common.say(f"matrix product {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
+
+    def measure_one(setup: common.Setup) -> dict[str, Any]:
+        folder = Path(_PROFILE.value) if _PROFILE.value else None
+        if folder and len(setups) > 1:
+            folder = folder / f"{setup.config.kernels}_{setup.config.batch_size}"
+        settings = dict(steps=_STEPS.value, warmup=_WARMUP.value, repeats=common.REPEATS.value)
+        return measure(setup, peak, folder=folder, **settings)
+
+    measure_all(setups, measure_one)
+    return 0
+
+
+def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Setup], dict[str, Any]]) -> None:
+    """Measure and print each; one that does not fit does not keep the others from running.
+
+    Raises:
+      UserError: at the end, if any was out of memory.
+    """
+    too_large = []
+    for setup in setups:
+        try:
+            common.emit(measure_one(setup))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                raise
+            too_large.append(f"--config.batch_size={setup.config.batch_size} (kernels {setup.kernels})")
+            common.say(f"{too_large[-1]}: out of memory")
+    if too_large:
+        raise UserError(f"out of memory: {', '.join(too_large)}; use a smaller batch or --config.remat=dots or full")
+
+
+def list_variants(config: ConfigDict, kernels: Sequence[str], batch_sizes: Sequence[str]) -> list[ConfigDict]:
+    """A copy of the config for each pair of kernels and batch size; an empty list stands for the config's own value."""
+    try:
+        sizes = [int(size) for size in batch_sizes] or [config.batch_size]
+    except ValueError as error:
+        raise UserError(f"--batch_sizes={','.join(batch_sizes)}: give whole numbers, e.g. 64,256") from error
+    variants = []
+    for size in sizes:
+        for kind in kernels or [config.kernels]:
+            variant = config.copy_and_resolve_references()
+            variant.batch_size, variant.kernels = size, kind
+            variants.append(variant)
+    return variants
+
+
+def measure(
+    setup: common.Setup, peak: dict[str, float], *, steps: int, warmup: int, repeats: int, folder: Path | None = None
+) -> dict[str, Any]:
+    """Compile the step and time it.
+
+    Args:
+      peak: of `card.matmul_peak`.
+      steps, warmup, repeats: as the flags.
+      folder: where a profile goes, or None.
+
+    Returns:
+      The record to print. Times in ms and s, rates a second, memory in GiB (2^30 bytes).
+    """
+    config, geometry, mesh = setup.config, setup.geometry, setup.mesh
+    state, init_seconds = common.timed(lambda: common.random_state(setup))
+    batch = common.random_batch(setup)
+    train_step = step.make_train_step(geometry, config, setup.plan, mesh, setup.ops)
+    begun = time.perf_counter()
+    lowered = train_step.lower(state, batch)
+    lower_seconds = time.perf_counter() - begun
+    with CacheHits() as hits:
+        begun = time.perf_counter()
+        compiled = lowered.compile()
+        compile_seconds = time.perf_counter() - begun
+    (state, metrics), first_seconds = common.timed(lambda: compiled(state, batch))
+    state, metrics, _ = run(compiled, state, batch, warmup)
+    times = []
+    with card.CardMonitor() as monitor:
+        for _ in range(repeats):
+            state, metrics, seconds = run(compiled, state, batch, steps)
+            times.append(seconds / steps)
+    loss = float(metrics["train/loss"])
+    if not math.isfinite(loss):
+        common.say(f"warning: the loss is {loss}")
+    if folder:
+        state = profile_steps(compiled, state, batch, folder)
+
+    samples = setup.plan.global_batch / statistics.median(times)
+    tflops = samples * flops.train_flops(geometry) / mesh.size / 1e12
+    sheet = flops.datasheet_flops(mesh.devices.flat[0].device_kind)
+    record = {
+        "benchmark": "step",
+        **common.summary([seconds * 1e3 for seconds in times], "ms"),
+        "steps": steps,
+        "warmup": warmup,
+        "repeats": repeats,
+        "tokens_per_second": round(samples * geometry.tokens, 1),
+        "samples_per_second": round(samples, 2),
+        "tokens_per_second_per_device": round(samples * geometry.tokens / mesh.size, 1),
+        "tflops_per_device": round(tflops, 4),
+        **peak,
+        "mfu": round(tflops / peak["matmul_tflops"], 4),
+        "mfu_sustained": round(tflops / peak["matmul_tflops_sustained"], 4),
+        "mfu_datasheet": round(tflops * 1e12 / sheet, 4) if sheet else None,
+        **memory(compiled, mesh),
+        "init_seconds": round(init_seconds, 2),
+        "lower_seconds": round(lower_seconds, 2),
+        "compile_seconds": round(compile_seconds, 2),
+        "compiled_from_cache": hits.count > 0,
+        "first_step_seconds": round(first_seconds, 3),
+        "loss": round(loss, 5) if math.isfinite(loss) else None,
+        "card": monitor.report(),
+        **common.describe(setup),
+    }
+    common.say(
+        f"{config.model.name} {setup.kernels}, batch {config.batch_size}: {record['ms']} ms a step, "
+        f"{record['tokens_per_second']:,.0f} tokens/s, {record['tflops_per_device']} TFLOP/s a device, "
+        f"mfu {record['mfu']:.1%}; compiled in {lower_seconds + compile_seconds:.1f} s; "
+        f"{record['temporary_gib']} GiB of temporaries"
+    )
+    return record
+
+
+def run(compiled: Any, state: step.TrainState, batch: step.Batch, steps: int) -> tuple[step.TrainState, dict, float]:
+    """Steps back to back: (state, metrics of the last, seconds until everything is there)."""
+    emulated = jax.default_backend() == "cpu"  # more than one step in flight can lock up there, see jitjax.train
+    metrics = {}
+    begun = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = compiled(state, batch)
+        if emulated:
+            jax.block_until_ready(metrics)
+    jax.block_until_ready((state, metrics))
+    return state, metrics, time.perf_counter() - begun
+
+
+def profile_steps(compiled: Any, state: step.TrainState, batch: step.Batch, folder: Path) -> step.TrainState:
+    """Trace a few steps into `folder`, with the program (hlo.txt) and the table of its kernels (table.txt)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with jax.profiler.trace(str(folder)):
+        state, _, _ = run(compiled, state, batch, profile.STEPS)
+    text = compiled.as_text()
+    (folder / "hlo.txt").write_text(text)
+    table = profile.table(profile.read_trace(folder), text, profile.STEPS)
+    (folder / "table.txt").write_text(table)
+    common.say(table)
+    return state
+
+
+def memory(compiled: Any, mesh: jax.sharding.Mesh) -> dict[str, float | None]:
+    """GiB of one device: what the compiled program asks for and what the allocator has seen."""
+    gib = 2**30
+    plan = compiled.memory_analysis()
+    arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    seen = next(iter(mesh.local_mesh.devices.flat)).memory_stats() or {}
+    peak = seen.get("peak_bytes_in_use")
+    return {
+        "temporary_gib": round(plan.temp_size_in_bytes / gib, 3),
+        "program_gib": round((arguments + plan.temp_size_in_bytes) / gib, 3),
+        "process_peak_gib": peak and round(peak / gib, 3),
+    }
+
+
+class CacheHits:
+    """Counts programs that JAX's compilation cache served while a `with` block runs."""
+
+    count = 0
+
+    def __enter__(self) -> CacheHits:
+        jax.monitoring.register_event_listener(self._event)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        jax.monitoring.unregister_event_listener(self._event)
+
+    def _event(self, name: str, **_: Any) -> None:
+        self.count += name == "/jax/compilation_cache/cache_hits"

@@ -1,0 +1,277 @@
+"""The benchmarks: what they print, that they time what they say, and the table of a profile."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, small_config
+
+from jitjax import bench, kernels, model, sampling, step
+from jitjax.benchmarks import card, checkpoint, common, profile, sample
+from jitjax.benchmarks import input as input_bench
+from jitjax.benchmarks import step as step_bench
+from jitjax.data.shapes import draw_dataset
+from jitjax.errors import UserError
+from jitjax.flops import train_flops
+
+CONFIG = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+def get_config():
+    from conftest import small_config
+    return small_config()
+"""
+
+
+def command(tmp_path, *argv):
+    (tmp_path / "small.py").write_text(CONFIG)
+    return subprocess.run(
+        [sys.executable, "-m", "jitjax.bench", argv[0], f"--config={tmp_path / 'small.py'}", *argv[1:]],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---------------------------------------------------------------- step
+
+
+def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
+    flags = ("--steps=2", "--warmup=1", "--repeats=1", "--batch_sizes=1,3", f"--profile={tmp_path / 'profile'}")
+    result = command(tmp_path, "step", *flags, "--config.optim.accumulation_steps=2", "--config.total_steps=None")
+    assert result.returncode == 0, result.stderr
+    small, large = map(json.loads, result.stdout.splitlines())
+    for record, batch in ((small, 1), (large, 3)):
+        assert (record["batch_size"], record["global_batch"], record["kernels"]) == (batch, 2 * batch, "plain")
+        geometry = model.geometry_from_config(small_config(), 1000)
+        assert record["samples_per_second"] == pytest.approx(2 * batch / record["ms"] * 1e3, rel=1e-2)
+        assert record["tokens_per_second"] == pytest.approx(4 * record["samples_per_second"], rel=1e-2)
+        tflops = record["samples_per_second"] * train_flops(geometry) / 1e12
+        assert record["tflops_per_device"] == pytest.approx(tflops, abs=1e-4)
+        assert record["mfu"] == pytest.approx(tflops / record["matmul_tflops"], abs=1e-3)
+        assert 0 < record["temporary_gib"] < record["program_gib"] and record["compile_seconds"] > 0
+        assert record["mfu_datasheet"] is None and record["card"] is None  # no card here
+        folder = tmp_path / "profile" / f"auto_{batch}"
+        assert "no GPU kernels" in (folder / "table.txt").read_text()
+        assert (folder / "hlo.txt").read_text().startswith("HloModule jit_step")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["step", "--batch_sizes=64,x"], "--batch_sizes=64,x"),
+        (["sample", "--baseline", "--config.model.class_conditional=False"], "--baseline"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, argv, says):
+    result = command(tmp_path, *argv)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and says in result.stderr
+
+
+@pytest.mark.parametrize("argv", [[], ["stap"]])
+def test_an_unknown_benchmark_names_those_that_exist(argv):
+    with pytest.raises(UserError, match="step, sample, checkpoint, input"):
+        bench.main(argv)
+
+
+def test_a_variant_that_does_not_fit_is_told_after_the_others_ran(monkeypatch, capsys):
+    """Out of memory at one batch size: the larger and the smaller one are still printed."""
+
+    def measure(setup, *_, **__):
+        if setup.config.batch_size == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return {"batch_size": setup.config.batch_size}
+
+    setups = [common.prepare(small_config(batch_size=size)) for size in (2, 4, 8)]
+    with pytest.raises(UserError, match="batch_size=4 .*remat"):
+        step_bench.measure_all(setups, measure)
+    assert [json.loads(line)["batch_size"] for line in capsys.readouterr().out.splitlines()] == [2, 8]
+
+
+def test_no_backward_product_multiplies_zeros():
+    """A fresh model's gradient is zero but for the last layer; with the benchmark's weights that of every matrix is dense."""
+    config = small_config(model__depth=1, model__context_start=0)
+    geometry = model.geometry_from_config(config, 5)
+    loss = step.make_loss(geometry, config, kernels.get_ops("plain"))
+    images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    labels = jnp.arange(2)
+
+    @jax.jit
+    def zero_fractions(params):
+        keys = jax.random.split(jax.random.key(1), 2)
+        grads = jax.grad(lambda p: jnp.mean(loss(p, images, labels, keys)))(params)
+        return {name: jnp.mean(grad == 0) for name, grad in grads.items() if name.endswith("kernel")}
+
+    key = jax.random.key(2)
+    fresh = zero_fractions(jax.jit(model.init_fn(geometry))(key))
+    assert [name for name, zeros in fresh.items() if zeros < 1] == ["final.linear.kernel"]
+    random = zero_fractions(jax.jit(functools.partial(common.random_params, geometry))(key))
+    assert max(random.values()) < 0.01
+
+
+def test_clock_and_power_are_medians_of_the_whole_lines():
+    text = "1590, 693.10, 700.00, 61\n1980, 300.00, 700.00, 55\n[N/A], [N/A], 700.00, 61\n1575, 695.50, 700.00, 62\n15"
+    expected = {"sm_clock_mhz": 1590, "power_w": 693.1, "power_limit_w": 700, "temperature_c": 61, "samples": 3}
+    assert card.card_medians(text) == expected
+    assert card.card_medians("NVIDIA-SMI has failed\n") is None
+
+
+# ---------------------------------------------------------------- sample
+
+
+def sampled(way, network, *, method="heun", steps=10, interval=(0.1, 0.7)):
+    run = sample.published if way == "published" else sampling.sample_fn
+    noise, labels = jax.random.normal(jax.random.key(0), (3, 4, 4, 3)), jnp.arange(3)
+    settings = dict(null_label=5, steps=steps, method=method, interval=interval, t_eps=0.05, prediction="x")
+    return run(network, noise, labels, cfg_scale=sample.scale_of(small_config(), way), **settings)
+
+
+@pytest.mark.parametrize("method", ["heun", "euler"])
+def test_the_published_way_gives_the_same_images(method):
+    def network(z, t, y):
+        return jnp.sin(z * (1 + y[:, None, None, None]) + t[:, None, None, None])
+
+    ours, published, unguided = (sampled(way, network, method=method) for way in ("guided", "published", "unguided"))
+    np.testing.assert_allclose(ours, published, atol=1e-5)
+    assert jnp.abs(ours - unguided).max() > 0.1
+
+
+def test_sampler_is_measured_in_every_way(capsys):
+    config = small_config(preview__num_images=9, preview__steps=2, preview__interval=(0.4, 0.9))
+    guided, unguided, published = sample.measure(common.prepare(config), ["guided", "unguided", "published"], 1)
+    assert guided["num_images"] == 16  # a whole number on each of 8 devices
+    assert guided["images_per_second"] == pytest.approx(16 / guided["seconds"], rel=1e-2)
+    assert guided["speedup_over_published"] == pytest.approx(published["seconds"] / guided["seconds"], abs=1e-2)
+    assert [r["network_passes_per_image"] for r in (guided, unguided, published)] == [5, 3, 6]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("method", ["heun", "euler"])
+@pytest.mark.parametrize("way", ["guided", "unguided", "published"])
+def test_network_passes_are_those_that_run(method, way):
+    config = small_config(preview__steps=10, preview__method=method, preview__interval=(0.1, 0.7))
+    passes = []
+
+    def network(z, t, y):
+        jax.debug.callback(lambda: passes.append(z.shape[0]))
+        return z
+
+    sampled(way, network, method=method)
+    jax.effects_barrier()
+    assert sample.network_passes(config, way) == sum(passes) / 3
+    assert sample.network_passes(config, "published") == 2 * (19 if method == "heun" else 10)
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+def test_checkpoint_is_whole_and_not_compressed_away(tmp_path, capsys):
+    record = checkpoint.measure(common.prepare(small_config(model__width=128, model__num_classes=5)), tmp_path, 1)
+    assert record["restored_equals_saved"]
+    values = record["state_bytes"] / 4 / record["parameters"]
+    assert 5 <= values < 5.01  # parameters, two moments, two averages
+    assert record["disk_bytes"] > 0.8 * record["state_bytes"]
+    assert 0 < record["stopped_seconds"] <= record["durable_seconds"]
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- profile
+
+STEP = "/x/jitjax/step.py:make_train_step.<locals>.step"
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "origin"),
+    [
+        ("matrix products", "nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_NNT", ""),
+        ("matrix products", "gemm_fusion_dot_12", ""),
+        ("matrix products", "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", ""),
+        ("attention", "attention_backward_kv", ""),
+        ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_32", ""),
+        ("attention", "loop_exponential_fusion_3", "/x/jitjax/kernels/attention.py:plain_qkv_attention"),
+        ("norm and modulation", "residual_norm_backward", ""),
+        ("norm and modulation", "norm_forward", ""),
+        ("norm and modulation", "residual_backward", ""),
+        ("norm and modulation", "input_reduce_fusion_4", "/x/jitjax/kernels/norm.py:plain_norm_modulate"),
+        ("RoPE and qk-norm", "norm_rope_backward", ""),
+        ("RoPE and qk-norm", "loop_multiply_fusion", "/x/jitjax/kernels/attention.py:_norm_rope"),
+        ("SwiGLU", "swiglu_backward", ""),
+        ("SwiGLU", "loop_multiply_fusion_8", "/x/jitjax/kernels/swiglu.py:plain_swiglu"),
+        ("reductions", "input_reduce_fusion_17", "/x/jitjax/model.py:affine"),
+        ("optimizer and EMA", "loop_add_select_fusion_206", STEP),
+        ("optimizer and EMA", "loop_multiply_fusion_1", "/site-packages/optax/_src/transform.py:scale_by_adam"),
+        ("copies", "MemcpyD2D", ""),
+        ("copies", "wrapped_convert_5", "/x/jitjax/model.py:matmul"),
+        ("collectives", "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", ""),
+        ("other", "loop_add_fusion_2", "/x/jitjax/model.py:JiT._forward"),
+    ],
+)
+def test_groups_of_kernels(group, name, origin):
+    assert profile.group_of(name, origin) == group
+    assert group in profile.GROUPS
+
+
+def test_source_lines_of_a_compiled_step_tell_its_fusions_apart():
+    """XLA names a fusion after its arithmetic; only the source line says whether it is a norm or the optimizer."""
+    setup = common.prepare(small_config(dtype="bfloat16"))
+    state = jax.eval_shape(lambda: step.init_state(setup.geometry, setup.config, jax.random.key(0)))
+    count = setup.plan.global_batch
+    shapes = {"image": jax.ShapeDtypeStruct((count, 8, 8, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((count,), int)}
+    train_step = step.make_train_step(setup.geometry, setup.config, setup.plan, setup.mesh, setup.ops)
+    found = profile.origins(train_step.lower(state, shapes).compile().as_text())
+    groups = {profile.group_of("loop_fusion", origin) for name, origin in found.items() if "fusion" in name}
+    expected = {"attention", "norm and modulation", "RoPE and qk-norm", "SwiGLU", "optimizer and EMA", "other"}
+    assert groups == expected
+
+
+def test_table_adds_up_one_gpus_streams():
+    def thread(pid, tid, name):
+        return {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": name}}
+
+    def event(pid, tid, name, start, duration):
+        return {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": start, "dur": duration}
+
+    events = [thread(1, 7, "Stream #7(Compute)"), thread(1, 8, "XLA Ops"), thread(2, 7, "Stream #7(Compute)")]
+    events += [event(1, 7, "nvjet_a", 0, 60), event(1, 7, "swiglu_forward", 60, 30), event(1, 7, "loop_add_fusion_3", 100, 10)]
+    events += [event(1, 8, "fusion", 0, 999), event(2, 7, "nvjet_a", 0, 999)]
+    hlo = """HloModule jit_step
+
+FileNames
+1 "/x/jitjax/step.py"
+
+FunctionNames
+1 "make_train_step.<locals>.step"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=9 end_line=9 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+
+ENTRY %main {
+  %loop_add_fusion.3 = f32[2]{0} fusion(%a), kind=kLoop, calls=%f, metadata={op_name="jit(step)/add" stack_frame_id=1}
+}
+"""
+    lines = profile.table(profile.gpu_kernels(events), hlo, steps=2).splitlines()
+    rows = {line[:22].strip(): line[22:].split() for line in lines}
+    assert rows["matrix products"] == ["30", "60.0%"]
+    assert rows["SwiGLU"] == ["15", "30.0%"]
+    assert rows["optimizer and EMA"] == ["5", "10.0%"]
+    assert rows["sum of kernels"] == ["50"] and rows["span"] == ["55"]
+    assert rows["attention"] == ["0", "0.0%"]
+
+
+def test_input_measures_both_stages(tmp_path):
+    path = draw_dataset(tmp_path / "shapes", image_size=16, per_class=8)
+    config = small_config(data__path=str(path), data__image_size=16)
+    result = json.loads(json.dumps(input_bench.measure(config, seconds=0.2)))
+    assert (result["kind"], result["images"], result["global_batch"]) == ("folder", 64, 16)
+    assert result["host_images_per_second"] > 0 and result["device_images_per_second"] > 0
