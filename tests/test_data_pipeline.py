@@ -12,48 +12,39 @@ import threading
 import time
 from pathlib import Path
 
+import input_matrix
 import numpy as np
 import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
+from input_matrix import BATCH, BATCHES, EVERY, PROCESSES, SEED, SIZE, STARTS, Reference
 
 from jitjax.data import check_fingerprint, make_iterator, open_dataset, to_device
 from jitjax.data.dataset import DataSet
-from jitjax.data.order import ExampleOrder
 from jitjax.errors import UserError
 from jitjax.prepare import prepare
 
-SIZE, BATCH, SEED = 64, 32, 7
+WITHIN_A_BATCH = 77  # where a run whose batch size changed may go on
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return caltech_folder(tmp_path_factory.mktemp("caltech") / "train", every=71)
+def photographs(tmp_path_factory):
+    return tmp_path_factory.mktemp("caltech")
 
 
 @pytest.fixture(scope="module")
-def datasets(folder, tmp_path_factory):
-    prepared = tmp_path_factory.mktemp("prepared") / "out"
-    prepare(str(folder), str(prepared), SIZE, shards=3, workers=1)
-    return {"folder": open_dataset(folder.parent, SIZE), "prepared": open_dataset(prepared, SIZE)}
+def datasets(photographs):
+    return input_matrix.make_datasets(photographs)
 
 
 @pytest.fixture(scope="module")
-def expected(folder):
-    """rows(first, last) -> the run's examples by the definition: one at a time, with the published preprocessing."""
-    files = sorted(folder.glob("*/*.jpg"), key=lambda file: (file.parent.name, file.name))
-    classes = sorted({file.parent.name for file in files})
-    images = np.stack([official_pixels(file, SIZE) for file in files])
-    labels = np.array([classes.index(file.parent.name) for file in files])
-    order = ExampleOrder(SEED, len(files), BATCH)
+def folder(photographs, datasets):
+    return photographs / "folder" / "train"
 
-    def rows(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        examples = np.arange(first, last)
-        chosen, flips = order.images(examples), order.flips(examples)
-        pixels = [images[k][:, ::-1] if flip else images[k] for k, flip in zip(chosen, flips, strict=True)]
-        return np.stack(pixels), labels[chosen]
 
-    return rows
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference(folder)
 
 
 def take(dataset: DataSet, batches: int, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -63,59 +54,57 @@ def take(dataset: DataSet, batches: int, **options) -> tuple[np.ndarray, np.ndar
         taken = [next(iterator) for _ in range(batches)]
     finally:
         iterator.close()
-    assert all(batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32 for batch in taken)
     return np.concatenate([batch["image"] for batch in taken]), np.concatenate([batch["label"] for batch in taken])
 
 
-# 106 images, so three batches of 32 an epoch: the starts lie at the beginning, in the second epoch, just before a
-# boundary and inside a batch (a run whose batch size changed), and each run crosses a boundary.
-@pytest.mark.parametrize("start", [0, 4 * BATCH, 5 * BATCH, 77])
+@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("start", [*STARTS.values(), WITHIN_A_BATCH])
 @pytest.mark.parametrize("kind", ["folder", "prepared"])
-def test_batches_are_the_examples_of_their_place(datasets, expected, kind, start):
+def test_batches_are_the_examples_of_their_place(datasets, reference, kind, start, processes):
+    """On 1 and 8 devices; every image once an epoch; each process reads its share and nothing else. In threads."""
     dataset = datasets[kind]
-    assert dataset.kind == kind and 96 <= len(dataset) < 128
-    images, labels = take(dataset, 4, start_example=start)
-    want_images, want_labels = expected(start, start + 4 * BATCH)
-    assert np.array_equal(images, want_images)
-    assert np.array_equal(labels, want_labels)
-    for process in range(4):
-        part, part_labels = take(dataset, 4, start_example=start, process_index=process, process_count=4)
-        rows = np.arange(4 * BATCH).reshape(4, 4, BATCH // 4)[:, process].ravel()
-        assert np.array_equal(part, want_images[rows])
-        assert np.array_equal(part_labels, want_labels[rows])
+    assert dataset.kind == kind and len(dataset) == reference.count == 208
+    outcome = input_matrix.check(dataset, reference, start, 0, processes)
+    assert outcome.ok(), outcome
+    assert outcome.compared == {1: BATCHES * BATCH, 8: BATCHES * BATCH} and outcome.shown >= 192
 
 
 @pytest.mark.parametrize(
     ("kind", "workers", "process", "processes", "start"),
     [
-        ("folder", 2, 0, 1, 0),
-        ("folder", 2, 3, 4, 5 * BATCH),
-        ("prepared", 2, 1, 4, 4 * BATCH),
-        ("prepared", 8, 0, 1, 77),
-        ("folder", 8, 2, 4, 4 * BATCH),
+        ("folder", 2, 0, 1, STARTS["beginning"]),
+        ("folder", 2, 3, 4, STARTS["mid-epoch"]),
+        ("prepared", 2, 1, 4, STARTS["epoch boundary"]),
+        ("prepared", 8, 0, 1, WITHIN_A_BATCH),
+        ("folder", 8, 2, 4, STARTS["second epoch"]),
     ],
 )
-def test_worker_processes_change_nothing(datasets, expected, kind, workers, process, processes, start):
-    options = dict(num_workers=workers, process_index=process, process_count=processes, start_example=start)
-    images, labels = take(datasets[kind], 10, **options)  # more batches than workers: each is asked again
-    want_images, want_labels = expected(start, start + 10 * BATCH)
-    rows = np.arange(10 * BATCH).reshape(10, processes, BATCH // processes)[:, process].ravel()
-    assert np.array_equal(images, want_images[rows])
-    assert np.array_equal(labels, want_labels[rows])
+def test_worker_processes_change_nothing(datasets, reference, kind, workers, process, processes, start):
+    """A sample; `python tests/input_matrix.py` has every combination (under twenty minutes)."""
+    outcome = input_matrix.check(datasets[kind], reference, start, workers, processes, only=process)
+    assert outcome.ok(), outcome
 
 
-def test_large_batches_travel_in_pieces_of_bounded_size(datasets, expected, monkeypatch):
+def test_a_cluster_of_processes_shares_each_batch(photographs, datasets):
+    """Four real processes, each with its rows on one and on two devices, from every start."""
+    outcomes = input_matrix.run_group(photographs, workers=0)
+    assert len(outcomes) == 4 * len(datasets) * len(STARTS)
+    assert not {run: outcome for run, outcome in outcomes.items() if not outcome.ok()}
+    assert all(outcome.compared.keys() == {4, 8} for outcome in outcomes.values())
+
+
+def test_large_batches_travel_in_pieces_of_bounded_size(datasets, reference, monkeypatch):
     """A batch larger than a chunk is put together from several, uneven ones included."""
     from jitjax.data import pipeline
 
     monkeypatch.setattr(pipeline, "CHUNK_BYTES", 7 * SIZE * SIZE * 3)
     images, labels = take(datasets["prepared"], 4)
-    assert np.array_equal(images, expected(0, 4 * BATCH)[0])
-    assert np.array_equal(labels, expected(0, 4 * BATCH)[1])
+    assert np.array_equal(images, reference.rows(0, 4 * BATCH)[0])
+    assert np.array_equal(labels, reference.rows(0, 4 * BATCH)[1])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_global_arrays_hold_the_rows_in_device_order(datasets, expected, devices):
+def test_global_arrays_hold_the_rows_in_device_order(datasets, reference, devices):
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -128,7 +117,7 @@ def test_global_arrays_hold_the_rows_in_device_order(datasets, expected, devices
     finally:
         batches.close()
         batches.close()
-    want_images, want_labels = expected(0, 4 * BATCH)
+    want_images, want_labels = reference.rows(0, 4 * BATCH)
     for k, batch in enumerate(taken):
         assert batch["image"].sharding == sharding and len(batch["image"].addressable_shards) == devices
         for number, shard in enumerate(batch["image"].addressable_shards):
@@ -224,7 +213,7 @@ def test_a_batch_that_does_not_fit_is_refused(datasets):
 def test_a_data_set_that_changed_is_refused_unless_allowed(datasets, folder, tmp_path):
     saved = datasets["folder"].fingerprint
     check_fingerprint(saved, open_dataset(folder, SIZE))
-    changed = caltech_folder(tmp_path / "again", every=71)
+    changed = caltech_folder(tmp_path / "again", every=EVERY)
     check_fingerprint(saved, open_dataset(changed, SIZE))  # elsewhere, but the same
     victim = sorted(changed.glob("*/*.jpg"))[3]
     victim.write_bytes(victim.read_bytes() + b"\0")
