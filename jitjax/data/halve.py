@@ -1,10 +1,10 @@
 """Pillow's `resize((width // 2, height // 2), BOX)`, bit for bit, in half the time.
 
-Most of the time of a photograph on its way to a small crop is spent here. Pillow resizes one axis after the other,
-horizontally first, rounding to uint8 in between. Along an even edge each pass is the rounded mean of two pixels, which
-Pillow's own `reduce` computes without a filter table. Along an odd edge one output in the middle is the mean of three
-pixels, and to both sides of it stand pairs again. What this relies on is tried out on noise with the Pillow that is
-installed; where it does not hold, the plain resize is used.
+For the pictures that `resample` leaves to Pillow: oblong or huge ones, or all of them without Numba. Pillow resizes one
+axis after the other, horizontally first, rounding to uint8 in between. Along an even edge each pass is the rounded mean of
+two pixels, which Pillow's own `reduce` computes without a filter table. Along an odd edge one output in the middle is the
+mean of three pixels, and to both sides of it stand pairs again. What this relies on is tried out on noise with the Pillow
+that is installed; where it does not hold, the plain resize is used.
 """
 
 from __future__ import annotations

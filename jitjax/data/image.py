@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jitjax.data.halve import halve
+from jitjax.data.jpeg import decode_plain_jpeg
+from jitjax.data.resample import centre_square
 
 # Formats that Pillow recognises by a signature and decodes in process. (EPS, for one, would start Ghostscript; TGA has
 # no signature.)
@@ -24,6 +26,9 @@ MAX_PIXELS = 178_956_970
 # No honest training image is larger on disk; what is larger is refused unread.
 MAX_FILE_BYTES = 512 * 2**20
 
+# Beyond this, memory counts for more than speed.
+_MAX_COPIED_PIXELS = 2**24
+
 # "Corrupt EXIF data" and its like, once for each of a million files
 warnings.filterwarnings("ignore", module=r"PIL\..*")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -33,11 +38,11 @@ class BadImage(Exception):
     """An image that cannot be used. The message is the reason, in one short line."""
 
 
-def preprocess(picture: Image.Image, size: int) -> np.ndarray:
+def preprocess(picture: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """The official centre crop (ADM's `center_crop_arr` after `convert("RGB")`).
 
     Args:
-      picture: any mode, any size. size: edge of the square wanted, in pixels.
+      picture: any mode, any size; or its pixels, (H, W, 3) uint8, RGB. size: edge of the square wanted, in pixels.
 
     Returns:
       (size, size, 3) uint8, RGB; maybe read-only.
@@ -45,51 +50,38 @@ def preprocess(picture: Image.Image, size: int) -> np.ndarray:
     Raises:
       BadImage: the picture is empty or so oblong that the intermediate image would exceed `MAX_PIXELS`.
     """
-    if picture.mode != "RGB":
+    if isinstance(picture, Image.Image) and picture.mode != "RGB":
         picture = picture.convert("RGB")
-    if min(picture.size) == 0:
-        raise BadImage(f"the picture is empty ({picture.width}x{picture.height})")
-    while min(picture.size) >= 2 * size:
-        picture = halve(picture)
-    scale = size / min(picture.size)
-    scaled = (round(picture.width * scale), round(picture.height * scale))
+    width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+    if min(width, height) == 0:
+        raise BadImage(f"the picture is empty ({width}x{height})")
+    steps = _sizes((width, height), size)
+    (before, scaled) = ((width, height), *steps)[-2:]
     if scaled[0] * scaled[1] > MAX_PIXELS:
-        raise BadImage(f"too oblong: {picture.width}x{picture.height} would be enlarged to {scaled[0]}x{scaled[1]}")
-    if scaled != picture.size:  # Pillow's resize to the same size is a copy
-        picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
+        raise BadImage(f"too oblong: {before[0]}x{before[1]} would be enlarged to {scaled[0]}x{scaled[1]}")
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    if scaled != (size, size):
-        picture = picture.crop((left, top, left + size, top + size))
-    return np.asarray(picture)
+    if scaled == (width, height):  # Pillow's resize to the same size is a copy
+        return np.asarray(picture)[top : top + size, left : left + size]
+    if width * height <= _MAX_COPIED_PIXELS:
+        square = centre_square(np.asarray(picture), steps, size)
+        if square is not None:
+            return square
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    for _ in steps[:-1]:
+        picture = halve(picture)
+    if scaled != picture.size:
+        picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an 8-bit three-channel JPEG, from its frame header; None for anything else or unusual."""
-    place, end = 2, len(data)
-    while place + 10 <= end and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker in (0xC0, 0xC1, 0xC2):
-            if data[place + 4] != 8 or data[place + 9] != 3:
-                return None
-            return int.from_bytes(data[place + 7 : place + 9], "big"), int.from_bytes(data[place + 5 : place + 7], "big")
-        if not (0xE0 <= marker <= 0xEF or marker in (0xDB, 0xC4, 0xDD, 0xFE)):
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
-
-
-def _decode_plain_jpeg(data: bytes) -> Image.Image | None:
-    """An ordinary RGB JPEG through Pillow's decoder, without parsing metadata in Python (a quarter of a small one's time).
-
-    None wherever the picture is not plain or does not decode; then `open_picture` gives the verdict.
-    """
-    size = _jpeg_size(data) if data[:2] == b"\xff\xd8" else None
-    if size is None or not 0 < size[0] * size[1] <= MAX_PIXELS:
-        return None
-    try:
-        return Image.frombytes("RGB", size, data, "jpeg", "RGB", "")
-    except Exception:
-        return None
+def _sizes(edges: tuple[int, int], size: int) -> list[tuple[int, int]]:
+    """(width, height) after each of the official resizes: halvings down to less than twice the square, then to it."""
+    sizes = []
+    while min(edges) >= 2 * size:
+        edges = (edges[0] // 2, edges[1] // 2)
+        sizes.append(edges)
+    scale = size / min(edges)
+    return [*sizes, (round(edges[0] * scale), round(edges[1] * scale))]
 
 
 def open_picture(file: BinaryIO | bytes, exif_rotate: bool = False) -> Image.Image:
@@ -127,7 +119,7 @@ def decode(data: bytes, size: int, exif_rotate: bool = False) -> np.ndarray:
     if not data:
         raise BadImage("the file is empty")
     try:
-        picture = None if exif_rotate else _decode_plain_jpeg(data)
-        return preprocess(picture or open_picture(data, exif_rotate), size)
+        pixels = None if exif_rotate else decode_plain_jpeg(data, MAX_PIXELS)
+        return preprocess(open_picture(data, exif_rotate) if pixels is None else pixels, size)
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None
