@@ -23,6 +23,7 @@ def forward_macs(geometry: Any) -> int:
         a block   S (3 W W + W W + 2 W F + F W)     qkv, projection, SwiGLU in and out
                   + 2 S S W                         scores and their product with the values
                   + 6 W W                           adaLN
+                    (in the last block only the T image tokens ask and go on; all S are keys and values)
         last      T W V + 2 W W
 
     Norms, RoPE, softmax and other elementwise work are left out, as in the published figures (arXiv 2511.13720 calls
@@ -36,7 +37,8 @@ def forward_macs(geometry: Any) -> int:
     macs = tokens * (values * g.bottleneck + g.bottleneck * w) + TIME_FEATURES * w + w * w
     for block in range(g.depth):
         seen = tokens + (g.context_length if block >= g.context_start else 0)
-        macs += seen * (4 * w * w + 3 * w * f) + 2 * seen * seen * w + ADALN_VECTORS * w * w
+        kept = tokens if block == g.depth - 1 else seen
+        macs += seen * 3 * w * w + 2 * kept * seen * w + kept * (w * w + 3 * w * f) + ADALN_VECTORS * w * w
     return macs + tokens * w * values + 2 * w * w
 
 

@@ -69,7 +69,16 @@ class Recorder:
 def recorded_forward(model: jit_model.JiT, z, t, y) -> tuple[jax.Array, Recorder]:
     recorder = Recorder()
     with jax.disable_jit():
-        return model(z, t, y, ops=recorder.ops()), recorder
+        out = model(z, t, y, ops=recorder.ops())
+        if model.geometry.context_length:
+            # The model cuts context tokens off inside its last block; the reference holds them to the block's end.
+            g, x = model.geometry, recorder.streams[-3][1]
+            del recorder.streams[-2:]
+            c = jax.nn.silu(model.t_embedder(t, jnp.float32) + model.y_embedder(y))
+            rope = jit_model.rope_tables(g.head_dim, g.grid, g.context_length)
+            x, pending = model.blocks[-1](x, None, c, rope, None, recorder.ops())
+            recorder.ops().gated_residual(x, *pending)
+        return out, recorder
 
 
 def forward_tiny() -> list[Row]:

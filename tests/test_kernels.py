@@ -69,10 +69,10 @@ def attention_inputs(b, t, heads, n, width=8):
     return (normal(b, t, width), *parameters), normal(b, t, heads * n), (jnp.cos(angles), jnp.sin(angles))
 
 
-def projected_attention(ops, h, *weights, rope, heads):
+def projected_attention(ops, h, *weights, rope, heads, drop=0):
     """From the input of the qkv product on, with weights in the published order, as the model does it."""
     kernel, *rest = ops.prepare_qkv(*weights, heads)
-    return ops.qkv_attention(h @ kernel.astype(h.dtype), *rest, *rope, heads)
+    return ops.qkv_attention(h @ kernel.astype(h.dtype), *rest, *rope, heads, drop)
 
 
 def mlp(ops, h, *weights):
@@ -97,6 +97,13 @@ def test_norm_gradients_where_one_output_is_unused():
         assert_same(lambda ops, *a, i=used: ops.residual_norm_modulate(*a)[i], arguments, cotangents[used])
 
 
+@pytest.mark.parametrize("tokens", [8, 9, 3])
+def test_norm_drops_the_leading_tokens_that_the_branch_lacks(tokens):
+    (x, branch, *vectors), (dx, dh) = norm_inputs(2, 12, 24)
+    arguments = x, branch[:, :tokens], *vectors
+    assert_same(lambda ops, *a: ops.residual_norm_modulate(*a), arguments, (dx[:, :tokens], dh[:, :tokens]))
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 128), (2, 37, 35)])
 def test_swiglu(shape):
     b, t, f = shape
@@ -116,6 +123,13 @@ def test_padded_mlp_has_the_gradients_of_the_published_one():
 def test_attention(t, heads, n):
     arguments, cotangent, rope = attention_inputs(1, t, heads, n)
     assert_same(functools.partial(projected_attention, rope=rope, heads=heads), arguments, cotangent)
+
+
+@pytest.mark.parametrize(("t", "drop"), [(72, 8), (37, 20)])
+def test_attention_with_tokens_that_are_only_looked_at(t, drop):
+    arguments, cotangent, rope = attention_inputs(2, t, 2, 16)
+    attend = functools.partial(projected_attention, rope=rope, heads=2, drop=drop)
+    assert_same(attend, arguments, cotangent[:, drop:])
 
 
 def test_attention_survives_extreme_scores():

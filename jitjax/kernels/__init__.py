@@ -38,13 +38,15 @@ class Ops:
 
     residual_norm_modulate(x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD) -> (x_BTD, h_BTD)
         x + gate * (branch + bias), rounded to the compute type; h = RMSNorm(x) * weight * (1 + scale) + shift.
+        A branch of fewer tokens goes with the last ones of x; those before are dropped.
     norm_modulate(x_BTD, weight_D, shift_BD, scale_BD) -> h_BTD
     gated_residual(x_BTD, branch_BTD, bias_D, gate_BD) -> x_BTD
     swiglu(h_BTF2, bias_F2) -> BTF
         h + bias split into [a | b]; silu(a) * b.
-    qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads) -> BTD
+    qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0) -> B(T-drop)D
         bias; split q | k | v, each heads x head_dim; RMSNorm of q and k over the head; RoPE; softmax(q k^T / sqrt(N)) v.
-        cos_TN and sin_TN hold each angle twice in a row (published interleaved RoPE); constants, no gradient.
+        The first `drop` tokens are keys and values only. cos_TN and sin_TN hold each angle twice in a row (published
+        interleaved RoPE); constants, no gradient.
     prepare_qkv(kernel_DC, bias_C, q_weight_N, k_weight_N, num_heads) -> the same four
         Turns published weights into the column order that this implementation's `qkv_attention` wants. Apply it to the
         weights, before the matrix product: it is a permutation within each head of q and k, cheap on weights.

@@ -44,16 +44,18 @@ def plain_qkv_attention(
     cos_TN: jax.Array,
     sin_TN: jax.Array,
     num_heads: int,
+    drop: int = 0,
 ) -> jax.Array:
-    """(B, T, 3D) -> (B, T, D). Softmax in float32; on a GPU in half precision through cuDNN's flash attention."""
+    """(B, T, 3D) -> (B, T - drop, D). Softmax in float32; on a GPU in half precision through cuDNN's flash attention."""
     q, k, v = _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+    q = q[:, drop:]
     half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     cudnn = jax.default_backend() == "gpu" and half_precision and fits
     if q.dtype == jnp.float16 and not cudnn:  # XLA on CPU has no float16 product with float32 sums
         q, k, v = (x.astype(f32) for x in (q, k, v))
     o_BTHN = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
-    return o_BTHN.astype(qkv_BTC.dtype).reshape(*qkv_BTC.shape[:2], -1)
+    return o_BTHN.astype(qkv_BTC.dtype).reshape(*q.shape[:2], -1)
 
 
 def qkv_attention_with_dropout(
@@ -116,30 +118,30 @@ def _half_split(x: jax.Array, groups: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], groups, -1, 2).swapaxes(-1, -2).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0):
     """`plain_qkv_attention` for weights that went through `prepare_qkv`: one row kernel and one attention kernel.
 
     Backward: attention for dq, dk, dv (`flash.backward`), then a row kernel back through RoPE and norm, which completes
     the gradient of the qkv product in place.
     """
-    return _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)[0]
+    return _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop)[0]
 
 
-def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
+def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop):
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     bias = bias_C.astype(qkv_BTC.dtype)  # see triton.py on types
     q_BTHN, k_BTHN = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
-    o_BTHN, lse_BHT = flash.forward(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n))
+    o_BTHN, lse_BHT = flash.forward(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), drop)
     saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT
-    return o_BTHN.reshape(b, t, -1), saved
+    return o_BTHN.reshape(b, t - drop, -1), saved
 
 
-def _fused_backward(num_heads, saved, do_BTD):
+def _fused_backward(num_heads, drop, saved, do_BTD):
     qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT = saved
     b, t, _, n = q_BTHN.shape
-    bias, do_BTHN = bias_C.astype(qkv_BTC.dtype), do_BTD.reshape(q_BTHN.shape)
+    bias, do_BTHN = bias_C.astype(qkv_BTC.dtype), do_BTD.reshape(o_BTHN.shape)
     dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = flash.backward(
         *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTHN)
     )

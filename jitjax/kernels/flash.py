@@ -9,6 +9,8 @@ The usual algorithm (Dao, arXiv 2205.14135 and 2307.08691), shaped by what was m
 - The backward pass is one kernel for dq and one for dk and dv, each recomputing the scores. It needs no atomic
   additions, so gradients are the same bit for bit from run to run.
 
+The first `drop` tokens may go without an output: then o, lse and do start behind them, and dq is zero for them.
+
 q_BTHN and k_BTHN are normalised, rotated and rounded to the compute type; qkv_BTGN is the raw qkv product with G = 3 H head
 slots (queries, keys, values). Scores are kept in units of log2, since the hardware's exponential is 2^x.
 """
@@ -64,15 +66,16 @@ def _keep(values, span: Span, axis: int, otherwise: float = 0.0):
     return values if exists is None else jnp.where(jnp.expand_dims(exists, 1 - axis), values, otherwise)
 
 
-def forward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN):
+def forward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, drop=0):
     """Returns o_BTHN = softmax(q k^T / sqrt(N)) (v + bias) and lse_BHT, log2 of the softmax denominators, float32."""
     b, t, h, n = q_BTHN.shape
+    kept = t - drop
     rows, dims, scale = FORWARD["rows"], head_pieces(n), math.log2(math.e) / math.sqrt(n)
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref):
-        r, head, image = triton.tile(pl.program_id(0), rows, t), pl.program_id(1), pl.program_id(2)
+        r, head, image = triton.tile(pl.program_id(0), rows, kept), pl.program_id(1), pl.program_id(2)
         columns = triton.at_run_time(dims)
-        q = [load(q_ref, image, r, head, c, dtype=None) for c in columns]
+        q = [load(q_ref, image, triton.later(r, drop), head, c, dtype=None) for c in columns]
 
         def body(carry, keys):
             o, top, total = carry
@@ -95,8 +98,8 @@ def forward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN):
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN),
         name="attention_forward",
-        grid=(-(-t // rows), h, b),
-        out=[(q_BTHN.shape, q_BTHN.dtype), ((b, h, t), f32)],
+        grid=(-(-kept // rows), h, b),
+        out=[((b, kept, h, n), q_BTHN.dtype), ((b, h, kept), f32)],
         warps=FORWARD["warps"],
         stages=FORWARD["stages"],
     )
@@ -124,13 +127,15 @@ def backward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
 def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
     """One tile of queries against all keys: dq, and on the way delta and the sum of do."""
     b, t, h, n = q_BTHN.shape
+    kept = do_BTHN.shape[1]
+    drop = t - kept
     rows, dims, scale = BACKWARD_Q["rows"], head_pieces(n), 1 / math.sqrt(n)
-    tiles = -(-t // rows)
+    tiles = -(-kept // rows)
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref, do_ref, dq_ref, delta_ref, dbias_ref):
         tile, head, image = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        r, columns = triton.tile(tile, rows, t), triton.at_run_time(dims)
-        q = [load(q_ref, image, r, head, c, dtype=None) for c in columns]
+        r, columns = triton.tile(tile, rows, kept), triton.at_run_time(dims)
+        q = [load(q_ref, image, triton.later(r, drop), head, c, dtype=None) for c in columns]
         do = [load(do_ref, image, r, head, c, dtype=None) for c in columns]
         lse, delta = load(lse_ref, image, head, r), jnp.zeros((rows,), f32)
         for x, c in zip(do, columns, strict=True):
@@ -148,14 +153,16 @@ def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
 
         dq = _loop(t, BACKWARD_Q["step"], body, tuple(jnp.zeros((rows, c.size), f32) for c in columns))
         for x, c in zip(dq, columns, strict=True):
-            store(dq_ref, image, r, head, c, value=x * scale)
+            store(dq_ref, image, triton.later(r, drop), head, c, value=x * scale)
+            for dropped in triton.share(tile, tiles, drop, SMALLEST_DOT):
+                store(dq_ref, image, dropped, head, c, value=jnp.zeros((dropped.size, c.size), f32))
 
     dq, delta, dbias = triton.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN),
         name="attention_backward_q",
         grid=(tiles, h, b),
-        out=[(q_BTHN.shape, q_BTHN.dtype), ((b, h, t), f32), ((b, tiles, h, n), f32)],
+        out=[(q_BTHN.shape, q_BTHN.dtype), ((b, h, kept), f32), ((b, tiles, h, n), f32)],
         warps=BACKWARD_Q["warps"],
         stages=BACKWARD_Q["stages"],
     )
@@ -165,6 +172,7 @@ def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
 def _backward_kv(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN):
     """One tile of keys and values against all queries, in transposed form (scores are keys x queries)."""
     b, t, h, n = q_BTHN.shape
+    kept = do_BTHN.shape[1]
     rows, dims, scale = BACKWARD_KV["rows"], head_pieces(n), 1 / math.sqrt(n)
 
     def kernel(q_ref, k_ref, qkv_ref, lse_ref, delta_ref, do_ref, dk_ref, dqkv_ref):
@@ -175,7 +183,7 @@ def _backward_kv(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN):
 
         def body(carry, queries):
             dk, dv = carry
-            q = [load(q_ref, image, queries, head, c, dtype=None) for c in columns]
+            q = [load(q_ref, image, triton.later(queries, t - kept), head, c, dtype=None) for c in columns]
             do = [load(do_ref, image, queries, head, c, dtype=None) for c in columns]
             lse, delta = load(lse_ref, image, head, queries), load(delta_ref, image, head, queries)
             # Masked queries load as zeros throughout: p is 1 there, times a zero do and a zero q.
@@ -185,7 +193,7 @@ def _backward_kv(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN):
             return _accumulate(dk, ds.astype(q[0].dtype), q), dv
 
         zeros = tuple(jnp.zeros((rows, c.size), f32) for c in columns)
-        dk, dv = _loop(t, BACKWARD_KV["step"], body, (zeros, zeros))
+        dk, dv = _loop(kept, BACKWARD_KV["step"], body, (zeros, zeros))
         for x, y, c in zip(dk, dv, columns, strict=True):
             store(dk_ref, image, r, head, c, value=x * scale)
             store(dqkv_ref, image, r, 2 * h + head, c, value=y)

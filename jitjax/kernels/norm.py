@@ -6,6 +6,8 @@ bias_D, weight_D float32 parameters.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
@@ -41,8 +43,9 @@ def plain_residual_norm_modulate(
     shift_BD: jax.Array,
     scale_BD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The new residual stream x + gate * (branch + bias) and its normalised, modulated value."""
-    x_BTD = plain_gated_residual(x_BTD, branch_BTD, bias_D, gate_BD)
+    """The new residual stream x + gate * (branch + bias) and its normalised, modulated value, both for the tokens of the
+    branch: where it has fewer than x, the first ones of x are dropped."""
+    x_BTD = plain_gated_residual(x_BTD[:, x_BTD.shape[1] - branch_BTD.shape[1] :], branch_BTD, bias_D, gate_BD)
     return x_BTD, plain_norm_modulate(x_BTD, weight_D, shift_BD, scale_BD)
 
 
@@ -73,7 +76,8 @@ def _row_sum(terms: list[jax.Array]) -> jax.Array:
 
 def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
     """Norm and modulation, after adding the gated branch where `residual` = (branch_BTD, bias_D, gate_BD) is given."""
-    b, t, d = x_BTD.shape
+    b, t, d = x_BTD.shape if residual is None else residual[0].shape
+    dropped = x_BTD.shape[1] - t
     pieces, tokens, rows_at = _walk(FORWARD, t, d)
 
     def kernel(x_ref, weight_ref, shift_ref, scale_ref, *refs):
@@ -88,7 +92,7 @@ def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
 
         def body(i, _):
             r = rows_at(chunk, i)
-            x = [load(x_ref, image, r, c) for c in columns]
+            x = [load(x_ref, image, triton.later(r, dropped), c) for c in columns]
             if residual is not None:
                 branch = [load(branch_ref, image, r, c) for c in columns]
                 x = [a + g * (o + bb) for a, g, o, bb in zip(x, gate, branch, bias, strict=True)]
@@ -107,12 +111,12 @@ def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
         *(residual or ()),
         name="norm_forward" if residual is None else "residual_norm_forward",
         grid=(b, -(-t // tokens)),
-        out=[(x_BTD.shape, x_BTD.dtype)] * (1 if residual is None else 2),
+        out=[((b, t, d), x_BTD.dtype)] * (1 if residual is None else 2),
         warps=FORWARD["warps"],
     )
 
 
-def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None):
+def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
     """Backward pass of norm and modulation and, where `residual` is given, of the gated addition before them.
 
     With r = 1 / rms(x) and xhat = x r, h = xhat * gain + shift and gain = weight (1 + scale):
@@ -130,13 +134,15 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None):
     Args:
       x_BTD: the residual stream that was normalised (the output of the addition).
       residual: None or (branch_BTD, bias_D, gate_BD, dx_out_BTD); the last is left out where it is zero.
+      dropped: tokens that the input of the addition had in front of these.
 
     Returns:
-      dx_BTD, dbranch_BTD (None without `residual`), sums (B, 4 or 2, D) float32.
+      dx_BTD (zero for the dropped tokens), dbranch_BTD (None without `residual`), sums (B, 4 or 2, D) float32.
     """
     b, t, d = x_BTD.shape
     pieces, tokens, rows_at = _walk(BACKWARD, t, d)
     n_sums = 2 if residual is None else 4
+    chunks = -(-t // tokens)
 
     def kernel(x_ref, weight_ref, scale_ref, dh_ref, *refs):
         image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(pieces)
@@ -168,7 +174,7 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None):
                     dx = dx if dx_out is None else dx + dx_out[j]
                     store(dbranch_ref, image, r, c, value=dx * gate[j])
                     terms += [dx * (branch[j] + bias[j]), dx]
-                store(dx_ref, image, r, c, value=dx)
+                store(dx_ref, image, triton.later(r, dropped), c, value=dx)
                 new.append(tuple(s + jnp.sum(term, 0) for s, term in zip(sums[j], terms, strict=True)))
             return tuple(new)
 
@@ -177,16 +183,18 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None):
         for c, of_columns in zip(columns, sums, strict=True):
             for k, s in enumerate(of_columns):
                 store(sums_ref, image, chunk, k, c, value=s)
+        for r in triton.share(chunk, chunks, dropped, BACKWARD["rows"]):
+            for c in columns:
+                store(dx_ref, image, r, c, value=jnp.zeros((r.size, c.size), f32))
 
-    chunks = -(-t // tokens)
-    activation, partial_sums = (x_BTD.shape, x_BTD.dtype), ((b, chunks, n_sums, d), f32)
+    outputs = [((b, t + dropped, d), x_BTD.dtype), ((b, t, d), x_BTD.dtype)][: 1 if residual is None else 2]
     *gradients, sums = triton.call(
         kernel,
         *(x_BTD, weight_D, scale_BD, dh_BTD),
         *(residual or ()),
         name="norm_backward" if residual is None else "residual_norm_backward",
         grid=(b, chunks),
-        out=[activation] * (1 if residual is None else 2) + [partial_sums],
+        out=[*outputs, ((b, chunks, n_sums, d), f32)],
         warps=BACKWARD["warps"],
     )
     return gradients[0], gradients[1] if residual is not None else None, sums.sum(1)
@@ -204,31 +212,36 @@ def _branch_gradients(dx_branch_BD, dx_BD, bias_D, gate_BD):
     return (gate_BD.astype(f32) * dx_BD).sum(0).astype(bias_D.dtype), dx_branch_BD.astype(gate_BD.dtype)
 
 
-@jax.custom_vjp
 def fused_residual_norm_modulate(x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD):
     """`plain_residual_norm_modulate` as one kernel forward and one backward (`_backward` has the mathematics)."""
+    dropped = x_BTD.shape[1] - branch_BTD.shape[1]
+    return _residual_norm_modulate(dropped, x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _residual_norm_modulate(dropped, x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD):
     return tuple(_forward(x_BTD, weight_D, shift_BD, scale_BD, (branch_BTD, bias_D, gate_BD)))
 
 
-def _rnm_forward(*primals):
+def _rnm_forward(dropped, *primals):
     x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD = (primal.value for primal in primals)
     x_BTD, h_BTD = _forward(x_BTD, weight_D, shift_BD, scale_BD, (branch_BTD, bias_D, gate_BD))
     return (x_BTD, h_BTD), (x_BTD, branch_BTD, bias_D, gate_BD, weight_D, scale_BD)
 
 
-def _rnm_backward(saved, cotangents):
+def _rnm_backward(dropped, saved, cotangents):
     x_BTD, branch_BTD, bias_D, gate_BD, weight_D, scale_BD = saved
     dx_out_BTD, dh_BTD = cotangents
     if isinstance(dh_BTD, SymbolicZero):
         dh_BTD = jnp.zeros(dh_BTD.shape, dh_BTD.dtype)
     # Behind the last norm nobody uses the residual stream; its zero gradient is then neither written nor read.
     residual = branch_BTD, bias_D, gate_BD, *(() if isinstance(dx_out_BTD, SymbolicZero) else (dx_out_BTD,))
-    dx_BTD, dbranch_BTD, sums = _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual)
+    dx_BTD, dbranch_BTD, sums = _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual, dropped)
     branch_gradients = _branch_gradients(sums[:, 2], sums[:, 3], bias_D, gate_BD)
     return dx_BTD, dbranch_BTD, *branch_gradients, *_modulation_gradients(sums, weight_D, scale_BD)
 
 
-fused_residual_norm_modulate.defvjp(_rnm_forward, _rnm_backward, symbolic_zeros=True)
+_residual_norm_modulate.defvjp(_rnm_forward, _rnm_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp

@@ -92,6 +92,17 @@ def tile(index: Any, size: int, extent: int) -> Span:
     return Span(index * size, size, extent if extent % size else None)
 
 
+def later(span: Span, offset: int) -> Span:
+    """The span's indices in an array that has `offset` more of them in front."""
+    return Span(span.start + offset, span.size, None if span.limit is None else span.limit + offset)
+
+
+def share(index: Any, programs: int, extent: int, size: int) -> list[Span]:
+    """Spans of `size` that cover the `index`-th of `programs` equal shares of [0, extent)."""
+    spans = -(-extent // (programs * size))
+    return [Span((index * spans + i) * size, size, extent) for i in range(spans)]
+
+
 def chunk(extent: int, target: int, multiple: int) -> int:
     """How many of `extent` rows one program takes: near `target`, a multiple of `multiple`, a divisor if there is one."""
     divisors = [n for n in range(multiple, target + 1, multiple) if extent % n == 0]
