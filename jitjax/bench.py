@@ -4,6 +4,7 @@
     python -m jitjax.bench sample --config configs/imagenet.py:b16 --baseline
     python -m jitjax.bench checkpoint --config configs/imagenet.py:h16 --directory /disk/to/test
     python -m jitjax.bench input --config configs/h200.py --config.data.path=./data/train64
+    python -m jitjax.bench kernels --config configs/h200.py:finetune
 
 `--config.field=value` overrides a field as in training. `python -m jitjax.bench step --help` lists a benchmark's flags.
 """
@@ -21,7 +22,7 @@ if runtime.is_worker():
 
 from jitjax.errors import UserError, cli  # noqa: E402
 
-BENCHMARKS = ("step", "sample", "checkpoint", "input")
+BENCHMARKS = ("step", "sample", "checkpoint", "input", "kernels")
 
 
 def main(argv: Sequence[str]) -> int:

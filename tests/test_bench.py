@@ -1,5 +1,6 @@
 """The benchmarks: what they print, that they time what they say, and the table of a profile."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ from conftest import ROOT, small_config
 from jitjax import bench, kernels, model, sampling, step
 from jitjax.benchmarks import card, checkpoint, common, profile, sample
 from jitjax.benchmarks import input as input_bench
+from jitjax.benchmarks import kernels as kernels_bench
 from jitjax.benchmarks import step as step_bench
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
@@ -38,6 +40,27 @@ def command(tmp_path, *argv):
         capture_output=True,
         text=True,
     )
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def test_kernels_checks_every_operation_against_float32(tmp_path):
+    result = command(tmp_path, "kernels", "--config.dtype=bfloat16", "--check_images=2", "--repeats=1")
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    operations = {field.name for field in dataclasses.fields(kernels.Ops)} - {"prepare_qkv", "prepare_mlp"}
+    assert {record["operation"].split(",")[0] for record in records} == operations | {"model"}
+    assert all(record["as_accurate"] and 0 < record["fused_error"] < 0.05 for record in records)
+    assert all(record["fused_us"] > 0 and record["plain_us"] > 0 for record in records[:-1])
+
+
+def test_kernels_notices_an_inaccurate_operation():
+    """Values rounded to one digit more than the compute type's own rounding explains."""
+    exact = jax.random.normal(jax.random.key(0), (64,))
+    plain, coarse = exact.astype(jnp.bfloat16), exact.astype(jnp.float8_e4m3fn)
+    assert kernels_bench.judge([exact], [plain], [plain], "bfloat16")["as_accurate"]
+    assert not kernels_bench.judge([exact, exact], [plain, plain], [plain, coarse], "bfloat16")["as_accurate"]
 
 
 # ---------------------------------------------------------------- step

@@ -1,0 +1,186 @@
+"""The fused operations beside the plain ones, on this device: how exact they are, and how fast.
+
+    python -m jitjax.bench kernels --config configs/h200.py:finetune --config.batch_size=256
+
+One JSON line for each operation and number of tokens that the model has, and one for the gradients of the whole model.
+
+Errors are relative (norm of the difference over norm of the reference), the largest over all outputs and gradients of an
+operation; the reference is the plain operation in float32 on the same rounded inputs. `as_accurate` means that no fused error
+exceeds 1.3 times the plain one by more than half a unit in the last place of the compute type; where it is false the command
+fails. Errors come from the first `--check_images` images, times (value and gradient, in us, median) from the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from jitjax import kernels, model, step
+from jitjax.benchmarks import common
+from jitjax.errors import UserError
+
+_CHECK_IMAGES = flags.DEFINE_integer("check_images", 8, "Images whose values and gradients are compared.", lower_bound=1)
+CALLS = 10  # of one measurement, back to back
+
+Function = Callable[..., Any]  # of (ops, *activations, *parameters)
+# Name, tokens, what to check, what to time (None for the same), activations, parameters.
+Case = tuple[str, int, Function, Function | None, list[jax.Array], list[jax.Array]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check and time every operation. `argv`: arguments without the program's name.
+
+    Raises:
+      UserError: a mistake in the configuration, or a fused operation that is less accurate than the plain one.
+    """
+    setup = common.prepare(common.parse("kernels", argv))
+    failed = []
+    for name, tokens, *case in cases(setup):
+        record = compare(setup, *case, _CHECK_IMAGES.value)
+        common.emit({"benchmark": "kernels", "operation": name, "tokens": tokens, **record})
+        failed += [] if record["as_accurate"] else [f"{name} at {tokens} tokens"]
+    record = compare_models(setup, _CHECK_IMAGES.value)
+    common.emit({"benchmark": "kernels", "operation": "model", **record, **common.describe(setup)})
+    failed += [] if record["as_accurate"] else ["the model's gradients"]
+    if failed:
+        raise UserError(f"less accurate fused than plain: {', '.join(failed)}; use --config.kernels=plain and report this")
+    return 0
+
+
+def cases(setup: common.Setup) -> Iterator[Case]:
+    """Every operation at the shapes that the model calls it with, on fresh random numbers of a trained model's size."""
+    g, b, dtype = setup.geometry, setup.config.batch_size, jnp.dtype(setup.config.dtype)
+    keys = iter(jax.random.split(jax.random.key(setup.config.seed), 64))
+    d, n, f = g.width, g.head_dim, g.mlp_hidden
+
+    def half(*shape):
+        return jax.random.normal(next(keys), (b, *shape), jnp.float32).astype(dtype)
+
+    def vector(size, mean=0.0):
+        return mean + 0.3 * jax.random.normal(next(keys), (size,), jnp.float32)
+
+    def residual_norm(ops, x, branch, gate, shift, scale, bias, weight):
+        return ops.residual_norm_modulate(x, branch, bias, gate, weight, shift, scale)
+
+    def norm(ops, x, shift, scale, weight):
+        return ops.norm_modulate(x, weight, shift, scale)
+
+    def residual(ops, x, branch, gate, bias):
+        return ops.gated_residual(x, branch, bias, gate)
+
+    def attention(ops, qkv, bias, q_weight, k_weight, *, rope, drop=0):
+        return ops.qkv_attention(qkv, bias, q_weight, k_weight, *rope, g.heads, drop)
+
+    def ordered_attention(ops, qkv, *parameters, **options):
+        """The same in the published order of features, whatever order the implementation wants."""
+        columns = ops.prepare_qkv(jnp.arange(3 * d)[None], *(jnp.arange(p.size) for p in parameters), g.heads)
+        parameters = [p[index] for p, index in zip(parameters, columns[1:], strict=True)]
+        return attention(ops, qkv[..., columns[0][0]], *parameters, **options)
+
+    for context in sorted({0, g.context_length}):
+        t = g.tokens + context
+        rope = model.rope_tables(n, g.grid, context)
+        qkv, weights = half(t, 3 * d), [vector(3 * d), vector(n, 1.0), vector(n, 1.0)]
+        for label, options in (("", {}), (", last block", {"drop": context})):
+            if context or not label:
+                checked, timed = (functools.partial(f, rope=rope, **options) for f in (ordered_attention, attention))
+                yield f"qkv_attention{label}", t, checked, timed, [qkv], weights
+        yield "swiglu", t, lambda ops, h, bias: ops.swiglu(h, bias), None, [half(t, 2 * f)], [vector(2 * f)]
+        vectors = half(d), half(d), half(d)
+        weights = [vector(d), vector(d, 1.0)]
+        yield "residual_norm_modulate", t, residual_norm, None, [half(t, d), half(t, d), *vectors], weights
+        yield "norm_modulate", t, norm, None, [half(t, d), *vectors[1:]], weights[1:]
+    if g.context_length:
+        yield "gated_residual", g.tokens, residual, None, [half(g.tokens, d), half(g.tokens, d), half(d)], [vector(d)]
+
+
+def with_gradients(function: Function, ops: kernels.Ops) -> Callable[..., Any]:
+    """Jitted: values of function(ops, *arguments) and its gradients for random cotangents, as one list."""
+
+    def run(arguments):
+        value, pullback = jax.vjp(functools.partial(function, ops), *arguments)
+        leaves, tree = jax.tree.flatten(value)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        drawn = [  # rounded to bfloat16, so that they are the same for every compute type
+            jax.random.normal(key, leaf.shape, jnp.bfloat16).astype(leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return [*leaves, *pullback(jax.tree.unflatten(tree, drawn))]
+
+    return jax.jit(run)
+
+
+def error(value: jax.Array, reference: jax.Array) -> float:
+    """Norm of the difference over norm of the reference."""
+    value, reference = value.astype(jnp.float32), reference.astype(jnp.float32)
+    return float(jnp.linalg.norm(value - reference) / jnp.maximum(jnp.linalg.norm(reference), 1e-30))
+
+
+def judge(reference: Sequence[jax.Array], plain: Sequence[jax.Array], fused: Sequence[jax.Array], dtype: Any) -> dict[str, Any]:
+    """Largest errors of both, and whether fused is as accurate as plain in every single output."""
+    plain_errors = [error(p, r) for p, r in zip(plain, reference, strict=True)]
+    fused_errors = [error(f, r) for f, r in zip(fused, reference, strict=True)]
+    room = float(jnp.finfo(dtype).eps) / 2
+    return {
+        "plain_error": round(max(plain_errors), 7),
+        "fused_error": round(max(fused_errors), 7),
+        "as_accurate": all(f < 1.3 * p + room for f, p in zip(fused_errors, plain_errors, strict=True)),
+    }
+
+
+def compare(
+    setup: common.Setup,
+    checked: Function,
+    timed: Function | None,
+    activations: list[jax.Array],
+    parameters: list[jax.Array],
+    images: int,
+) -> dict[str, Any]:
+    """Errors and times of one operation, fused and plain."""
+    few = [x[:images] for x in activations]
+    with jax.default_matmul_precision("float32"):
+        exact = with_gradients(checked, kernels.get_ops("plain"))([x.astype(jnp.float32) for x in few] + parameters)
+    results, times = {}, {}
+    for kind in ("plain", "fused"):
+        results[kind] = with_gradients(checked, kernels.get_ops(kind))(few + parameters)
+        run = with_gradients(timed or checked, kernels.get_ops(kind))
+        arguments = activations + parameters
+        jax.block_until_ready(run(arguments))
+        measured = []
+        for _ in range(common.REPEATS.value):
+            begun = time.perf_counter()
+            for _ in range(CALLS):
+                out = run(arguments)
+            jax.block_until_ready(out)
+            measured.append((time.perf_counter() - begun) / CALLS)
+        times[f"{kind}_us"] = round(statistics.median(measured) * 1e6, 1)
+    return {**judge(exact, results["plain"], results["fused"], setup.config.dtype), **times}
+
+
+def compare_models(setup: common.Setup, images: int) -> dict[str, Any]:
+    """Loss and gradient of every parameter of the whole model for a few random images: float32 against both."""
+    params = common.random_params(setup.geometry, jax.random.key(setup.config.seed))
+    batch = {name: value[:images] for name, value in common.random_batch(setup).items()}
+    keys = jax.random.split(jax.random.key(2), len(batch["label"]))
+
+    def gradients(dtype, kind):
+        config = setup.config.copy_and_resolve_references()
+        config.dtype = str(dtype)
+        loss = step.make_loss(setup.geometry, config, kernels.get_ops(kind))
+
+        @jax.jit
+        def run(params):
+            return jax.value_and_grad(lambda p: jnp.mean(loss(p, batch["image"], batch["label"], keys)))(params)
+
+        return jax.tree.leaves(run(params))
+
+    exact, plain, fused = (
+        gradients(*which) for which in (("float32", "plain"), (setup.config.dtype, "plain"), (setup.config.dtype, "fused"))
+    )
+    return judge(exact, plain, fused, setup.config.dtype)
