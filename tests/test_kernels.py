@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
-from jitjax.kernels import norm, triton
+from jitjax.kernels import attention, norm, triton
 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
@@ -132,12 +132,26 @@ def test_attention_with_tokens_that_are_only_looked_at(t, drop):
     assert_same(attend, arguments, cotangent[:, drop:])
 
 
+@pytest.mark.parametrize(("t", "drop"), [(128, 0), (160, 32)])
+def test_hopper_attention(t, drop):
+    """The kernels for Hopper in Pallas' simulation of its barriers and copies; 160 tokens leave half a tile."""
+    arguments, cotangent, rope = attention_inputs(1, t, 1, 64)
+
+    def attend(ops, h, *weights):
+        if ops is PLAIN:
+            return projected_attention(ops, h, *weights, rope=rope, heads=1, drop=drop)
+        kernel, *rest = ops.prepare_qkv(*weights, 1)
+        return attention._fused(h @ kernel, *rest, *rope, 1, drop, True)
+
+    assert_same(attend, arguments, cotangent[:, drop:], tolerance=1e-5)
+
+
 def test_attention_survives_extreme_scores():
     """Sharp softmax with rows of very negative scores: what stands in masked lanes (2^2000) must not reach the gradients."""
     (h, kernel, bias, q_weight, k_weight), cotangent, rope = attention_inputs(2, 3, 4, 12)
     arguments = h, kernel, bias, 40 * q_weight, 40 * k_weight
-    attention = functools.partial(projected_attention, FUSED, rope=rope, heads=4)
-    assert all(np.isfinite(x).all() for x in values_and_gradients(attention, arguments, cotangent))
+    attend = functools.partial(projected_attention, FUSED, rope=rope, heads=4)
+    assert all(np.isfinite(x).all() for x in values_and_gradients(attend, arguments, cotangent))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -239,11 +253,11 @@ def test_every_published_size_lowers_for_cuda(size, tokens):
         "swiglu": (struct(2, tokens, 2 * hidden), parameter(2 * hidden)),
     }
 
-    def attention(qkv, bias, q_weight, k_weight):
+    def attend(qkv, bias, q_weight, k_weight):
         return FUSED.qkv_attention(qkv, bias, q_weight, k_weight, *jnp.ones((2, tokens, n)), heads)
 
     functions = {name: (getattr(FUSED, name), shapes) for name, shapes in operations.items()}
-    functions["qkv_attention"] = attention, (struct(2, tokens, 3 * width), parameter(3 * width), parameter(n), parameter(n))
+    functions["qkv_attention"] = attend, (struct(2, tokens, 3 * width), parameter(3 * width), parameter(n), parameter(n))
     for name, (function, shapes) in functions.items():
         assert "__gpu$xla.gpu.triton" in lower_for_cuda(with_gradient(function), *shapes), name
 
@@ -282,6 +296,13 @@ def test_resolve_says_which_and_why():
         name, reason = kernels.resolve("auto", dtype=dtype, device=device, **b)
         assert name == "plain" and words in reason
     assert kernels.resolve("fused", dtype="bfloat16", device=card("8.0"), **b)[0] == "fused"  # the user knows better
+    for heads, tokens, context, words in (
+        (12, 256, 32, "attention by the Hopper kernels"),
+        (12, 1024, 32, "Triton kernels for 1024 tokens"),
+        (16, 256, 32, "Triton kernels for heads of 48 features"),
+    ):
+        shapes = dict(width=768, heads=heads, tokens=tokens, context=context)
+        assert words in kernels.resolve("auto", dtype="bfloat16", device=card("9.0"), **shapes)[1]
     with pytest.raises(UserError, match=r"--config\.kernels=fused cannot run here"):
         kernels.resolve("fused", dtype="bfloat16", **b)
     with pytest.raises(UserError, match="auto, fused or plain"):

@@ -75,7 +75,14 @@ def prepare(config: ConfigDict) -> Setup:
         tokens_per_image=geometry.tokens,
         devices=mesh.size,
     )
-    kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, width=geometry.width, heads=geometry.heads)
+    kind, reason = kernels.resolve(
+        config.kernels,
+        dtype=config.dtype,
+        width=geometry.width,
+        heads=geometry.heads,
+        tokens=geometry.tokens,
+        context=geometry.context_length,
+    )
     return Setup(config, geometry, plan, mesh, kind, reason)
 
 

@@ -98,15 +98,26 @@ def get_ops(name: str) -> Ops:
     return PLAIN if name == "plain" else FUSED
 
 
-def resolve(kernels: str, *, dtype: Any, width: int, heads: int, device: jax.Device | None = None) -> tuple[str, str]:
+def resolve(
+    kernels: str,
+    *,
+    dtype: Any,
+    width: int,
+    heads: int,
+    tokens: int = 256,
+    context: int = 0,
+    device: jax.Device | None = None,
+) -> tuple[str, str]:
     """Which implementation a run uses and, in words, why: ("plain" | "fused", reason).
 
-    The fused kernels take any batch size, number of tokens, width and SwiGLU width, and head dimensions up to 128.
+    The fused kernels take any batch size, number of tokens, width and SwiGLU width, and head dimensions up to 128. Attention
+    has kernels of its own for Hopper, which take fewer shapes; the reason says when it falls back from those.
 
     Args:
       kernels: "auto" (fused where it is known to win, else plain), "fused" (or say why not) or "plain".
       dtype: compute type of the activations.
       width, heads: the model's.
+      tokens, context: image tokens and context tokens of an image.
       device: where the run takes place; default the first device.
 
     Raises:
@@ -121,10 +132,22 @@ def resolve(kernels: str, *, dtype: Any, width: int, heads: int, device: jax.Dev
     if kernels == "fused":
         if obstacle:
             raise UserError(f"--config.kernels=fused cannot run here: {obstacle}; use --config.kernels=auto or plain")
-        return "fused", "asked for"
+        return "fused", f"asked for; {_attention(device, width // heads, tokens, context)}"
     if not obstacle and _compute_capability(device) < 9.0:
         obstacle = f"{device.device_kind} is older than Hopper, where the kernels were tuned (try --config.kernels=fused)"
-    return ("plain", obstacle) if obstacle else ("fused", f"{device.device_kind}, {jnp.dtype(dtype).name}")
+    if obstacle:
+        return "plain", obstacle
+    kinds = f"{device.device_kind}, {jnp.dtype(dtype).name}"
+    return "fused", f"{kinds}; {_attention(device, width // heads, tokens, context)}"
+
+
+def _attention(device: jax.Device, head_dim: int, tokens: int, context: int) -> str:
+    """Which fused kernels attention uses, in words."""
+    if _compute_capability(device) != 9.0:
+        return "attention by the Triton kernels, being no Hopper card"
+    shapes = {(tokens, 0), (tokens + context, 0), (tokens + context, context)}
+    reasons = sorted({attention.no_hopper(*shape, head_dim) for shape in shapes} - {""})
+    return f"attention by the Triton kernels for {', '.join(reasons)}" if reasons else "attention by the Hopper kernels"
 
 
 def _compute_capability(device: jax.Device) -> float:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jitjax.kernels import flash, triton
+from jitjax.kernels import flash, hopper_backward, hopper_forward, mosaic, triton
 from jitjax.kernels.triton import Span, load, store
 
 EPS = 1e-6
@@ -118,32 +118,51 @@ def _half_split(x: jax.Array, groups: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], groups, -1, 2).swapaxes(-1, -2).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0):
-    """`plain_qkv_attention` for weights that went through `prepare_qkv`: one row kernel and one attention kernel.
+    """`plain_qkv_attention` for weights that went through `prepare_qkv`.
 
-    Backward: attention for dq, dk, dv (`flash.backward`), then a row kernel back through RoPE and norm, which completes
-    the gradient of the qkv product in place.
+    On Hopper one kernel forward, one backward for dq, dk, dv (`hopper_forward`, `hopper_backward`), where they take the
+    shapes; else a row kernel and the attention kernels of `flash`. A last row kernel goes back through RoPE and norm and
+    completes the gradient of the qkv product in place.
     """
-    return _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop)[0]
+    tokens, head_dim = qkv_BTC.shape[1], qkv_BTC.shape[2] // (3 * num_heads)
+    hopper = mosaic.hopper() and not no_hopper(tokens, drop, head_dim)
+    return _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper)
 
 
-def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop):
+def no_hopper(tokens: int, drop: int, head_dim: int) -> str:
+    """Why attention falls back from the Hopper kernels to the Triton ones on any card, or an empty string."""
+    return mosaic.UNAVAILABLE or hopper_forward.unsupported(tokens, drop, head_dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper):
+    return _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper)[0]
+
+
+def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper):
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
-    bias = bias_C.astype(qkv_BTC.dtype)  # see triton.py on types
-    q_BTHN, k_BTHN = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
-    o_BTHN, lse_BHT = flash.forward(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), drop)
+    bias, qkv_BTGN = bias_C.astype(qkv_BTC.dtype), qkv_BTC.reshape(b, t, -1, n)  # see triton.py on types
+    if hopper:
+        o_BTHN, lse_BHT, q_BTHN, k_BTHN = hopper_forward.forward(
+            *(qkv_BTGN, bias.reshape(-1, n), q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2], drop),
+            interpret=triton.interpreted(),
+        )
+    else:
+        q_BTHN, k_BTHN = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+        o_BTHN, lse_BHT = flash.forward(q_BTHN, k_BTHN, qkv_BTGN, bias.reshape(-1, n), drop)
     saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT
     return o_BTHN.reshape(b, t - drop, -1), saved
 
 
-def _fused_backward(num_heads, drop, saved, do_BTD):
+def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
     qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT = saved
-    b, t, _, n = q_BTHN.shape
-    bias, do_BTHN = bias_C.astype(qkv_BTC.dtype), do_BTD.reshape(o_BTHN.shape)
-    dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = flash.backward(
-        *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTHN)
+    b, t, _, n = k_BTHN.shape
+    bias = bias_C.astype(qkv_BTC.dtype)
+    backward = functools.partial(hopper_backward.backward, interpret=triton.interpreted()) if hopper else flash.backward
+    dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = backward(
+        *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTD.reshape(o_BTHN.shape))
     )
     dqkv_BTC, dbias_qk, dweight_q, dweight_k = _norm_rope_backward(
         *(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
@@ -154,7 +173,7 @@ def _fused_backward(num_heads, drop, saved, do_BTD):
     return dqkv_BTC, dbias, dweight_q.astype(q_weight_N.dtype), dweight_k.astype(k_weight_N.dtype), None, None
 
 
-fused_qkv_attention.defvjp(_fused_forward, _fused_backward)
+_fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _halves(array: jax.Array, n: int) -> jax.Array:

@@ -1,0 +1,155 @@
+"""The thin layer between our Hopper kernels and Pallas' Mosaic GPU backend; nothing else in the package touches that backend.
+
+Attention on Hopper wants the tensor cores' asynchronous products with operands in shared memory (wgmma) and bulk copies (TMA),
+which the Triton backend uses half-heartedly. Mosaic GPU gives both to Python code. A kernel is written for a block of
+warpgroups (128 threads each); it says how an array is spread over their threads (a layout), moves data by
+asynchronous copies that arrive at barriers, and multiplies.
+
+Everything here has a second meaning in interpret mode, where layouts do not exist: that is how the kernels are tested on a CPU.
+It is Pallas' simulation of barriers and copies, in jax 0.10 to 0.12 with somewhat different names (hence the shims).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+try:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    UNAVAILABLE = ""
+except ImportError:
+    plgpu = None
+    UNAVAILABLE = f"jax {jax.__version__} has no Mosaic GPU backend for Pallas"
+
+f32 = jnp.float32
+TILE = 64  # rows of one product of a warpgroup
+ROWS = 32  # rows of one tile in `ROW_LAYOUT`
+COLUMNS = 32  # of a half type in one unit of the shared-memory layout; a product's contraction is a multiple of it
+COPY_ALIGNMENT = 32  # float32 elements: a bulk copy begins at a multiple of 128 bytes in shared memory
+
+if plgpu:
+    # jax before 0.11 wants an index for its loads, later ones warn of it.
+    _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+    _LOAD_ALL = (None,) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
+    # Results of products: a thread has pairs of neighbouring columns of two rows. Its reductions over columns and rows.
+    WGMMA, OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    # 32 x 32 values on a warpgroup: each warp has 8 rows, each thread 8 neighbouring columns of one row (16 bytes of a half
+    # type, read without bank conflicts since 8 consecutive lanes have the same columns of 8 rows).
+    ROW_LAYOUT = plgpu.Layout.TILED(
+        plgpu.Tiling(((ROWS, 32), (8, 32), (8, 8))), warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1
+    )
+
+
+def hopper() -> bool:
+    """Whether the program is traced for a card that these kernels are for (compute capability 9.0)."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.platform == "gpu" and any(kind in device.device_kind for kind in ("H100", "H200"))
+    device = jax.local_devices()[0]
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
+
+
+def cast(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """x spread over the threads as `layout` says."""
+    return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def load(ref: Any, layout: Any, interpret: bool, optimized: bool = True) -> jax.Array:
+    """ref[...] in `layout`; `optimized=False` for what has no fast way, such as vectors in global memory."""
+    return ref[...] if interpret else plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=optimized)
+
+
+def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> list[jax.Array]:
+    """[acc + a @ b, ...] in float32, started one behind the other and waited for together.
+
+    Args:
+      jobs: (acc or None for zeros, a in registers or shared memory, b in shared memory, which of "a" and "b" to transpose).
+    """
+    if interpret:
+
+        def value(x, name, which):
+            x = (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+            return x.T if name in which else x
+
+        new = [jnp.dot(value(a, "a", which), value(b, "b", which), precision="highest") for _, a, b, which in jobs]
+        return [y if acc is None else acc + y for (acc, *_), y in zip(jobs, new, strict=True)]
+
+    jobs = [
+        (acc, a.transpose((1, 0)) if "a" in which else a, b.transpose((1, 0)) if "b" in which else b)
+        for acc, a, b, which in jobs
+    ]
+    if len(jobs) == 1 and jobs[0][0] is None:  # spares writing the zeros
+        (_, a, b) = jobs[0]
+
+        def fresh(ref):
+            plgpu.wgmma(ref, a, b)
+            return ref[...]
+
+        return [pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), f32))]
+
+    def start(acc, a, b):
+        return plgpu.ACC.init(cast(jnp.zeros((a.shape[0], b.shape[1]), f32), WGMMA, interpret) if acc is None else acc)
+
+    def run(refs):
+        for ref, (_, a, b) in zip(refs, jobs, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(run)([start(*job) for job in jobs])
+
+
+def rows_of(count: int, width: int, dtype: Any, interpret: bool) -> Any:
+    """`count` rows in shared memory, laid out for copies and products without bank conflicts."""
+    transforms = () if interpret else (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+    return plgpu.SMEM((count, width), dtype, transforms=transforms)
+
+
+def broadcast(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """`vector` along `axis` of `shape`, the same for every index of the other one."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def call(
+    kernel: Callable[..., None],
+    *args: jax.Array,
+    name: str,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    warpgroups: int,
+    out: Sequence[jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs `kernel(*input_refs, *output_refs, *scratch_refs)` on `grid` blocks of warpgroups (axis "wg").
+
+    The kernel synchronises by itself: no barriers are put in between its statements.
+    """
+    kernel.__name__ = name  # as it appears in a profile
+    return plgpu.kernel(
+        kernel,
+        out_type=list(out),
+        scratch_types=list(scratch),
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=warpgroups,
+        thread_name="wg",
+        interpret=_interpret_params() if interpret else None,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+    )(*args)
+
+
+def _interpret_params() -> Any:
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not exported by jax 0.10
+
+    return InterpretGPUParams()
