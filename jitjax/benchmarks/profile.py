@@ -23,7 +23,7 @@ _NAMES = (
     (ROPE, r"^norm_rope_"),
     (NORM, r"^(residual_)?norm_(forward|backward)|^residual_backward"),
     (SWIGLU, r"^swiglu_"),
-    (ATTENTION, r"^attention_|fmha|flash|sdpa|cudnn"),
+    (ATTENTION, r"^attention_|^hopper_attention_|fmha|flash|sdpa|cudnn"),
     (MATMUL, r"nvjet|gemm|cutlass|xmma|cublas|splitk|gemv"),
     (COPIES, r"memcpy|memset"),
 )

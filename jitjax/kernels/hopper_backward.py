@@ -55,7 +55,7 @@ def deal(query_tiles: int, key_tiles: int) -> list[tuple[int, int, int, int]]:
 
 
 def backward(
-    q_BQHN: jax.Array,
+    q_BTHN: jax.Array,
     k_BTHN: jax.Array,
     qkv_BTGN: jax.Array,
     bias_GN: jax.Array,
@@ -68,16 +68,16 @@ def backward(
     """Gradients of `hopper_forward.forward` up to the normalised, rotated queries and keys.
 
     Args:
-      q_BQHN, k_BTHN, o_BQHN, lse_BHQ: as the forward pass returns them. Q = T - drop queries.
+      q_BTHN, k_BTHN, o_BQHN, lse_BHQ: as the forward pass returns them. Q = T - drop queries.
       qkv_BTGN, bias_GN: its input, of which the values are used.
 
     Returns:
       dq_BTHN (zero for dropped tokens), dk_BTHN; dqkv_BTGN with the third of the values filled in and the rest not
       written; dbias_HN of the values, float32.
     """
-    b, tq, h, n = q_BQHN.shape
+    b, tq, h, n = o_BQHN.shape
     tk = k_BTHN.shape[1]
-    drop, dtype, scale = tk - tq, q_BQHN.dtype, 1 / math.sqrt(n)
+    drop, dtype, scale = tk - tq, q_BTHN.dtype, 1 / math.sqrt(n)
     keys, queries = (64 if count % 64 == 0 else 32 for count in (tk, tq))  # of one step
     overlapped = queries == 32  # dk and dv with steps of 64 would need too many registers for it
     dealt = deal(-(-tq // TILE), -(-tk // TILE))
@@ -107,7 +107,7 @@ def backward(
         def _copies():
             plgpu.copy_gmem_to_smem(do_ref.at[image, :, head], part("do", 0, tq), rows_ready)
             plgpu.copy_gmem_to_smem(o_ref.at[image, :, head], part("o", 0, tq), rows_ready)
-            plgpu.copy_gmem_to_smem(q_ref.at[image, :, head], part("q", 0, tq), rest_ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[image, pl.ds(drop, tq), head], part("q", 0, tq), rest_ready)
             plgpu.copy_gmem_to_smem(k_ref.at[image, :, head], part("k", 0, tk), rest_ready)
             plgpu.copy_gmem_to_smem(qkv_ref.at[image, :, 2 * h + head], part("v", 0, tk), rest_ready)
             cut = tq // 2 // mosaic.COPY_ALIGNMENT * mosaic.COPY_ALIGNMENT  # one copy has at most 256 elements a dimension
@@ -242,16 +242,16 @@ def backward(
     per_query = -(-tq // TILE) * TILE
     dq, dk, dqkv, dbias = mosaic.call(
         kernel,
-        *(q_BQHN, k_BTHN, qkv_BTGN, bias_GN, o_BQHN, lse_BHQ, do_BQHN),
+        *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BQHN, lse_BHQ, do_BQHN),
         name="hopper_attention_backward",
         grid=(h, b),
         grid_names=("head", "image"),
         warpgroups=WARPGROUPS,
         out=[keys_like, keys_like, jax.ShapeDtypeStruct(qkv_BTGN.shape, dtype), jax.ShapeDtypeStruct((b, h, n), f32)],
         scratch=[
-            mosaic.rows_of(end, n, dtype, interpret),
+            mosaic.rows_of(end, n, dtype=dtype, interpret=interpret),
             *(plgpu.SMEM((size,), f32) for size in (per_query, per_query, n)),
-            mosaic.rows_of(ROWS, COLUMNS, dtype, interpret),
+            mosaic.rows_of(ROWS, COLUMNS, dtype=dtype, interpret=interpret),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),

@@ -1,22 +1,20 @@
 """Attention forward on Hopper, from the raw qkv product on, in one kernel: bias, qk-norm, RoPE and softmax attention.
 
-A block of two warpgroups has one head of one image, with all of its queries, keys and values in shared memory (3 x 288 x 64
-values, 108 KiB), so that two blocks fit on a multiprocessor and one computes while the other loads.
+Each multiprocessor keeps one block of four warpgroups, which goes through its share of the (image, head) pairs. Shared memory
+holds the queries, keys and values of two pairs (2 x 3 x 288 x 64 values, 216 KiB): bulk copies bring the next pair while the
+present one is computed, so no load is waited for.
 
-1. Bulk copies bring the rows in pieces. One warpgroup normalises and rotates the queries in place, the other the keys, as
-   soon as a piece is there. Each thread has eight features of a row and the eight they are rotated with.
-2. The warpgroups take turns at tiles of 64 queries and go over all keys in steps with the usual online softmax, in units of
-   log2. Where the queries are no multiple of 64 the last tile runs on into the first keys, which stand behind them; what
-   comes of those rows is dropped.
-3. A finished tile goes out through the rows of the first tile of its warpgroup, which are no longer needed.
+1. The rows are normalised and rotated in place. Each thread has eight features of a row and the eight they are rotated
+   with, and does the query and the key of a token together, for they have the same angles.
+2. Each warpgroup takes a tile of 64 queries and goes over all keys in steps with the usual online softmax, in units of
+   log2. The finished tile goes out through the rows of its queries, which are no longer needed.
+3. Where half a tile is left over (288 tokens) the last warpgroup does it while the others already prepare the next pair. It
+   runs on into the first keys, which stand behind the queries; what comes of those rows is dropped.
 
-The bias of the values is added to the output: softmax rows sum to one. The normalised queries and keys are written too,
-for the backward pass.
+One barrier a pair says that the next one is prepared and that the memory of the last one is free. The bias of the values is
+added to the output: softmax rows sum to one.
 
-Measured on an H200 at 256 images of 12 heads: 343 us at 288 tokens (290 at 256), where the two Triton kernels take 411 (327).
-What limits it is the latency of each step (products, maximum, exponentials, products) with four warpgroups on a
-multiprocessor; shared memory is at 69% of its rate. Softmax sums by a product with ones, wider rows in shared memory, and a
-persistent grid changed nothing.
+Measured on an H200 at 256 images of 12 heads: 270 us at 288 tokens (226 at 256), where the two Triton kernels take 410 (329).
 """
 
 from __future__ import annotations
@@ -32,9 +30,10 @@ from jitjax.kernels import mosaic
 from jitjax.kernels.mosaic import ROWS, TILE, broadcast, plgpu
 
 EPS = 1e-6
-LEAST = -1e30
 HEAD_DIM = 64
-WARPGROUPS = 2
+MOST_TOKENS = 288  # two pairs fill the shared memory
+WARPGROUPS = 4
+SLOTS = 2  # pairs in shared memory
 f32 = jnp.float32
 
 
@@ -42,10 +41,8 @@ def unsupported(tokens: int, drop: int, head_dim: int) -> str:
     """Why the Hopper kernels cannot take such heads, or an empty string."""
     if head_dim != HEAD_DIM:
         return f"heads of {head_dim} features, not {HEAD_DIM}"
-    if tokens % ROWS or drop % ROWS:
-        return f"{tokens} tokens ({drop} of them only keys) are not multiples of {ROWS}"
-    if tokens > 320 or tokens - drop < WARPGROUPS * TILE:
-        return f"{tokens} tokens ({drop} of them only keys), not up to 320 with at least {WARPGROUPS * TILE} queries"
+    if tokens % ROWS or drop % ROWS or tokens > MOST_TOKENS or tokens - drop < TILE:
+        return f"{tokens} tokens ({drop} of them only keys), not multiples of {ROWS} up to {MOST_TOKENS}"
     return ""
 
 
@@ -58,8 +55,9 @@ def forward(
     sin_TM: jax.Array,
     drop: int = 0,
     *,
+    save_qk: bool = True,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> list[jax.Array]:
     """Softmax attention of normalised, rotated queries and keys (see `attention.plain_qkv_attention`).
 
     Args:
@@ -69,143 +67,168 @@ def forward(
       drop: the first tokens, which are keys and values only; Q = T - drop queries are left.
 
     Returns:
-      o_BQHN; lse_BHQ, log2 of the softmax denominators, float32; the normalised, rotated q_BQHN and k_BTHN.
+      o_BQHN; lse_BHQ, log2 of the softmax denominators, float32; with `save_qk` the normalised, rotated q_BTHN and k_BTHN.
     """
     b, t, g, n = qkv_BTGN.shape
     kept, h, dtype, scale = t - drop, g // 3, qkv_BTGN.dtype, math.log2(math.e) / math.sqrt(n)
     keys = next(size for size in (96, 64, 32) if t % size == 0)  # of one step
-    # For queries and keys: their first row in shared memory and first token, how many, and rows of one copy.
-    parts = [
-        (first, token, rows, next(size for size in (96, 64, 32) if rows % size == 0))
-        for first, token, rows in ((0, drop, kept), (kept, 0, t))
-    ]
-    half = [pl.ds(0, n // 2), pl.ds(n // 2, n // 2)]
+    full, half = divmod(kept, TILE)
+    # Warpgroups that normalise rows: the last one has none to spare time for where it does the half tile.
+    workers = next(w for w in range(WARPGROUPS - bool(half), 0, -1) if t // ROWS % w == 0)
+    share = t // ROWS // workers
+    blocks = min(mosaic.multiprocessors(), b * h)
+    features = [pl.ds(0, n // 2), pl.ds(n // 2, n // 2)]  # first and second members of the pairs
 
     def load(ref, layout, optimized=True):
         return mosaic.load(ref, layout, interpret, optimized)
 
-    def kernel(qkv_ref, bias_ref, weight_ref, cos_ref, sin_ref, o_ref, lse_ref, q_ref, k_ref, *scratch):
-        qk_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, everyone = scratch
-        head, image, wg = (lax.axis_index(name) for name in ("head", "image", "wg"))
+    def product(acc, a, b_ref, transposed=""):
+        return mosaic.products((acc, a, b_ref, transposed), interpret=interpret)[0]
 
-        def prepare(part, out_ref, ready):
-            """Fetch, normalise and rotate the queries (part 0) or keys (part 1)."""
-            begin, token, count, piece = parts[part]
-            for i in range(count // piece):
-                source = qkv_ref.at[image, pl.ds(token + i * piece, piece), part * h + head]
-                plgpu.copy_gmem_to_smem(source, qk_smem.at[pl.ds(begin + i * piece, piece)], ready.at[i])
-            bias, weight = (
-                [load(ref.at[index, columns], mosaic.ROW_LAYOUT.reduce(0), optimized=False).astype(f32) for columns in half]
-                for ref, index in ((bias_ref, part * h + head), (weight_ref, part))
-            )
+    def kernel(qkv_ref, bias_ref, weight_ref, cos_ref, sin_ref, o_ref, lse_ref, *rest):
+        *qk_refs, qk_smem, v_smem, half_smem, lse_smem, q_ready, k_ready, v_ready, prepared = rest
+        wg, block = lax.axis_index("wg"), lax.axis_index("block")
+        count = (b * h - block + blocks - 1) // blocks
 
-            def angles(row):
-                rows = pl.ds(token + row, ROWS)
-                return [load(ref.at[rows], mosaic.ROW_LAYOUT, optimized=False) for ref in (cos_ref, sin_ref)]
+        def place(i):
+            """Image, head and slot of the i-th pair of this block."""
+            pair = block + i * blocks
+            return pair // h, pair % h, i % SLOTS
 
-            def rotate(row, cos, sin):
-                rows = [qk_smem.at[pl.ds(begin + row, ROWS), columns] for columns in half]
-                x = [
-                    load(ref, mosaic.ROW_LAYOUT).astype(f32) + broadcast(c, cos.shape, 1)
-                    for ref, c in zip(rows, bias, strict=True)
-                ]
-                squares = jnp.sum(x[0] * x[0] + x[1] * x[1], axis=1)
-                rstd = broadcast(lax.rsqrt(squares * (1 / n) + EPS), cos.shape, 0)
-                first, second = (v * rstd * broadcast(w, cos.shape, 1) for v, w in zip(x, weight, strict=True))
-                rows[0][...] = (first * cos - second * sin).astype(dtype)
-                rows[1][...] = (second * cos + first * sin).astype(dtype)
+        def fetch(i):
+            image, head, slot = place(i)
+            for part, smem, ready in (
+                (0, qk_smem.at[slot, pl.ds(0, t)], q_ready),
+                (1, qk_smem.at[slot, pl.ds(t, t)], k_ready),
+                (2, v_smem.at[slot], v_ready),
+            ):
+                plgpu.copy_gmem_to_smem(qkv_ref.at[image, :, part * h + head], smem, ready.at[slot])
 
-            def one_piece(i, _):
-                plgpu.barrier_wait(ready.at[i])
-                turn = angles(i * piece)
-                for row in range(0, piece, ROWS):  # the next angles are fetched ahead
-                    following = angles(i * piece + row + ROWS) if row + ROWS < piece else None
-                    rotate(i * piece + row, *turn)
-                    turn = following
-                plgpu.commit_smem()
-                rows = pl.ds(i * piece, piece)
-                plgpu.copy_smem_to_gmem(qk_smem.at[pl.ds(begin + i * piece, piece)], out_ref.at[image, rows, head])
+        def prepare(i):
+            """Normalise and rotate the queries and keys of a pair."""
+            image, head, slot = place(i)
+            layout = mosaic.ROW_LAYOUT
+
+            def vectors(ref, index):
+                return [load(ref.at[index, half], layout.reduce(0), optimized=False).astype(f32) for half in features]
+
+            bias = [vectors(bias_ref, part * h + head) for part in (0, 1)]
+            weight = [vectors(weight_ref, part) for part in (0, 1)]
+
+            def tile(j, _):
+                first = (wg * share + j) * ROWS
+                cos, sin = (load(ref.at[pl.ds(first, ROWS)], layout, optimized=False) for ref in (cos_ref, sin_ref))
+                places = [qk_smem.at[slot, pl.ds(part * t + first, ROWS)] for part in (0, 1)]
+                for part, smem in enumerate(places):
+                    x = [load(smem.at[:, half], layout).astype(f32) for half in features]
+                    x = [v + broadcast(c, cos.shape, 1) for v, c in zip(x, bias[part], strict=True)]
+                    squares = jnp.sum(x[0] * x[0] + x[1] * x[1], axis=1)
+                    rstd = broadcast(lax.rsqrt(squares * (1 / n) + EPS), cos.shape, 0)
+                    a, c = (v * rstd * broadcast(w, cos.shape, 1) for v, w in zip(x, weight[part], strict=True))
+                    smem.at[:, features[0]][...] = (a * cos - c * sin).astype(dtype)
+                    smem.at[:, features[1]][...] = (c * cos + a * sin).astype(dtype)
+                if save_qk:
+                    plgpu.commit_smem()
+                    for smem, ref in zip(places, qk_refs, strict=True):
+                        plgpu.copy_smem_to_gmem(smem, ref.at[image, pl.ds(first, ROWS), head])
                 return _
 
-            lax.fori_loop(0, count // piece, one_piece, None)
+            @pl.when(wg < workers)
+            def _work():
+                plgpu.barrier_wait(q_ready.at[slot])
+                plgpu.barrier_wait(k_ready.at[slot])
+                lax.fori_loop(0, share, tile, None)
+                plgpu.commit_smem()
+                # The queries have to be out before a tile of output may take their place; the last keys need not.
+                plgpu.wait_smem_to_gmem(1 if save_qk else 0, wait_read_only=True)
 
-        @pl.when(wg == 0)
-        def _queries():
-            prepare(0, q_ref, q_ready)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs will take the place of queries
+        def attend(i, tile, size, stage, lse_row):
+            """One tile of queries, of which the first `size` rows exist; it leaves through `stage`."""
+            image, head, slot = place(i)
+            q_tile = qk_smem.at[slot, pl.ds(drop + tile * TILE, TILE)]
 
-        @pl.when(wg == 1)
-        def _keys():
-            plgpu.copy_gmem_to_smem(qkv_ref.at[image, :, 2 * h + head], v_smem, v_ready)
-            prepare(1, k_ref, k_ready)
+            def scores(j):
+                return product(None, q_tile, qk_smem.at[slot, pl.ds(t + j * keys, keys)], "b")
 
-        plgpu.barrier_arrive(everyone)
-        plgpu.barrier_wait(everyone)
-        plgpu.barrier_wait(v_ready)
+            def weights(s, top):
+                p = jnp.exp2(s * scale - broadcast(top, s.shape, 0))
+                return p.astype(dtype), sum(p[:, c : c + 8] for c in range(0, keys, 8))  # lanes are summed at the end
 
-        def tile_of_queries(i, _):
-            first = (WARPGROUPS * i + wg) * TILE
-            q_tile = qk_smem.at[pl.ds(first, TILE)]
+            def values(j):
+                return v_smem.at[slot, pl.ds(j * keys, keys)]
 
             def step(j, carry):
                 o, top, total = carry
-                span = pl.ds(j * keys, keys)
-                (s,) = mosaic.products((None, q_tile, qk_smem.at[pl.ds(kept + j * keys, keys)], "b"), interpret=interpret)
+                s = scores(j)
                 new_top = jnp.maximum(top, jnp.max(s, axis=1) * scale)
-                p = jnp.exp2(s * scale - broadcast(new_top, s.shape, 0))
+                p, sums = weights(s, new_top)
                 shrink = jnp.exp2(top - new_top)
-                total = total * shrink + jnp.sum(p, axis=1)
-                o = o * broadcast(shrink, o.shape, 0)
-                (o,) = mosaic.products((o, p.astype(dtype), v_smem.at[span], ""), interpret=interpret)
-                return o, new_top, total
+                o = product(o * broadcast(shrink, o.shape, 0), p, values(j))
+                return o, new_top, total * broadcast(shrink, sums.shape, 0) + sums
 
-            start = (
-                mosaic.cast(jnp.zeros((TILE, n), f32), mosaic.WGMMA, interpret),
-                mosaic.cast(jnp.full((TILE,), LEAST, f32), mosaic.OF_ROWS, interpret),
-                mosaic.cast(jnp.zeros((TILE,), f32), mosaic.OF_ROWS, interpret),
-            )
-            o, top, total = lax.fori_loop(0, t // keys, step, start)
+            s = scores(0)
+            top = jnp.max(s, axis=1) * scale
+            p, total = weights(s, top)
+            o, top, total = lax.fori_loop(1, t // keys, step, (product(None, p, values(0)), top, total))
+            total = jnp.sum(total, axis=1)
             bias = load(bias_ref.at[2 * h + head], mosaic.OF_COLUMNS, optimized=False).astype(f32)
             o = o * broadcast(1 / total, o.shape, 0) + broadcast(bias, o.shape, 1)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-            stage = pl.ds(wg * TILE, TILE)
-            qk_smem[stage] = o.astype(dtype)
-            lse_smem[wg] = top + jnp.log2(total)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            stage = q_tile if stage is None else stage
+            stage[...] = o.astype(dtype)
+            lse_smem[lse_row] = top + jnp.log2(total)
             plgpu.commit_smem()
+            rows, source = pl.ds(tile * TILE, size), pl.ds(0, size)
+            plgpu.copy_smem_to_gmem(stage.at[source], o_ref.at[image, rows, head])
+            plgpu.copy_smem_to_gmem(lse_smem.at[lse_row, source], lse_ref.at[image, head, rows])
 
-            def copy_out(size):
-                rows = pl.ds(first, size)
-                plgpu.copy_smem_to_gmem(qk_smem.at[pl.ds(wg * TILE, size)], o_ref.at[image, rows, head])
-                plgpu.copy_smem_to_gmem(lse_smem.at[wg, pl.ds(0, size)], lse_ref.at[image, head, rows])
+        pl.when(wg == 0)(lambda: fetch(0))
+        prepare(0)
+        plgpu.barrier_arrive(prepared)
 
-            if kept % TILE == 0:
-                copy_out(TILE)
-            else:
-                pl.when(first + TILE <= kept)(lambda: copy_out(TILE))
-                pl.when(first + TILE > kept)(lambda: copy_out(kept % TILE))
+        def pair(i, _):
+            plgpu.barrier_wait(prepared)
+            plgpu.barrier_wait(v_ready.at[i % SLOTS])
+            more = i + 1 < count
+            pl.when((wg == 0) & more)(lambda: fetch(i + 1))
+
+            def tiles(k, _):
+                attend(i, wg + k * WARPGROUPS, TILE, None, wg)
+                return _
+
+            lax.fori_loop(0, (full - wg + WARPGROUPS - 1) // WARPGROUPS, tiles, None)
+            if half:
+                pl.when(wg == WARPGROUPS - 1)(lambda: attend(i, full, half, half_smem, WARPGROUPS))
+
+            @pl.when(more)
+            def _next():
+                prepare(i + 1)
+                plgpu.barrier_arrive(prepared)
+
             return _
 
-        lax.fori_loop(0, (-(-kept // TILE) + WARPGROUPS - 1 - wg) // WARPGROUPS, tile_of_queries, None)
+        lax.fori_loop(0, count, pair, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    queries = jax.ShapeDtypeStruct((b, kept, h, n), dtype)
-    return tuple(
-        mosaic.call(
-            kernel,
-            *(qkv_BTGN, bias_GN, jnp.stack([q_weight_N, k_weight_N]).astype(f32), cos_TM.astype(f32), sin_TM.astype(f32)),
-            name="hopper_attention_forward",
-            grid=(h, b),
-            grid_names=("head", "image"),
-            warpgroups=WARPGROUPS,
-            out=[queries, jax.ShapeDtypeStruct((b, h, kept), f32), queries, jax.ShapeDtypeStruct((b, t, h, n), dtype)],
-            scratch=[
-                mosaic.rows_of(kept + t, n, dtype, interpret),
-                mosaic.rows_of(t, n, dtype, interpret),
-                plgpu.SMEM((WARPGROUPS, TILE), f32),
-                *(plgpu.Barrier(num_barriers=count // piece) for _, _, count, piece in parts),
-                plgpu.Barrier(),
-                plgpu.Barrier(num_arrivals=WARPGROUPS),
-            ],
-            interpret=interpret,
-        )
+    def rows_of(*shape):
+        return mosaic.rows_of(*shape, n, dtype=dtype, interpret=interpret)
+
+    o, lse = jax.ShapeDtypeStruct((b, kept, h, n), dtype), jax.ShapeDtypeStruct((b, h, kept), f32)
+    return mosaic.call(
+        kernel,
+        *(qkv_BTGN, bias_GN, jnp.stack([q_weight_N, k_weight_N]).astype(f32), cos_TM.astype(f32), sin_TM.astype(f32)),
+        name="hopper_attention_forward",
+        grid=(blocks,),
+        grid_names=("block",),
+        warpgroups=WARPGROUPS,
+        out=[o, lse] + [jax.ShapeDtypeStruct((b, t, h, n), dtype)] * (2 * save_qk),
+        scratch=[
+            rows_of(SLOTS, 2 * t),
+            rows_of(SLOTS, t),
+            rows_of(TILE) if half else None,
+            plgpu.SMEM((WARPGROUPS + 1, TILE), f32),
+            *(plgpu.Barrier(num_barriers=SLOTS) for _ in range(3)),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+        ],
+        interpret=interpret,
     )

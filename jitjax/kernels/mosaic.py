@@ -56,6 +56,14 @@ def hopper() -> bool:
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
 
+def multiprocessors() -> int:
+    """Of the card that the program is traced for; those of an H100 or H200 where that is not known."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.num_cores or 132
+    return getattr(jax.local_devices()[0], "core_count", None) or 132
+
+
 def cast(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
     """x spread over the threads as `layout` says."""
     return x if interpret else plgpu.layout_cast(x, layout)
@@ -104,10 +112,10 @@ def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> 
     return pl.run_state(run)([start(*job) for job in jobs])
 
 
-def rows_of(count: int, width: int, dtype: Any, interpret: bool) -> Any:
-    """`count` rows in shared memory, laid out for copies and products without bank conflicts."""
+def rows_of(*shape: int, dtype: Any, interpret: bool) -> Any:
+    """Rows (the last axis but one) in shared memory, laid out for copies and products without bank conflicts."""
     transforms = () if interpret else (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
-    return plgpu.SMEM((count, width), dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def broadcast(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -124,11 +132,13 @@ def call(
     warpgroups: int,
     out: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
+    reduction_bytes: int = 0,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs `kernel(*input_refs, *output_refs, *scratch_refs)` on `grid` blocks of warpgroups (axis "wg").
+    """Runs `kernel(*input_refs, *output_refs, *scratch_refs)` on `grid` blocks of warpgroups (axis "wg", if there are several).
 
-    The kernel synchronises by itself: no barriers are put in between its statements.
+    The kernel synchronises by itself: no barriers are put in between its statements. `reduction_bytes` of shared memory
+    serve sums over axes that several warps share.
     """
     kernel.__name__ = name  # as it appears in a profile
     return plgpu.kernel(
@@ -137,13 +147,12 @@ def call(
         scratch_types=list(scratch),
         grid=grid,
         grid_names=grid_names,
-        num_threads=warpgroups,
-        thread_name="wg",
+        **(dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}),
         interpret=_interpret_params() if interpret else None,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
+            reduction_scratch_bytes=reduction_bytes,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
     )(*args)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
-from jitjax.kernels import triton
+from jitjax.kernels import hopper_norm, mosaic, triton
 from jitjax.kernels.triton import load, store
 
 EPS = 1e-6
@@ -51,6 +51,7 @@ def plain_residual_norm_modulate(
 
 # ---------------------------------------------------------------- fused
 #
+# On Hopper `hopper_norm` has the two kernels, where it takes the shapes. Else:
 # One program takes `tokens` tokens of one image and walks through them `rows` at a time with whole rows in registers, so
 # that per-image vectors are read once and column sums stay in registers until the end.
 
@@ -74,10 +75,16 @@ def _row_sum(terms: list[jax.Array]) -> jax.Array:
     return sum(jnp.sum(term, axis=1, keepdims=True) for term in terms)
 
 
+def _on_hopper(tokens: int, width: int, dropped: int) -> bool:
+    return mosaic.hopper() and not (mosaic.UNAVAILABLE or hopper_norm.unsupported(tokens, width, dropped))
+
+
 def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
     """Norm and modulation, after adding the gated branch where `residual` = (branch_BTD, bias_D, gate_BD) is given."""
     b, t, d = x_BTD.shape if residual is None else residual[0].shape
     dropped = x_BTD.shape[1] - t
+    if _on_hopper(t, d, dropped):
+        return hopper_norm.forward(x_BTD, weight_D, shift_BD, scale_BD, residual)
     pieces, tokens, rows_at = _walk(FORWARD, t, d)
 
     def kernel(x_ref, weight_ref, shift_ref, scale_ref, *refs):
@@ -140,6 +147,8 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
       dx_BTD (zero for the dropped tokens), dbranch_BTD (None without `residual`), sums (B, 4 or 2, D) float32.
     """
     b, t, d = x_BTD.shape
+    if _on_hopper(t, d, dropped):
+        return hopper_norm.backward(x_BTD, weight_D, scale_BD, dh_BTD, residual, dropped)
     pieces, tokens, rows_at = _walk(BACKWARD, t, d)
     n_sums = 2 if residual is None else 4
     chunks = -(-t // tokens)
