@@ -219,6 +219,7 @@ STEP = "/x/jitjax/step.py:make_train_step.<locals>.step"
         ("matrix products", "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", ""),
         ("attention", "attention_backward_kv", ""),
         ("attention", "hopper_attention_backward_mosaic_gpu_kernel", ""),
+        ("norm and modulation", "hopper_norm_backward_mosaic_gpu_kernel", ""),
         ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_32", ""),
         ("attention", "loop_exponential_fusion_3", "/x/jitjax/kernels/attention.py:plain_qkv_attention"),
         ("norm and modulation", "residual_norm_backward", ""),

@@ -5,6 +5,7 @@ Triton backend of this jax refuses (not that it fits registers).
 """
 
 import functools
+import re
 import types
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
-from jitjax.kernels import attention, hopper_norm, mosaic, norm, triton
+from jitjax.kernels import attention, hopper_norm, lowered, mosaic, norm, triton
 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
@@ -285,6 +286,33 @@ def test_every_published_size_lowers_for_cuda(size, tokens):
     for name, (function, shapes) in functions.items():
         text = lower_for_cuda(with_gradient(function), *shapes)
         assert "__gpu$xla.gpu.triton" in text or "mosaic_gpu" in text, name
+
+
+def test_lowered_kernels_are_kept_between_starts(tmp_path, monkeypatch):
+    """What a second start reads is what the first one lowered; a damaged file is lowered again."""
+    x, vector = struct(2, 8, 256), struct(2, 256)
+
+    def forward(x, weight, shift, scale):
+        return hopper_norm.forward(x, weight, shift, scale)
+
+    def lower():
+        lowered._exported.cache_clear()  # as in a new process
+        jax.clear_caches()
+        text = lower_for_cuda(forward, x, parameter(256), vector, vector)
+        return re.search(r"mosaic_gpu_v2.*?module = .*", text)[0]
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        first = lower()
+        (file,) = (tmp_path / "kernels").iterdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.export, "export", None)  # not called
+            assert lower() == first
+        file.write_bytes(file.read_bytes()[:1000])
+        assert lower() == first
+        assert len(file.read_bytes()) > 1000
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_kernels_run_per_shard():

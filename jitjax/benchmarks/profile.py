@@ -21,7 +21,7 @@ GROUPS = (MATMUL, ATTENTION, NORM, ROPE, SWIGLU, REDUCTIONS, OPTIMIZER, COPIES, 
 _NAMES = (
     (COLLECTIVES, r"nccl|all.?reduce|all.?gather|reduce.?scatter|collective"),
     (ROPE, r"^norm_rope_"),
-    (NORM, r"^(residual_)?norm_(forward|backward)|^residual_backward"),
+    (NORM, r"^(residual_|hopper_)?norm_(forward|backward)|^residual_backward"),
     (SWIGLU, r"^swiglu_"),
     (ATTENTION, r"^attention_|^hopper_attention_|fmha|flash|sdpa|cudnn"),
     (MATMUL, r"nvjet|gemm|cutlass|xmma|cublas|splitk|gemv"),

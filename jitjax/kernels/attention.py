@@ -146,7 +146,8 @@ def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_
     bias, qkv_BTGN = bias_C.astype(qkv_BTC.dtype), qkv_BTC.reshape(b, t, -1, n)  # see triton.py on types
     if hopper:
         o_BTHN, lse_BHT, q_BTHN, k_BTHN = hopper_forward.forward(
-            *(qkv_BTGN, bias.reshape(-1, n), q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2], drop),
+            *(qkv_BTGN, bias.reshape(-1, n), q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2]),
+            drop=drop,
             interpret=triton.interpreted(),
         )
     else:

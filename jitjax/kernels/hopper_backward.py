@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import COLUMNS, ROWS, TILE, broadcast, plgpu
 
 WARPGROUPS = 3
@@ -54,6 +55,7 @@ def deal(query_tiles: int, key_tiles: int) -> list[tuple[int, int, int, int]]:
     return [(*k, *q) for k, q in zip(keys, queries, strict=True)]
 
 
+@lowered_once
 def backward(
     q_BTHN: jax.Array,
     k_BTHN: jax.Array,

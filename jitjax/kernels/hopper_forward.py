@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import ROWS, TILE, broadcast, plgpu
 
 EPS = 1e-6
@@ -46,6 +47,7 @@ def unsupported(tokens: int, drop: int, head_dim: int) -> str:
     return ""
 
 
+@lowered_once
 def forward(
     qkv_BTGN: jax.Array,
     bias_GN: jax.Array,
@@ -53,8 +55,8 @@ def forward(
     k_weight_N: jax.Array,
     cos_TM: jax.Array,
     sin_TM: jax.Array,
-    drop: int = 0,
     *,
+    drop: int = 0,
     save_qk: bool = True,
     interpret: bool = False,
 ) -> list[jax.Array]:

@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import broadcast, plgpu
 
 EPS = 1e-6
@@ -189,6 +190,7 @@ def _call(kernel, *args, name, images, tiles, out, arrays, width, dtype, scratch
     )
 
 
+@lowered_once
 def forward(
     x_BTD: jax.Array,
     weight_D: jax.Array,
@@ -246,14 +248,15 @@ def forward(
     )
 
 
+@lowered_once
 def backward(
     x_BTD: jax.Array,
     weight_D: jax.Array,
     scale_BD: jax.Array,
     dh_BTD: jax.Array,
     residual: tuple[jax.Array, ...] | None = None,
-    dropped: int = 0,
     *,
+    dropped: int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """`norm._backward` with the same arguments and results; that has the mathematics."""

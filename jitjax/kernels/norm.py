@@ -148,7 +148,7 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
     """
     b, t, d = x_BTD.shape
     if _on_hopper(t, d, dropped):
-        return hopper_norm.backward(x_BTD, weight_D, scale_BD, dh_BTD, residual, dropped)
+        return hopper_norm.backward(x_BTD, weight_D, scale_BD, dh_BTD, residual, dropped=dropped)
     pieces, tokens, rows_at = _walk(BACKWARD, t, d)
     n_sums = 2 if residual is None else 4
     chunks = -(-t // tokens)
