@@ -34,7 +34,7 @@ def lowered_once(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arrays, interpret: bool = False, **static):
         folder = jax.config.jax_compilation_cache_dir
-        if interpret or not folder:
+        if interpret or not folder or "://" in folder:  # a bucket is JAX's to write
             return jitted(*arrays, interpret=interpret, **static)
         shapes, tree = jax.tree.flatten(jax.tree.map(lambda x: (x.shape, str(x.dtype)), arrays), is_leaf=_is_shape)
         return _exported(function, tuple(shapes), tree, tuple(sorted(static.items())), folder, _card()).call(*arrays)

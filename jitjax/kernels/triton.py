@@ -1,12 +1,11 @@
 """The thin layer between our kernels and Pallas' Triton backend; nothing else in the package touches that backend.
 
-Why Pallas on Triton, although JAX marks it deprecated (docs/speed.md has the evidence): its kernels are Python that jax alone
+These kernels serve what those for Hopper (`mosaic.py`) do not: SwiGLU, RoPE's backward pass, other sizes, older cards. Why
+Pallas on Triton, although JAX marks it deprecated (docs/speed.md has the evidence): its kernels are Python that jax alone
 compiles; they run in interpret mode on a CPU and lower without a GPU, so each is tested where no card is; jax 0.10, 0.11 and
 0.12 take them as written here; and they are fast (row kernels move 2.9 to 3.8 TB/s on an H200, where a copy does 4.2).
-jax-triton would add two packages whose versions must fit jax's, for the same compiler. Mosaic GPU leaves barriers, layouts and
-copies to the programmer, runs on Hopper and newer only, and can earn that back in attention but not in kernels that are
-bound by memory. When the backend goes, `UNAVAILABLE` says so, runs fall back to the plain operations, and this file is the
-one to port.
+jax-triton would add two packages whose versions must fit jax's, for the same compiler. When the backend goes, `UNAVAILABLE`
+says so, runs fall back to the plain operations, and this file is the one to port.
 
 Arrays inside a kernel must be powers of two. Sizes that are none are cut into `Span`s: pieces of power-of-two size, the
 last one masked where it reaches past the end.
