@@ -9,6 +9,7 @@ or finds compiled, the very same program.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -63,8 +64,8 @@ def _exported(function, shapes, tree, static, folder, card) -> jax.export.Export
 
     def export():
         # In a thread of its own, where the mesh and the transformations that surround the caller do not reach.
-        mesh = AbstractMesh((1,), ("kernel",), axis_types=(AxisType.Auto,), abstract_device=card) if card else None
-        with jax.sharding.use_abstract_mesh(mesh or AbstractMesh((), ())):
+        mesh = card and AbstractMesh((1,), ("kernel",), axis_types=(AxisType.Auto,), abstract_device=card)
+        with jax.sharding.use_abstract_mesh(mesh) if card else contextlib.nullcontext():
             allowed = [jax.export.DisabledSafetyCheck.custom_call(CUSTOM_CALL)]
             jitted = jax.jit(functools.partial(function, **dict(static)))
             return jax.export.export(jitted, platforms=["cuda"], disabled_checks=allowed)(*arrays)

@@ -49,10 +49,9 @@ if plgpu:
 
 def hopper() -> bool:
     """Whether the program is traced for a card that these kernels are for (compute capability 9.0)."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        return device.platform == "gpu" and any(kind in device.device_kind for kind in ("H100", "H200"))
-    device = jax.local_devices()[0]
+    abstract, device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.local_devices()[0]
+    if abstract is not None and abstract.device_kind != device.device_kind:  # for a card that is not here
+        return abstract.platform == "gpu" and any(kind in abstract.device_kind for kind in ("H100", "H200"))
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
 
