@@ -55,14 +55,7 @@ def train(config: ConfigDict, workdir: str | Path, *, accept_config_changes: boo
         devices=mesh.size,
     )
     folder.check_config(config, plan.global_batch, accept_changes=accept_config_changes)
-    kind, reason = kernels.resolve(
-        config.kernels,
-        dtype=config.dtype,
-        width=geometry.width,
-        heads=geometry.heads,
-        tokens=geometry.tokens,
-        context=geometry.context_length,
-    )
+    kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, geometry=geometry)
     ops = kernels.get_ops(kind)
 
     # ---------------------------------------------------------------- state: fresh, from another run, or resumed

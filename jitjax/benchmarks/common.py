@@ -75,14 +75,7 @@ def prepare(config: ConfigDict) -> Setup:
         tokens_per_image=geometry.tokens,
         devices=mesh.size,
     )
-    kind, reason = kernels.resolve(
-        config.kernels,
-        dtype=config.dtype,
-        width=geometry.width,
-        heads=geometry.heads,
-        tokens=geometry.tokens,
-        context=geometry.context_length,
-    )
+    kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, geometry=geometry)
     return Setup(config, geometry, plan, mesh, kind, reason)
 
 

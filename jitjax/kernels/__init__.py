@@ -105,10 +105,7 @@ def resolve(
     kernels: str,
     *,
     dtype: Any,
-    width: int,
-    heads: int,
-    tokens: int = 256,
-    context: int = 0,
+    geometry: Any,
     device: jax.Device | None = None,
 ) -> tuple[str, str]:
     """Which implementation a run uses and, in words, why: ("plain" | "fused", reason).
@@ -119,8 +116,7 @@ def resolve(
     Args:
       kernels: "auto" (fused where it is known to win, else plain), "fused" (or say why not) or "plain".
       dtype: compute type of the activations.
-      width, heads: the model's.
-      tokens, context: image tokens and context tokens of an image.
+      geometry: the model's, a `jitjax.model.Geometry`.
       device: where the run takes place; default the first device.
 
     Raises:
@@ -131,25 +127,26 @@ def resolve(
     if kernels == "plain":
         return "plain", "asked for"
     device = device or jax.local_devices()[0]
-    obstacle = _obstacle(device, jnp.dtype(dtype), width // heads)
+    obstacle = _obstacle(device, jnp.dtype(dtype), geometry.head_dim)
     if kernels == "fused":
         if obstacle:
             raise UserError(f"--config.kernels=fused cannot run here: {obstacle}; use --config.kernels=auto or plain")
-        return "fused", f"asked for; {_attention(device, width // heads, tokens, context)}"
+        return "fused", f"asked for; {_attention(device, geometry)}"
     if not obstacle and _compute_capability(device) < 9.0:
         obstacle = f"{device.device_kind} is older than Hopper, where the kernels were tuned (try --config.kernels=fused)"
     if obstacle:
         return "plain", obstacle
     kinds = f"{device.device_kind}, {jnp.dtype(dtype).name}"
-    return "fused", f"{kinds}; {_attention(device, width // heads, tokens, context)}"
+    return "fused", f"{kinds}; {_attention(device, geometry)}"
 
 
-def _attention(device: jax.Device, head_dim: int, tokens: int, context: int) -> str:
+def _attention(device: jax.Device, geometry: Any) -> str:
     """Which fused kernels attention uses, in words."""
     if _compute_capability(device) != 9.0:
         return "attention by the Triton kernels, being no Hopper card"
+    tokens, context = geometry.tokens, geometry.context_length
     shapes = {(tokens, 0), (tokens + context, 0), (tokens + context, context)}
-    reasons = sorted({attention.no_hopper(*shape, head_dim) for shape in shapes} - {""})
+    reasons = sorted({attention.no_hopper(*shape, geometry.head_dim) for shape in shapes} - {""})
     return f"attention by the Triton kernels for {', '.join(reasons)}" if reasons else "attention by the Hopper kernels"
 
 

@@ -137,23 +137,26 @@ def no_hopper(tokens: int, drop: int, head_dim: int) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper):
-    return _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper)[0]
+    # No gradient is wanted here: on Hopper the normalised queries and keys need not leave the kernel.
+    arguments = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper
+    return _fused_forward(*arguments, save_qk=False)[0]
 
 
-def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper):
+def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper, save_qk=True):
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     bias, qkv_BTGN = bias_C.astype(qkv_BTC.dtype), qkv_BTC.reshape(b, t, -1, n)  # see triton.py on types
     if hopper:
-        o_BTHN, lse_BHT, q_BTHN, k_BTHN = hopper_forward.forward(
+        o_BTHN, lse_BHT, *qk = hopper_forward.forward(
             *(qkv_BTGN, bias.reshape(-1, n), q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2]),
             drop=drop,
+            save_qk=save_qk,
             interpret=triton.interpreted(),
         )
     else:
-        q_BTHN, k_BTHN = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
-        o_BTHN, lse_BHT = flash.forward(q_BTHN, k_BTHN, qkv_BTGN, bias.reshape(-1, n), drop)
-    saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT
+        qk = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
+        o_BTHN, lse_BHT = flash.forward(*qk, qkv_BTGN, bias.reshape(-1, n), drop)
+    saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, *qk, o_BTHN, lse_BHT
     return o_BTHN.reshape(b, t - drop, -1), saved
 
 

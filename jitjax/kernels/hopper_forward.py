@@ -14,7 +14,8 @@ present one is computed, so no load is waited for.
 One barrier a pair says that the next one is prepared and that the memory of the last one is free. The bias of the values is
 added to the output: softmax rows sum to one.
 
-Measured on an H200 at 256 images of 12 heads: 270 us at 288 tokens (226 at 256), where the two Triton kernels take 410 (329).
+Measured on an H200 at 256 images of 12 heads: 270 us at 288 tokens (226 at 256) for the outputs alone, 320 (266) in
+an earlier version with the queries and keys that the backward pass wants, where the two Triton kernels take 410 (329).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def forward(
     sin_TM: jax.Array,
     *,
     drop: int = 0,
-    save_qk: bool = True,
+    save_qk: bool,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Softmax attention of normalised, rotated queries and keys (see `attention.plain_qkv_attention`).
