@@ -8,8 +8,9 @@ between two matrix products is one operation, one pass over memory forward and o
     swiglu                   bias, silu(a) * b                                    between w12 and w3
     norm_modulate, gated_residual    the two ends of the chain that stand alone at the first block and where tokens are added
 
-Kernels for Hopper are in `hopper_forward` and `hopper_backward` (attention) and `hopper_norm`, on Pallas' Mosaic GPU backend
-(`mosaic`); the others, and what those do not take, on its Triton backend (`triton`, `flash`, `attention`, `norm`, `swiglu`).
+Kernels for Hopper are in `hopper_forward`, `hopper_backward` and `hopper_rope` (attention) and `hopper_norm`, on Pallas' Mosaic
+GPU backend (`mosaic`); the others, and what those do not take, on its Triton backend (`triton`, `flash`, `attention`, `norm`,
+`swiglu`).
 
 All biases of the matrix products live inside the operations, so their gradients fall out of the same pass.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jitjax.kernels import flash, hopper_backward, hopper_forward, mosaic, triton
+from jitjax.kernels import flash, hopper_backward, hopper_forward, hopper_rope, mosaic, triton
 from jitjax.kernels.triton import Span, load, store
 
 EPS = 1e-6
@@ -122,8 +122,8 @@ def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN,
     """`plain_qkv_attention` for weights that went through `prepare_qkv`.
 
     On Hopper one kernel forward, one backward for dq, dk, dv (`hopper_forward`, `hopper_backward`), where they take the
-    shapes; else a row kernel and the attention kernels of `flash`. A last row kernel goes back through RoPE and norm and
-    completes the gradient of the qkv product in place.
+    shapes; else a row kernel and the attention kernels of `flash`. A last kernel (`hopper_rope`, or a row kernel) goes back
+    through RoPE and norm and completes the gradient of the qkv product in place.
     """
     tokens, head_dim = qkv_BTC.shape[1], qkv_BTC.shape[2] // (3 * num_heads)
     hopper = mosaic.hopper() and not no_hopper(tokens, drop, head_dim)
@@ -164,11 +164,16 @@ def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
     qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT = saved
     b, t, _, n = k_BTHN.shape
     bias = bias_C.astype(qkv_BTC.dtype)
-    backward = functools.partial(hopper_backward.backward, interpret=triton.interpreted()) if hopper else flash.backward
+    backward = flash.backward
+    if hopper and not hopper_backward.unsupported(t):
+        backward = functools.partial(hopper_backward.backward, interpret=triton.interpreted())
     dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = backward(
         *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTD.reshape(o_BTHN.shape))
     )
-    dqkv_BTC, dbias_qk, dweight_q, dweight_k = _norm_rope_backward(
+    norm_rope_backward = _norm_rope_backward
+    if hopper and not hopper_rope.unsupported(t, n, num_heads):
+        norm_rope_backward = _norm_rope_backward_on_hopper
+    dqkv_BTC, dbias_qk, dweight_q, dweight_k = norm_rope_backward(
         *(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
     )
     # The barrier keeps XLA from computing both column sums inside the concatenation, at a tenth of their speed.
@@ -178,6 +183,18 @@ def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _norm_rope_backward_on_hopper(
+    dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads
+):
+    """`_norm_rope_backward` by `hopper_rope`."""
+    qkv_BTGN, bias_GN = qkv_BTC.reshape(dqkv_BTGN.shape), bias_C.reshape(dqkv_BTGN.shape[2:])
+    dqkv_BTGN, *rest = hopper_rope.backward(
+        *(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTGN, bias_GN, q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2]),
+        interpret=triton.interpreted(),
+    )
+    return dqkv_BTGN.reshape(qkv_BTC.shape), *rest
 
 
 def _halves(array: jax.Array, n: int) -> jax.Array:

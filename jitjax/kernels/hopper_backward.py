@@ -1,8 +1,7 @@
-"""Attention backward on Hopper: one kernel for the gradients of queries, keys and values.
+"""Attention backward on Hopper: one kernel for the gradients of queries, keys and values, without atomics.
 
-A block of three warpgroups has one head of one image, with its queries, keys, values and output gradients in shared memory
-(4 x 288 x 64 values, 144 KiB), where every product finds its operands. With P the softmax weights (computed again from the
-logarithms of their sums), V = v + bias and S = q k^T / sqrt(N):
+A block has one head of one image, with its queries, keys, values and output gradients in shared memory (4 x 288 x 64 values,
+144 KiB). With P the softmax weights (computed again from the logarithms of their sums), V = v + bias and S = q k^T / sqrt(N):
 
     dV = P^T do        dP = do V^T        dS = P * (dP - delta)        delta = rowsum(P * dP) = rowsum(do * o)
     dq = dS k / sqrt(N)                   dk = dS^T q / sqrt(N)
@@ -10,21 +9,22 @@ logarithms of their sums), V = v + bias and S = q k^T / sqrt(N):
 The bias drops out of dS, being the same for every key: dP - delta is unchanged if both use v for V, and o - bias for o.
 Its own gradient is the sum of do over the queries.
 
-1. Bulk copies bring everything; the warpgroups form delta.
-2. A job is a tile of 64 keys (dk and dv, from transposed scores: four products with every step of queries) or a tile of 64
-   queries (dq: three products with every step of keys). Scores are formed twice, seven products in all where five would do:
-   so no two jobs add to the same place, nothing is exchanged between warpgroups, and gradients are the same bit for bit
-   from run to run. Jobs are dealt out so that the warpgroups have about equally many products.
-3. P and dS are operands from registers. Where registers allow it, the products with those of one step are started together
-   with the scores of the next, so that there is one wait a step.
+1. The first two warpgroups take turns at tiles of 64 keys. For each they go over the queries in chunks of 64, in transposed
+   form (scores are keys x queries), so that P and dS are left-hand operands in registers of the products that make dv and dk.
+2. The third warpgroup keeps the gradients of all queries in registers (4.5 x 64 x 64 floats). It adds dS k for each chunk of
+   dS, which comes to it through a ring of slots in shared memory. So no product is done twice, nothing is added up in
+   memory, and the order of all sums is fixed: gradients are the same bit for bit from run to run.
+3. Before that, the third warpgroup starts all copies in the order in which they are needed and turns o and do into delta,
+   chunk by chunk, while the other two already work on the first ones. The outputs o land where the ring will be.
 
-Measured on an H200 at 256 images of 12 heads: 617 us at 288 tokens (421 at 256), where the two Triton kernels take 764 (589).
+Where the number of keys is no multiple of 64 the last tile runs on into rows that hold anything at all; these rows stay apart
+(they are rows of dk and dv that are never stored) and are left out of dS k.
+
+Measured on an H200 at 256 images of 12 heads: 574 us at 288 tokens (360 at 256), where two Triton kernels take 766 (594).
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 
 import jax
@@ -36,23 +36,26 @@ from jitjax.kernels import mosaic
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import COLUMNS, ROWS, TILE, broadcast, plgpu
 
-WARPGROUPS = 3
 LOG2E = math.log2(math.e)
+SLOTS = 2  # of the ring of each warpgroup with keys
+FEW_QUERIES = 256  # their gradients leave enough registers to all warpgroups
+# Otherwise, of a thread that works on keys and of one that has the queries' gradients (144 of them for 288 queries).
+REGISTERS = 160, 184
 f32 = jnp.float32
 
 
-def deal(query_tiles: int, key_tiles: int) -> list[tuple[int, int, int, int]]:
-    """Which tiles of keys (4 products each) and of queries (3) each warpgroup takes: first and end of both ranges."""
+def unsupported(tokens: int) -> str:
+    """Why the kernel cannot take so many keys of those that `hopper_forward` takes, or an empty string."""
+    if not mosaic.TRANSPOSED_STORES:
+        return f"jax {jax.__version__}, which cannot store a transposed tile"
+    return f"{tokens} tokens, fewer than {2 * TILE}" if tokens < 2 * TILE else ""
 
-    def ranges(tiles):
-        cuts = itertools.combinations_with_replacement(range(tiles + 1), WARPGROUPS - 1)
-        return [list(itertools.pairwise((0, *cut, tiles))) for cut in cuts]
 
-    def busiest(keys_and_queries):
-        return max(4 * (k[1] - k[0]) + 3 * (q[1] - q[0]) for k, q in zip(*keys_and_queries, strict=True))
+class _Sum:
+    """What stands for an accumulator in the interpreter."""
 
-    keys, queries = min(itertools.product(ranges(key_tiles), ranges(query_tiles)), key=busiest)
-    return [(*k, *q) for k, q in zip(keys, queries, strict=True)]
+    def __init__(self, value):
+        self.value = value
 
 
 @lowered_once
@@ -80,184 +83,275 @@ def backward(
     b, tq, h, n = o_BQHN.shape
     tk = k_BTHN.shape[1]
     drop, dtype, scale = tk - tq, q_BTHN.dtype, 1 / math.sqrt(n)
-    keys, queries = (64 if count % 64 == 0 else 32 for count in (tk, tq))  # of one step
-    overlapped = queries == 32  # dk and dv with steps of 64 would need too many registers for it
-    dealt = deal(-(-tq // TILE), -(-tk // TILE))
-    least_busy = min(range(WARPGROUPS), key=lambda i: 4 * (dealt[i][1] - dealt[i][0]) + 3 * (dealt[i][3] - dealt[i][2]))
-    # Rows of the one array in shared memory, in this order so that a last tile that reads on finds something. The place of o
-    # is free once delta is there, and becomes two tiles for each warpgroup through which its results leave.
-    at, end = {}, 0
-    for name, size in (("q", tq), ("do", tq), ("k", tk), ("v", tk), ("o", max(tq, 2 * WARPGROUPS * TILE))):
-        at[name], end = end, end + size
-
-    def load(ref, layout, optimized=True):
-        return mosaic.load(ref, layout, interpret, optimized)
+    chunks = [(first, min(TILE, tq - first)) for first in range(0, tq, TILE)]
+    tiles = [(first, min(TILE, tk - first)) for first in range(0, tk, TILE)]
+    rounds = tk // TILE // 2  # in which both warpgroups have a full tile
+    # Rows of the one big array in shared memory. Keys and values are followed by rows for the rest of their last tile.
+    q_at, do_at, k_at, v_at = 0, tq, 2 * tq, 2 * tq + tk + ROWS
+    ring_at = v_at + tk + ROWS
+    stage_at = ring_at + 2 * SLOTS * TILE
 
     def cast(x, layout):
         return mosaic.cast(x, layout, interpret)
 
-    products = functools.partial(mosaic.products, interpret=interpret)
+    def load(ref, layout, optimized=True):
+        return mosaic.load(ref, layout, interpret, optimized)
+
+    def with_sums(shapes, fn):
+        """fn(sums) with accumulators that start as zeros; their values at the end."""
+        zeros = [cast(jnp.zeros(shape, f32), mosaic.WGMMA) for shape in shapes]
+        if interpret:
+            sums = [_Sum(x) for x in zeros]
+            fn(sums)
+            return [x.value for x in sums]
+        return pl.run_state(fn)([plgpu.ACC.init(x) for x in zeros])
+
+    def with_scores(shape, fn):
+        """fn(s, dp) with two accumulators of zeros, inside `with_sums`."""
+        if interpret:
+            fn(_Sum(0.0), _Sum(0.0))
+        else:
+            pl.run_scoped(fn, plgpu.ACC(shape, f32), plgpu.ACC(shape, f32))
+
+    def add_product(acc, a, b, which=""):
+        """Starts acc += a @ b, those of a and b transposed that `which` names."""
+        if interpret:
+            a, b = ((x if isinstance(x, jax.Array) else x[...]).astype(f32) for x in (a, b))
+            acc.value += jnp.dot(a.T if "a" in which else a, b.T if "b" in which else b, precision="highest")
+        else:
+            plgpu.wgmma(acc, a.transpose((1, 0)) if "a" in which else a, b.transpose((1, 0)) if "b" in which else b)
+
+    def value_of(acc, in_flight):
+        """The accumulator when all but the last `in_flight` products are done."""
+        return acc.value if interpret else plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+
+    def wait_for_products(in_flight):
+        if not interpret:
+            plgpu.wgmma_wait(in_flight)
+
+    def loop(count, body):
+        """The interpreter's sums are values, which have to be carried from one turn to the next."""
+        if interpret:
+            for i in range(count):
+                body(i)
+        else:
+            lax.fori_loop(0, count, lambda i, _: body(i), None)
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref, do_ref, dq_ref, dk_ref, dqkv_ref, dbias_ref, *scratch):
-        smem, lse_smem, delta_smem, dbias_smem, ones_smem, rows_ready, rest_ready, lse_ready, everyone = scratch
+        smem, lse_smem, delta_smem, dbias_smem, ones_smem, *barriers = scratch
+        queries_ready, keys_ready, lse_ready, delta_ready, full, empty = barriers
         image, head, wg = (lax.axis_index(name) for name in ("image", "head", "wg"))
 
-        def part(name, first, size):
-            return smem.at[pl.ds(at[name] + first, size)]
+        def rows(at, first, size):
+            return smem.at[pl.ds(at + first, size)]
 
-        @pl.when(wg == 0)
-        def _copies():
-            plgpu.copy_gmem_to_smem(do_ref.at[image, :, head], part("do", 0, tq), rows_ready)
-            plgpu.copy_gmem_to_smem(o_ref.at[image, :, head], part("o", 0, tq), rows_ready)
-            plgpu.copy_gmem_to_smem(q_ref.at[image, pl.ds(drop, tq), head], part("q", 0, tq), rest_ready)
-            plgpu.copy_gmem_to_smem(k_ref.at[image, :, head], part("k", 0, tk), rest_ready)
-            plgpu.copy_gmem_to_smem(qkv_ref.at[image, :, 2 * h + head], part("v", 0, tk), rest_ready)
+        def slot(w, c):  # the slots of both warpgroups alternate, in the order in which they are first written
+            return rows(ring_at, ((c % SLOTS) * 2 + w) * TILE, TILE)
+
+        # ------------------------------------------------------------ the two warpgroups with keys
+
+        def tile_of_keys(i):
+            tile = 2 * i + wg
+            first = tile * TILE
+            k, v = rows(k_at, first, TILE), rows(v_at, first, TILE)
+            plgpu.barrier_wait(keys_ready.at[tile])
+
+            def one_chunk(sums, c, size):
+                dv, dk = sums
+                q, do = rows(q_at, c * TILE, size), rows(do_at, c * TILE, size)
+
+                def scores(s, dp):
+                    wait_for_products(0)
+                    pl.when(i == 0)(lambda: plgpu.barrier_wait(queries_ready.at[c]))
+                    add_product(s, k, q, "b")
+                    add_product(dp, v, do, "b")
+                    pl.when(i == 0)(lambda: plgpu.barrier_wait(delta_ready.at[c]))
+
+                    def columns(ref):
+                        x = load(ref.at[pl.ds(c * TILE, size)], mosaic.OF_COLUMNS, optimized=False)
+                        return broadcast(x, (TILE, size), 1)
+
+                    p = jnp.exp2(value_of(s, 1) * (scale * LOG2E) - columns(lse_smem))
+                    weights = p.astype(dtype)
+                    ds = (p * (value_of(dp, 0) - columns(delta_smem))).astype(dtype)
+                    add_product(dv, weights, do)
+                    add_product(dk, ds, q)
+                    plgpu.barrier_wait(empty.at[wg * SLOTS + c % SLOTS])
+                    slot(wg, c).at[:, pl.ds(0, size)][...] = ds
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(full.at[wg * SLOTS + c % SLOTS])
+
+                with_scores((TILE, size), scores)
+
+            def all_chunks(sums):
+                loop(tq // TILE, lambda c: one_chunk(sums, c, TILE))
+                if tq % TILE:
+                    one_chunk(sums, tq // TILE, tq % TILE)
+
+            pl.when(i == 0)(lambda: plgpu.barrier_wait(lse_ready))
+            dv, dk = with_sums([(TILE, n)] * 2, all_chunks)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            stage = rows(stage_at, wg * TILE, TILE)
+            v[...] = dv.astype(dtype)  # no one else reads this tile of the values
+            stage[...] = (dk * scale).astype(dtype)
+            plgpu.commit_smem()
+
+            def copy(size):
+                out = pl.ds(first, size)
+                plgpu.copy_smem_to_gmem(v.at[pl.ds(0, size)], dqkv_ref.at[image, out, 2 * h + head])
+                plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, size)], dk_ref.at[image, out, head])
+
+            if tk % TILE == 0:
+                copy(TILE)
+            else:
+                pl.when(first + TILE <= tk)(lambda: copy(TILE))
+                pl.when(first + TILE > tk)(lambda: copy(tk % TILE))
+
+        def keys():
+            if interpret:  # where the count has to be known
+                for w in range(2):
+                    pl.when(wg == w)(lambda w=w: loop((len(tiles) + 1 - w) // 2, tile_of_keys))
+            else:
+                loop((len(tiles) + 1 - wg) // 2, tile_of_keys)
+            pl.when(wg == 1)(sum_of_do)  # has a tile less, or as many
+            for i in range(SLOTS):
+                plgpu.barrier_wait(empty.at[wg * SLOTS + i])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def sum_of_do():
+            """As a product with ones, whose eight columns are all the same."""
+            ones_smem[...] = cast(jnp.ones((ROWS, COLUMNS), dtype), mosaic.ROW_LAYOUT)
+            plgpu.commit_smem()
+
+            def add(sums):
+                for at in range(0, tq, COLUMNS):
+                    add_product(sums[0], rows(do_at, at, COLUMNS), ones_smem.at[pl.ds(0, 8)], "ab")
+
+            (total,) = with_sums([(n, 8)], add)
+            dbias_smem[...] = jnp.max(total, axis=1)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dbias_smem, dbias_ref.at[image, head])
+
+        # ------------------------------------------------------------ the one with queries
+
+        def copy_queries(c):
+            at, size = chunks[c]
+            kept, own, ready = pl.ds(drop + at, size), pl.ds(at, size), queries_ready.at[c]
+            plgpu.copy_gmem_to_smem(do_ref.at[image, own, head], rows(do_at, at, size), ready)
+            plgpu.copy_gmem_to_smem(o_ref.at[image, own, head], rows(ring_at, at, size), ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[image, kept, head], rows(q_at, at, size), ready)
+
+        def copy_keys(tile):
+            at, size = tiles[tile]
+            own, ready = pl.ds(at, size), keys_ready.at[tile]
+            plgpu.copy_gmem_to_smem(k_ref.at[image, own, head], rows(k_at, at, size), ready)
+            plgpu.copy_gmem_to_smem(qkv_ref.at[image, own, 2 * h + head], rows(v_at, at, size), ready)
+
+        def copy_lse():
             cut = tq // 2 // mosaic.COPY_ALIGNMENT * mosaic.COPY_ALIGNMENT  # one copy has at most 256 elements a dimension
             for first, size in ((0, cut), (cut, tq - cut)):
                 span = pl.ds(first, size)
                 plgpu.copy_gmem_to_smem(lse_ref.at[image, head, span], lse_smem.at[span], lse_ready)
 
-        plgpu.barrier_wait(rows_ready)
-        bias = load(bias_ref.at[2 * h + head], mosaic.ROW_LAYOUT.reduce(0), optimized=False).astype(f32)
+        def copies():
+            copy_queries(0)
+            copy_keys(0)
+            copy_lse()
+            copy_keys(1)
+            for c in range(1, len(chunks)):
+                copy_queries(c)
+            for tile in range(2, len(tiles)):
+                copy_keys(tile)
 
-        def delta_of_rows(i, _):
-            first = (i * WARPGROUPS + wg) * ROWS
-            o, do = (load(part(name, first, ROWS), mosaic.ROW_LAYOUT).astype(f32) for name in ("o", "do"))
-            delta_smem[pl.ds(first, ROWS)] = jnp.sum(do * (o - broadcast(bias, o.shape, 1)), axis=1)
-            return _
+        def deltas(bias):
+            bias = bias.astype(f32)  # not earlier, since that would wait for the load before the copies
+            slots = [w * SLOTS + s for s in range(SLOTS) for w in range(2)]  # as the outputs lie in the ring
+            for c, (first, size) in enumerate(chunks):
+                plgpu.barrier_wait(queries_ready.at[c])
+                for at in range(first, first + size, ROWS):
+                    o, do = (load(rows(part, at, ROWS), mosaic.ROW_LAYOUT).astype(f32) for part in (ring_at, do_at))
+                    delta_smem[pl.ds(at, ROWS)] = jnp.sum(do * (o - broadcast(bias, o.shape, 1)), axis=1)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(delta_ready.at[c])
+                if c < len(slots):
+                    plgpu.barrier_arrive(empty.at[slots[c]])
+            for unused in slots[len(chunks) :]:
+                plgpu.barrier_arrive(empty.at[unused])
 
-        lax.fori_loop(0, (tq // ROWS - wg + WARPGROUPS - 1) // WARPGROUPS, delta_of_rows, None)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(everyone)
-        plgpu.barrier_wait(everyone)
-        plgpu.barrier_wait(rest_ready)
-        plgpu.barrier_wait(lse_ready)
+        def add_all(dq):
+            def release(w, c, in_flight):
+                wait_for_products(in_flight)
+                plgpu.barrier_arrive(empty.at[w * SLOTS + c % SLOTS])
 
-        def store(x, slot, out_ref, first, total):
-            """x, a tile of rows that begins at `first`, to out_ref by way of shared memory; without the rows past `total`."""
-            stage = at["o"] + (2 * wg + slot) * TILE
-            smem[pl.ds(stage, TILE)] = x.astype(dtype)
+            def go_over(pairs, size):
+                """All chunks of dS of one tile each of one or both warpgroups: pairs of tile and warpgroup."""
+                before = None  # whose slot the last but one product reads
+                for tile, _ in pairs:
+                    plgpu.barrier_wait(keys_ready.at[tile])
+                for c, (_, width) in enumerate(chunks):
+                    for tile, w in pairs:
+                        plgpu.barrier_wait(full.at[w * SLOTS + c % SLOTS])
+                        ds = slot(w, c).at[pl.ds(0, size), pl.ds(0, width)]
+                        add_product(dq[c], rows(k_at, tile * TILE, size), ds, "a")
+                        if before:
+                            release(*before, 1)
+                        before = w, c
+                release(*before, 0)
+
+            loop(rounds, lambda i: go_over([(2 * i, 0), (2 * i + 1, 1)], TILE))
+            for tile in range(2 * rounds, len(tiles)):
+                go_over([(tile, tile % 2)], tiles[tile][1])
+
+        def queries():
+            bias = load(bias_ref.at[2 * h + head], mosaic.ROW_LAYOUT.reduce(0), optimized=False)
+            copies()
+            deltas(bias)
+            dq = with_sums([(n, size) for _, size in chunks], add_all)
+            # No one reads the keys any more: the scores of a tile come before its dS, and all four warps get here.
             plgpu.commit_smem()
-
-            def copy(size):
-                plgpu.copy_smem_to_gmem(smem.at[pl.ds(stage, size)], out_ref.at[pl.ds(first, size)])
-
-            if total % TILE == 0:
-                copy(TILE)
-            else:
-                pl.when(first + TILE <= total)(lambda: copy(TILE))
-                pl.when(first + TILE > total)(lambda: copy(total % TILE))
-
-        def gradient_of_keys(tile, _):
-            first = tile * TILE
-            k, v = part("k", first, TILE), part("v", first, TILE)
-
-            def scores(j):
-                q, do = (part(name, j * queries, queries) for name in ("q", "do"))
-                return (None, k, q, "b"), (None, v, do, "b")
-
-            def weights(j, s, dp):
-                span = pl.ds(j * queries, queries)
-                lse, delta = (load(ref.at[span], mosaic.OF_COLUMNS, optimized=False) for ref in (lse_smem, delta_smem))
-                p = jnp.exp2(s * (scale * LOG2E) - broadcast(lse, s.shape, 1))
-                ds = p * (dp - broadcast(delta, s.shape, 1))
-                return p.astype(dtype), ds.astype(dtype)
-
-            def gradients(j, dk, dv, p, ds):
-                return (dv, p, part("do", j * queries, queries), ""), (dk, ds, part("q", j * queries, queries), "")
-
-            def overlapped_step(j, carry):
-                s, dp, dv, dk = products(*scores(j + 1), *gradients(j, *carry))
-                return dk, dv, *weights(j + 1, s, dp)
-
-            def step(j, carry):
-                dv, dk = products(*gradients(j, *carry, *weights(j, *products(*scores(j)))))
-                return dk, dv
-
-            zeros, steps = cast(jnp.zeros((TILE, n), f32), mosaic.WGMMA), tq // queries
-            if overlapped:
-                carry = zeros, zeros, *weights(0, *products(*scores(0)))
-                dv, dk = products(*gradients(steps - 1, *lax.fori_loop(0, steps - 1, overlapped_step, carry)))
-            else:
-                dk, dv = lax.fori_loop(0, steps, step, (zeros, zeros))
+            for (at, size), x in zip(chunks, dq, strict=True):
+                x = (x * scale).astype(dtype)
+                if interpret:
+                    rows(k_at, at, size)[...] = x.T
+                else:
+                    rows(k_at, at, size).transpose((1, 0))[...] = x
+            zeros = rows(k_at, tk, ROWS)
+            if drop:
+                zeros[...] = cast(jnp.zeros((ROWS, n), dtype), mosaic.ROW_LAYOUT)
+            plgpu.commit_smem()
+            for at, size in chunks:
+                plgpu.copy_smem_to_gmem(rows(k_at, at, size), dq_ref.at[image, pl.ds(drop + at, size), head])
+            for at in range(0, drop, ROWS):
+                plgpu.copy_smem_to_gmem(zeros, dq_ref.at[image, pl.ds(at, ROWS), head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store(dv, 0, dqkv_ref.at[image, :, 2 * h + head], first, tk)
-            store(dk * scale, 1, dk_ref.at[image, :, head], first, tk)
-            return _
 
-        def gradient_of_queries(tile, _):
-            first = tile * TILE
-            rows = pl.ds(first, TILE)
-            q, do = part("q", first, TILE), part("do", first, TILE)
-            lse, delta = (load(ref.at[rows], mosaic.OF_ROWS, optimized=False) for ref in (lse_smem, delta_smem))
+        def with_registers(count, action, body):
+            if tq > FEW_QUERIES and not interpret:
+                plgpu.set_max_registers(count, action=action)
+            body()
 
-            def scores(j):
-                return (None, q, part("k", j * keys, keys), "b"), (None, do, part("v", j * keys, keys), "b")
-
-            def weights(s, dp):
-                p = jnp.exp2(s * (scale * LOG2E) - broadcast(lse, s.shape, 0))
-                return (p * (dp - broadcast(delta, s.shape, 0))).astype(dtype)
-
-            def step(j, carry):
-                dq, ds = carry
-                s, dp, dq = products(*scores(j + 1), (dq, ds, part("k", j * keys, keys), ""))
-                return dq, weights(s, dp)
-
-            steps = tk // keys
-            start = cast(jnp.zeros((TILE, n), f32), mosaic.WGMMA), weights(*products(*scores(0)))
-            dq, ds = lax.fori_loop(0, steps - 1, step, start)
-            (dq,) = products((dq, ds, part("k", (steps - 1) * keys, keys), ""))
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            store(dq * scale, tile % 2, dq_ref.at[image, pl.ds(drop, tq), head], first, tq)
-            return _
-
-        def mine(values):
-            return functools.reduce(lambda x, i: jnp.where(wg == i, values[i], x), range(1, WARPGROUPS), values[0])
-
-        k_first, k_end, q_first, q_end = (mine(values) for values in zip(*dealt, strict=True))
-        lax.fori_loop(k_first, k_end, gradient_of_keys, None)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        lax.fori_loop(q_first, q_end, gradient_of_queries, None)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        @pl.when(wg == least_busy)
-        def _rest():
-            # The sum of do over queries as a product with ones.
-            ones_smem[...] = cast(jnp.ones((ROWS, COLUMNS), dtype), mosaic.ROW_LAYOUT)
-            stage = smem.at[pl.ds(at["o"] + 2 * wg * TILE, ROWS)]
-            stage[...] = cast(jnp.zeros((ROWS, n), dtype), mosaic.ROW_LAYOUT)
-            plgpu.commit_smem()
-            for i in range(drop // ROWS):
-                plgpu.copy_smem_to_gmem(stage, dq_ref.at[image, pl.ds(i * ROWS, ROWS), head])
-
-            def add(j, total):
-                return products((total, part("do", j * COLUMNS, COLUMNS), ones_smem.at[pl.ds(0, 8)], "ab"))[0]
-
-            total = lax.fori_loop(0, tq // COLUMNS, add, cast(jnp.zeros((n, 8), f32), mosaic.WGMMA))
-            dbias_smem[...] = jnp.max(total, axis=1)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(dbias_smem, dbias_ref.at[image, head])
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when(wg < 2)(lambda: with_registers(REGISTERS[0], "decrease", keys))
+        pl.when(wg == 2)(lambda: with_registers(REGISTERS[1], "increase", queries))
 
     keys_like = jax.ShapeDtypeStruct((b, tk, h, n), dtype)
-    per_query = -(-tq // TILE) * TILE
     dq, dk, dqkv, dbias = mosaic.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BQHN, lse_BHQ, do_BQHN),
         name="hopper_attention_backward",
         grid=(h, b),
         grid_names=("head", "image"),
-        warpgroups=WARPGROUPS,
+        warpgroups=3,
         out=[keys_like, keys_like, jax.ShapeDtypeStruct(qkv_BTGN.shape, dtype), jax.ShapeDtypeStruct((b, h, n), f32)],
         scratch=[
-            mosaic.rows_of(end, n, dtype=dtype, interpret=interpret),
-            *(plgpu.SMEM((size,), f32) for size in (per_query, per_query, n)),
+            mosaic.rows_of(max(stage_at + 2 * TILE, ring_at + tq), n, dtype=dtype, interpret=interpret),
+            *(plgpu.SMEM((size,), f32) for size in (tq, tq, n)),
             mosaic.rows_of(ROWS, COLUMNS, dtype=dtype, interpret=interpret),
+            plgpu.Barrier(num_arrivals=3, num_barriers=len(chunks)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=len(tiles)),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.Barrier(num_barriers=len(chunks)),
+            plgpu.Barrier(num_barriers=2 * SLOTS),
+            plgpu.Barrier(num_barriers=2 * SLOTS),
         ],
         interpret=interpret,
     )

@@ -35,6 +35,7 @@ COLUMNS = 32  # of a half type in one unit of the shared-memory layout; a produc
 COPY_ALIGNMENT = 32  # float32 elements: a bulk copy begins at a multiple of 128 bytes in shared memory
 
 if plgpu:
+    TRANSPOSED_STORES = jax.__version_info__ >= (0, 11)  # whether `ref.transpose((1, 0))[...] = x` can be lowered
     # jax before 0.11 wants an index for its loads, later ones warn of it.
     _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
     _LOAD_ALL = (None,) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
@@ -71,6 +72,14 @@ def cast(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
 def load(ref: Any, layout: Any, interpret: bool, optimized: bool = True) -> jax.Array:
     """ref[...] in `layout`; `optimized=False` for what has no fast way, such as vectors in global memory."""
     return ref[...] if interpret else plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=optimized)
+
+
+def store(ref: Any, value: jax.Array, interpret: bool) -> None:
+    """ref[...] = value for layouts that have no fast way: from jax 0.12 on that has to be asked for."""
+    if interpret or not hasattr(plgpu, "store"):
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)
 
 
 def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> list[jax.Array]:
@@ -148,13 +157,50 @@ def call(
         grid_names=grid_names,
         **(dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}),
         interpret=_interpret_params() if interpret else None,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=reduction_bytes,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
+        compiler_params=_compiler_params(reduction_bytes),
     )(*args)
+
+
+def call_in_place(
+    kernel: Callable[..., None],
+    *args: jax.Array,
+    in_place: jax.Array,
+    name: str,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    out: Sequence[jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    interpret: bool,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """`call` of kernel(in_place_ref, *input_refs, *output_refs, *scratch_refs) that may write to the array `in_place`,
+    which is returned in front of the outputs. No copy comes about unless the caller uses the old contents as well.
+
+    `plgpu.kernel` would do from jax 0.11 on. It is a wrapper around `pl.kernel` for vmap, which takes no references in 0.10.
+    """
+
+    def body(*refs):
+        pl.run_scoped(lambda *scratch_refs: kernel(*refs, *scratch_refs), *scratch)
+
+    run = pl.kernel(
+        body,
+        out_type=list(out),
+        mesh=plgpu.Mesh(grid=grid, grid_names=grid_names),
+        name=name,
+        interpret=_interpret_params() if interpret else False,
+        compiler_params=_compiler_params(),
+    )
+    ref = jax.new_ref(in_place, memory_space=plgpu.GMEM)
+    outputs = run(ref, *args)
+    return jax.freeze(ref), outputs
+
+
+def _compiler_params(reduction_bytes: int = 0) -> Any:
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=reduction_bytes,
+        lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    )
 
 
 def _interpret_params() -> Any:
