@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jitjax.errors import UserError
-from jitjax.kernels import attention, norm, swiglu, triton
+from jitjax.kernels import attention, hopper_backward, norm, swiglu, triton
 from jitjax.kernels.attention import qkv_attention_with_dropout
 
 __all__ = ["Ops", "get_ops", "qkv_attention_with_dropout", "resolve"]
@@ -148,7 +148,11 @@ def _attention(device: jax.Device, geometry: Any) -> str:
     tokens, context = geometry.tokens, geometry.context_length
     shapes = {(tokens, 0), (tokens + context, 0), (tokens + context, context)}
     reasons = sorted({attention.no_hopper(*shape, geometry.head_dim) for shape in shapes} - {""})
-    return f"attention by the Triton kernels for {', '.join(reasons)}" if reasons else "attention by the Hopper kernels"
+    if reasons:
+        return f"attention by the Triton kernels for {', '.join(reasons)}"
+    backward = sorted({hopper_backward.unsupported(t) for t, _ in shapes} - {""})
+    exception = f", backward by the Triton ones for {', '.join(backward)}" if backward else ""
+    return f"attention by the Hopper kernels{exception}"
 
 
 def _compute_capability(device: jax.Device) -> float:

@@ -290,7 +290,7 @@ def backward(
             vectors += [rows.vector(gate_ref.at[image])]
         for i, vector in enumerate(vectors):
             for x, c in zip(vector, rows.columns, strict=True):
-                vectors_smem.at[i, c][...] = x
+                mosaic.store(vectors_smem.at[i, c], x, interpret)
         plgpu.commit_smem()
 
         def tile(refs, sums):
@@ -315,11 +315,12 @@ def backward(
         sums = run(tile, [[rows.zeros() for _ in rows.columns] for _ in range(n_sums)])
         for k, pieces in enumerate(sums):
             for c, x in zip(rows.columns, pieces, strict=True):
-                sums_smem[...] = x
+                mosaic.store(sums_smem, x, interpret)
                 plgpu.commit_smem()
                 for start in range(0, tiles.width, 128):
                     part = mosaic.load(sums_smem.at[:, pl.ds(start, 128)], whole_rows, interpret, optimized=False)
-                    sums_ref.at[image, chunk, k, pl.ds(c.start + start, 128)][...] = jnp.sum(part, axis=0)
+                    target = sums_ref.at[image, chunk, k, pl.ds(c.start + start, 128)]
+                    mosaic.store(target, jnp.sum(part, axis=0), interpret)
                 plgpu.commit_smem()
 
         if dropped:
