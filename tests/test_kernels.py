@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
-from jitjax.kernels import attention, hopper_norm, lowered, mosaic, norm, triton
+from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, mosaic, norm, triton
 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
@@ -174,6 +174,23 @@ def test_hopper_attention(t, drop, heads, monkeypatch):
     assert relative_error(attend(FUSED, *arguments), attend(PLAIN, *arguments)) < 1e-5
 
 
+def test_hopper_rope_goes_through_many_images():
+    """A ring of two tiles that is filled again and again, the last block with fewer tiles, queries and keys in several groups;
+    against the row kernel, whose gradient of the values' third it keeps."""
+    b, t, heads, n = 6, 16, 4, 64
+    normal = draws()
+    gradients = normal(b, t, 3 * heads, n), normal(b, t, heads, n), normal(b, t, heads, n)
+    qkv, bias, weights = normal(b, t, 3 * heads * n), normal(3 * heads * n), (1 + 0.3 * normal(n), 1 + 0.3 * normal(n))
+    angles = normal(t, n // 2)
+    doubled = (jnp.repeat(x, 2, axis=1) for x in (jnp.cos(angles), jnp.sin(angles)))
+    want = attention._norm_rope_backward(*gradients, qkv, bias, *weights, *doubled, heads)
+    for tiles in (hopper_rope.Tiles(1, 2, 4), hopper_rope.Tiles(2, 2, 3), None):
+        shaped = qkv.reshape(gradients[0].shape), bias.reshape(-1, n)
+        got = hopper_rope.backward(*gradients, *shaped, *weights, jnp.cos(angles), jnp.sin(angles), interpret=True, tiles=tiles)
+        for i, (a, w) in enumerate(zip(got, want, strict=True)):
+            assert relative_error(a.reshape(w.shape), w) < 3e-6, f"output {i}"
+
+
 def test_attention_survives_extreme_scores():
     """Sharp softmax with rows of very negative scores: what stands in masked lanes (2^2000) must not reach the gradients."""
     (h, kernel, bias, q_weight, k_weight), cotangent, rope = attention_inputs(2, 3, 4, 12)
@@ -290,7 +307,8 @@ def test_every_published_size_lowers_for_cuda(size, tokens):
         text = lower_for_cuda(with_gradient(function), *shapes)
         assert "__gpu$xla.gpu.triton" in text or "mosaic_gpu" in text, name
         if name == "qkv_attention":
-            assert ("mosaic_gpu_v2" in text) == (n == 64 and tokens % 32 == 0)
+            # Forward and RoPE's backward pass; between them attention's own, which jax 0.10 cannot lower.
+            assert text.count("mosaic_gpu_v2") == (2 + mosaic.TRANSPOSED_STORES if n == 64 and tokens % 32 == 0 else 0)
         elif "norm" in name:
             assert ("mosaic_gpu_v2" in text) == (tokens % 4 == 0)
 

@@ -20,7 +20,7 @@ GROUPS = (MATMUL, ATTENTION, NORM, ROPE, SWIGLU, REDUCTIONS, OPTIMIZER, COPIES, 
 # By the kernel's own name, first match wins: NCCL, `jitjax.kernels`, cuDNN, cuBLAS, the driver.
 _NAMES = (
     (COLLECTIVES, r"nccl|all.?reduce|all.?gather|reduce.?scatter|collective"),
-    (ROPE, r"^norm_rope_"),
+    (ROPE, r"^(hopper_)?norm_rope_"),
     (NORM, r"^(residual_|hopper_)?norm_(forward|backward)|^residual_backward"),
     (SWIGLU, r"^swiglu_"),
     (ATTENTION, r"^attention_|^hopper_attention_|fmha|flash|sdpa|cudnn"),
@@ -29,10 +29,10 @@ _NAMES = (
 )
 # By the line of ours (or of optax) that XLA's fusion ends in: "file:function".
 _ORIGINS = (
-    (NORM, r"kernels/norm\.py:"),
+    (NORM, r"kernels/(hopper_)?norm\.py:"),
     (SWIGLU, r"kernels/swiglu\.py:(?!prepare)"),
-    (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention"),
-    (ROPE, r"kernels/attention\.py:(?!prepare)"),
+    (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention|kernels/hopper_(forward|backward)\.py:"),
+    (ROPE, r"kernels/attention\.py:(?!prepare)|kernels/hopper_rope\.py:"),
     (OPTIMIZER, r"optax/|jitjax/optimizer\.py:|sharding\.py:global_norm|step\.py:make_train_step|step\.py:next_loss_scale"),
 )
 # By what XLA's name for a fusion says it does.
