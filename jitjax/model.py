@@ -276,11 +276,10 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, h_BTD, keys_B, ops: kernels.Ops) -> jax.Array:
         """Everything up to the output projection, whose bias the caller adds."""
-        w12, bias, w3 = ops.prepare_mlp(self.w12.kernel[...], self.w12.bias[...], self.w3.kernel[...])
-        u_BTF = ops.swiglu(h_BTD @ w12.astype(h_BTD.dtype), bias)
+        between = None
         if self.dropout_rate and keys_B is not None:
-            u_BTF = dropout(u_BTF, self.dropout_rate, keys_B)
-        return u_BTF @ w3.astype(h_BTD.dtype)
+            between = functools.partial(dropout, rate=self.dropout_rate, keys_B=keys_B)
+        return ops.mlp(h_BTD, self.w12.kernel[...], self.w12.bias[...], self.w3.kernel[...], between)
 
 
 class Block(nnx.Module):
@@ -390,6 +389,8 @@ class JiT(nnx.Module):
     def _forward(self, z, t, y, dtype, ops, remat, dropout_keys):
         g = self.geometry
         ops = ops or kernels.get_ops("plain")
+        if remat == "dots":
+            ops = kernels.with_visible_products(ops)
 
         def apply_block(block, *arguments, drop):
             apply = functools.partial(_apply_block, ops=ops, drop=drop)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
-from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, mosaic, norm, triton
+from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, mosaic, norm, swiglu, triton
 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
@@ -76,9 +76,10 @@ def projected_attention(ops, h, *weights, rope, heads, drop=0):
     return ops.qkv_attention(h @ kernel.astype(h.dtype), *rest, *rope, heads, drop)
 
 
-def mlp(ops, h, *weights):
-    w12, bias, w3 = ops.prepare_mlp(*weights)
-    return ops.swiglu(h @ w12, bias) @ w3
+def mlp_inputs(b, t, d, f):
+    """h, w12, bias, w3; cotangent."""
+    normal = draws()
+    return (normal(b, t, d), d**-0.5 * normal(d, 2 * f), normal(2 * f), f**-0.5 * normal(f, d)), normal(b, t, d)
 
 
 # Rows that tile evenly, rows that do not, a width that is no power of two, and one above a single tile's worth of rows.
@@ -133,11 +134,26 @@ def test_swiglu(shape):
     assert_same(lambda ops, *a: ops.swiglu(*a), (normal(b, t, 2 * f), normal(2 * f)), normal(b, t, f))
 
 
-def test_padded_mlp_has_the_gradients_of_the_published_one():
-    normal = draws()
-    arguments = normal(1, 8, 12), normal(12, 2 * 43), normal(2 * 43), normal(43, 12)
-    assert FUSED.prepare_mlp(*arguments[1:])[0].shape[1] % 256 == 0
-    assert_same(mlp, arguments, normal(1, 8, 12))
+def test_mlp_and_its_padding():
+    """43 hidden units are padded; what comes between the activation and the second product sees the padded ones."""
+    arguments, cotangent = mlp_inputs(1, 8, 12, 43)
+    assert swiglu.pad_hidden(*arguments[1:])[0].shape[1] % 256 == 0
+    assert_same(lambda ops, *a: ops.mlp(*a), arguments, cotangent)
+    assert_same(lambda ops, *a: ops.mlp(*a, lambda u: u * u), arguments, cotangent)
+    assert_same(lambda ops, *a: kernels.with_visible_products(ops).mlp(*a), arguments, cotangent)
+
+
+@pytest.mark.parametrize(("b", "t", "f", "blocks"), [(2, 128, 384, 1), (3, 72, 256, 2)])
+def test_hopper_mlp(b, t, f, blocks, monkeypatch):
+    """In Pallas' simulation. 384 hidden units leave half a tile of columns backward, 216 rows part of a tile of rows. One block
+    goes through all tiles, its rings of operands, pieces and biases filled again; two share them unevenly."""
+    monkeypatch.setattr(mosaic, "multiprocessors", lambda: blocks)
+    arguments, cotangent = mlp_inputs(b, t, 192, f)
+
+    def run(ops, *arguments):
+        return ops.mlp(*arguments) if ops is PLAIN else swiglu.hopper_mlp(*arguments)
+
+    assert_same(run, arguments, cotangent)
 
 
 # Head dimensions 64, 80 and 104 are the published ones; 37 tokens leave masked rows, 3 heads are no power of two.
@@ -296,6 +312,7 @@ def test_every_published_size_lowers_for_cuda(size, tokens):
         "norm_modulate": (x, parameter(width), vector, vector),
         "gated_residual": (x, x, parameter(width), vector),
         "swiglu": (struct(2, tokens, 2 * hidden), parameter(2 * hidden)),
+        "mlp": (x, parameter(width, 2 * hidden), parameter(2 * hidden), parameter(hidden, width)),
     }
 
     def attend(qkv, bias, q_weight, k_weight):
@@ -309,6 +326,8 @@ def test_every_published_size_lowers_for_cuda(size, tokens):
         if name == "qkv_attention":
             # Forward and RoPE's backward pass; between them attention's own, which jax 0.10 cannot lower.
             assert text.count("mosaic_gpu_v2") == (2 + mosaic.TRANSPOSED_STORES if n == 64 and tokens % 32 == 0 else 0)
+        elif name == "mlp":
+            assert text.count("mosaic_gpu_v2") == 2
         elif "norm" in name:
             assert ("mosaic_gpu_v2" in text) == (tokens % 4 == 0)
 

@@ -66,6 +66,9 @@ def cases(setup: common.Setup) -> Iterator[Case]:
     def vector(size, mean=0.0):
         return mean + 0.3 * jax.random.normal(next(keys), (size,), jnp.float32)
 
+    def matrix(rows, columns):
+        return rows**-0.5 * jax.random.normal(next(keys), (rows, columns), jnp.float32)
+
     def residual_norm(ops, x, branch, gate, shift, scale, bias, weight):
         return ops.residual_norm_modulate(x, branch, bias, gate, weight, shift, scale)
 
@@ -93,6 +96,7 @@ def cases(setup: common.Setup) -> Iterator[Case]:
                 checked, timed = (functools.partial(f, rope=rope, **options) for f in (ordered_attention, attention))
                 yield f"qkv_attention{label}", t, checked, timed, [qkv], weights
         yield "swiglu", t, lambda ops, h, bias: ops.swiglu(h, bias), None, [half(t, 2 * f)], [vector(2 * f)]
+        yield "mlp", t, lambda ops, *a: ops.mlp(*a), None, [half(t, d)], [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
         vectors = half(d), half(d), half(d)
         weights = [vector(d), vector(d, 1.0)]
         yield "residual_norm_modulate", t, residual_norm, None, [half(t, d), half(t, d), *vectors], weights

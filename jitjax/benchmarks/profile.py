@@ -23,6 +23,7 @@ _NAMES = (
     (ROPE, r"^(hopper_)?norm_rope_"),
     (NORM, r"^(residual_|hopper_)?norm_(forward|backward)|^residual_backward"),
     (SWIGLU, r"^swiglu_"),
+    (MATMUL, r"^hopper_swiglu_"),  # the products of the MLP with SwiGLU at their side
     (ATTENTION, r"^attention_|^hopper_attention_|fmha|flash|sdpa|cudnn"),
     (MATMUL, r"nvjet|gemm|cutlass|xmma|cublas|splitk|gemv"),
     (COPIES, r"memcpy|memset"),
@@ -30,7 +31,7 @@ _NAMES = (
 # By the line of ours (or of optax) that XLA's fusion ends in: "file:function".
 _ORIGINS = (
     (NORM, r"kernels/(hopper_)?norm\.py:"),
-    (SWIGLU, r"kernels/swiglu\.py:(?!prepare)"),
+    (SWIGLU, r"kernels/(hopper_)?swiglu\.py:(?!pad_hidden)"),
     (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention|kernels/hopper_(forward|backward)\.py:"),
     (ROPE, r"kernels/attention\.py:(?!prepare)|kernels/hopper_rope\.py:"),
     (OPTIMIZER, r"optax/|jitjax/optimizer\.py:|sharding\.py:global_norm|step\.py:make_train_step|step\.py:next_loss_scale"),

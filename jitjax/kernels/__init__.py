@@ -5,12 +5,12 @@ between two matrix products is one operation, one pass over memory forward and o
 
     qkv_attention            bias, query/key norm, RoPE, softmax attention        between the qkv and proj products
     residual_norm_modulate   bias, gate, residual, RMSNorm, adaLN modulation      between proj and w12, w3 and the next qkv
-    swiglu                   bias, silu(a) * b                                    between w12 and w3
+    mlp                      w12, bias, silu(a) * b, w3: on Hopper beside the products, else between them
     norm_modulate, gated_residual    the two ends of the chain that stand alone at the first block and where tokens are added
 
-Kernels for Hopper are in `hopper_forward`, `hopper_backward` and `hopper_rope` (attention) and `hopper_norm`, on Pallas' Mosaic
-GPU backend (`mosaic`); the others, and what those do not take, on its Triton backend (`triton`, `flash`, `attention`, `norm`,
-`swiglu`).
+Kernels for Hopper are in `hopper_forward`, `hopper_backward` and `hopper_rope` (attention), `hopper_norm` and `hopper_swiglu`,
+on Pallas' Mosaic GPU backend (`mosaic`); those for what these do not take, and for other cards, on its Triton backend
+(`triton`, `flash`, `attention`, `norm`, `swiglu`).
 
 All biases of the matrix products live inside the operations, so their gradients fall out of the same pass.
 
@@ -30,7 +30,7 @@ from jitjax.errors import UserError
 from jitjax.kernels import attention, hopper_backward, norm, swiglu, triton
 from jitjax.kernels.attention import qkv_attention_with_dropout
 
-__all__ = ["Ops", "get_ops", "qkv_attention_with_dropout", "resolve"]
+__all__ = ["Ops", "get_ops", "qkv_attention_with_dropout", "resolve", "with_visible_products"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Ops:
         A branch of fewer tokens goes with the last ones of x; those before are dropped.
     norm_modulate(x_BTD, weight_D, shift_BD, scale_BD) -> h_BTD
     gated_residual(x_BTD, branch_BTD, bias_D, gate_BD) -> x_BTD
+    mlp(h_BTD, w12_DF2, bias_F2, w3_FD, between=None) -> BTD
+        h @ w12 + bias split into [a | b]; silu(a) * b; `between` of that, if given (dropout); @ w3.
     swiglu(h_BTF2, bias_F2) -> BTF
-        h + bias split into [a | b]; silu(a) * b.
+        Its middle, without the products: h + bias split into [a | b]; silu(a) * b.
     qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0) -> B(T-drop)D
         bias; split q | k | v, each heads x head_dim; RMSNorm of q and k over the head; RoPE; softmax(q k^T / sqrt(N)) v.
         The first `drop` tokens are keys and values only. cos_TN and sin_TN hold each angle twice in a row (published
@@ -54,27 +56,25 @@ class Ops:
     prepare_qkv(kernel_DC, bias_C, q_weight_N, k_weight_N, num_heads) -> the same four
         Turns published weights into the column order that this implementation's `qkv_attention` wants. Apply it to the
         weights, before the matrix product: it is a permutation within each head of q and k, cheap on weights.
-    prepare_mlp(w12_DF2, bias_F2, w3_FD) -> the same three
-        Pads the hidden width with zeros where the hardware wants a rounder one (silu(0) * 0 = 0, so nothing changes).
     """
 
     residual_norm_modulate: Callable[..., tuple[jax.Array, jax.Array]]
     norm_modulate: Callable[..., jax.Array]
     gated_residual: Callable[..., jax.Array]
+    mlp: Callable[..., jax.Array]
     swiglu: Callable[..., jax.Array]
     qkv_attention: Callable[..., jax.Array]
     prepare_qkv: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
-    prepare_mlp: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 PLAIN = Ops(
     residual_norm_modulate=norm.plain_residual_norm_modulate,
     norm_modulate=norm.plain_norm_modulate,
     gated_residual=norm.plain_gated_residual,
+    mlp=swiglu.plain_mlp,
     swiglu=swiglu.plain_swiglu,
     qkv_attention=attention.plain_qkv_attention,
     prepare_qkv=lambda kernel, bias, q_weight, k_weight, num_heads: (kernel, bias, q_weight, k_weight),
-    prepare_mlp=lambda w12, bias, w3: (w12, bias, w3),
 )
 
 
@@ -82,11 +82,16 @@ FUSED = Ops(
     residual_norm_modulate=norm.fused_residual_norm_modulate,
     norm_modulate=norm.fused_norm_modulate,
     gated_residual=norm.fused_gated_residual,
+    mlp=swiglu.fused_mlp,
     swiglu=swiglu.fused_swiglu,
     qkv_attention=attention.fused_qkv_attention,
     prepare_qkv=attention.prepare_qkv,
-    prepare_mlp=swiglu.prepare_mlp,
 )
+
+
+def with_visible_products(ops: Ops) -> Ops:
+    """The same operations with every matrix product one of XLA's own, which a checkpoint policy can tell from the rest."""
+    return dataclasses.replace(ops, mlp=swiglu.separate_mlp) if ops == FUSED else ops
 
 
 def get_ops(name: str) -> Ops:

@@ -120,9 +120,10 @@ def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> 
     return pl.run_state(run)([start(*job) for job in jobs])
 
 
-def rows_of(*shape: int, dtype: Any, interpret: bool) -> Any:
-    """Rows (the last axis but one) in shared memory, laid out for copies and products without bank conflicts."""
-    transforms = () if interpret else (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+def rows_of(*shape: int, dtype: Any, interpret: bool, columns: int = COLUMNS) -> Any:
+    """Rows (the last axis but one) of a half type in shared memory, laid out for copies and products without bank conflicts, in
+    units of 8 rows and 32 or 64 columns."""
+    transforms = () if interpret else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

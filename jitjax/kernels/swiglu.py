@@ -1,15 +1,19 @@
-"""SwiGLU between its two matrix products: bias, split, silu(a) * b.
+"""The MLP: a matrix product, bias, split, silu(a) * b, and a second product.
 
-h_BTF2 is the first product without its bias, [a | b] on the last axis; bias_F2 is float32.
+h_BTF2 is the first product without its bias, [a | b] on the last axis; bias_F2 is float32. On Hopper SwiGLU is worked out
+beside the products (`hopper_swiglu`); elsewhere, and where something comes between it and the second product, by row kernels
+between products of XLA's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jitjax.kernels import triton
+from jitjax.kernels import hopper_swiglu, mosaic, triton
 from jitjax.kernels.triton import load, store
 
 f32 = jnp.float32
@@ -18,7 +22,7 @@ f32 = jnp.float32
 # (and rows grow) where they do not divide F.
 FORWARD = dict(rows=4, columns=1024, warps=4)
 BACKWARD = dict(rows=4, columns=128, tokens=64, warps=4)
-PADDING = 128
+PADDING = hopper_swiglu.UNIT
 
 
 def plain_swiglu(h_BTF2: jax.Array, bias_F2: jax.Array) -> jax.Array:
@@ -27,7 +31,73 @@ def plain_swiglu(h_BTF2: jax.Array, bias_F2: jax.Array) -> jax.Array:
     return (jax.nn.silu(a) * b).astype(h_BTF2.dtype)
 
 
-def prepare_mlp(w12_DF2: jax.Array, bias_F2: jax.Array, w3_FD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def plain_mlp(
+    h_BTD: jax.Array,
+    w12_DF2: jax.Array,
+    bias_F2: jax.Array,
+    w3_FD: jax.Array,
+    between: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """(B, T, D) -> (B, T, D): swiglu(h @ w12, bias), `between` of it if given (dropout), @ w3. Products in the type of h."""
+    return _with_products(plain_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, between)
+
+
+def _with_products(swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, between):
+    u_BTF = swiglu(h_BTD @ w12_DF2.astype(h_BTD.dtype), bias_F2)
+    return (between(u_BTF) if between else u_BTF) @ w3_FD.astype(h_BTD.dtype)
+
+
+# ---------------------------------------------------------------- fused
+
+
+def fused_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, between=None):
+    """`plain_mlp` by the kernels for Hopper, where they take it, else as `separate_mlp`."""
+    dtype = h_BTD.dtype
+    w12_DF2, bias_F2, w3_FD = pad_hidden(w12_DF2, bias_F2, w3_FD)
+    if between is None and mosaic.hopper() and not hopper_swiglu.unsupported(*w3_FD.shape[::-1], dtype):
+        return hopper_mlp(h_BTD, w12_DF2.astype(dtype), bias_F2, w3_FD.astype(dtype))
+    return _with_products(fused_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, between)
+
+
+def separate_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, between=None):
+    """`plain_mlp` with matrix products that a checkpoint policy can see and a row kernel between them."""
+    return _with_products(fused_swiglu, h_BTD, *pad_hidden(w12_DF2, bias_F2, w3_FD), between)
+
+
+@jax.custom_vjp
+def hopper_mlp(h_BTD: jax.Array, w12_DF2: jax.Array, bias_F2: jax.Array, w3_FD: jax.Array) -> jax.Array:
+    """`plain_mlp` for weights in the type of h and shapes that `hopper_swiglu` takes."""
+    return _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD)[0]
+
+
+def _as_rows(x_BTD: jax.Array) -> jax.Array:
+    """(B, T, D) -> (M, D), with zeros for the rest of the last tile."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    missing = -x_MD.shape[0] % hopper_swiglu.ROWS
+    return jnp.pad(x_MD, ((0, missing), (0, 0))) if missing else x_MD
+
+
+def _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD):
+    b, t, d = h_BTD.shape
+    w12_F2D = w12_DF2.T  # the contraction last, as the kernel and the product backward want it
+    x12, u = hopper_swiglu.forward(_as_rows(h_BTD), w12_F2D, bias_F2, interpret=triton.interpreted())
+    y_BTD = (u @ w3_FD)[: b * t].reshape(b, t, d)
+    return y_BTD, (h_BTD, w12_F2D, bias_F2, w3_FD, x12, u)
+
+
+def _hopper_backward(saved, dy_BTD):
+    h_BTD, w12_F2D, bias_F2, w3_FD, x12, u = saved
+    b, t, d = h_BTD.shape
+    dy = _as_rows(dy_BTD)
+    dx12, dbias_F2 = hopper_swiglu.backward(dy, w3_FD, x12, bias_F2, interpret=triton.interpreted())
+    dh_BTD = (dx12 @ w12_F2D)[: b * t].reshape(b, t, d)
+    return dh_BTD, _as_rows(h_BTD).T @ dx12, dbias_F2.astype(bias_F2.dtype), u.T @ dy
+
+
+hopper_mlp.defvjp(_hopper_forward, _hopper_backward)
+
+
+def pad_hidden(w12_DF2: jax.Array, bias_F2: jax.Array, w3_FD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pads the hidden width F with zeros to a multiple of 128: 2730 -> 2816, 3413 -> 3456, 4437 -> 4480.
 
     The published widths are odd multiples of 1 or 2, which the matrix units and 16-byte memory accesses cannot work on.
