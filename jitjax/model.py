@@ -257,14 +257,15 @@ class Attention(nnx.Module):
     def __call__(self, h_BTD, rope, keys_B, ops: kernels.Ops, drop: int = 0) -> jax.Array:
         """Everything up to the output projection, whose bias the caller adds. `keys_B` None means no dropout. The first
         `drop` tokens are looked at by the others and have no output of their own: (B, T - drop, D)."""
-        weights = (self.qkv.kernel[...], self.qkv.bias[...], self.q_norm.weight[...], self.k_norm.weight[...])
+        kernel = self.qkv.kernel[...].astype(h_BTD.dtype)
+        weights = kernel, self.qkv.bias[...], self.q_norm.weight[...], self.k_norm.weight[...]
         if self.dropout_rate and keys_B is not None:
-            qkv = h_BTD @ weights[0].astype(h_BTD.dtype)
+            qkv = h_BTD @ kernel
             a = kernels.qkv_attention_with_dropout(qkv, *weights[1:], *rope, self.heads, self.dropout_rate, keys_B)
             a = a[:, drop:]
         else:
             kernel, *rest = ops.prepare_qkv(*weights, self.heads)
-            a = ops.qkv_attention(h_BTD @ kernel.astype(h_BTD.dtype), *rest, *rope, self.heads, drop)
+            a = ops.qkv_attention(h_BTD @ kernel, *rest, *rope, self.heads, drop)
         return matmul(self.proj, a)
 
 

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import flash, hopper_backward, hopper_forward, hopper_rope, mosaic, triton
@@ -94,28 +95,33 @@ def prepare_qkv(
     kernel_DC: jax.Array, bias_C: jax.Array, q_weight_N: jax.Array, k_weight_N: jax.Array, num_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """From published to half-split order of the features of each head, for queries and keys."""
-
-    def heads(x):  # last axis q | k | v -> the same with q and k reordered
-        q_k, v = jnp.split(x, [2 * x.shape[-1] // 3], axis=-1)
-        return jnp.concatenate([_half_split(q_k, 2 * num_heads), v], axis=-1)
-
-    kernel_DC = heads(_written_gradient(kernel_DC))
-    return kernel_DC, heads(bias_C), _half_split(q_weight_N, 1), _half_split(k_weight_N, 1)
+    n = q_weight_N.shape[-1]
+    kernel_DC, bias_C = (_half_split(x, n, 2 * num_heads) for x in (kernel_DC, bias_C))
+    return kernel_DC, bias_C, _half_split(q_weight_N, n, 1), _half_split(k_weight_N, n, 1)
 
 
-@jax.custom_vjp
-def _written_gradient(x: jax.Array) -> jax.Array:
-    """Identity whose gradient is written to memory once. Without it XLA repeats the inverse permutation in each of several
-    optimizer kernels into which the permutation then breaks up the update of this weight (twice the time)."""
-    return x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _half_split(x: jax.Array, n: int, groups: int) -> jax.Array:
+    """a0 b0 a1 b1 ... becomes a0 a1 ... b0 b1 ... in each of the first `groups` n of the last axis. Its gradient is written to
+    memory once.
+
+    Without that XLA repeats the inverse permutation in each of several optimizer kernels into which it then breaks up the
+    update: twice the time for the matrix, five kernels instead of one for the bias.
+    """
+    return _permuted(x, (n // 2, 2), n * groups)
 
 
-_written_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+def _permuted(x: jax.Array, pair: tuple[int, int], columns: int) -> jax.Array:
+    """Each product(pair) of the last axis transposed as a matrix of that shape, up to `columns`. One pass, casts included."""
+    swapped = x.reshape(*x.shape[:-1], -1, *pair).swapaxes(-1, -2).reshape(x.shape)
+    return jnp.where(np.arange(x.shape[-1]) < columns, swapped, x) if columns < x.shape[-1] else swapped
 
 
-def _half_split(x: jax.Array, groups: int) -> jax.Array:
-    """In each of `groups` equal parts of the last axis: a0 b0 a1 b1 ... -> a0 a1 ... b0 b1 ..."""
-    return x.reshape(*x.shape[:-1], groups, -1, 2).swapaxes(-1, -2).reshape(x.shape)
+def _half_split_backward(n, groups, _, dx):
+    return (jax.lax.optimization_barrier(_permuted(dx, (2, n // 2), n * groups)),)
+
+
+_half_split.defvjp(lambda x, n, groups: (_half_split(x, n, groups), None), _half_split_backward)
 
 
 def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0):
