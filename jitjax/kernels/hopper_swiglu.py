@@ -84,15 +84,12 @@ def _silu(half: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @lowered_once
-def forward(
-    x_MD: jax.Array, w12_ND: jax.Array, bias_N: jax.Array, *, interpret: bool = False, blocks: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def forward(x_MD: jax.Array, w12_ND: jax.Array, bias_N: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """x12 and u of the module's first line, in the type of x.
 
     Args:
       x_MD: M rows, a multiple of 128.
       w12_ND: both halves' weights, transposed, N = 2F. bias_N: float32.
-      blocks: that share the work; 0 for one a multiprocessor.
 
     Returns:
       x12_MN without the bias; u_MF.
@@ -157,7 +154,6 @@ def forward(
             plgpu.SMEM((2, 2, wide), f32),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ],
-        blocks=blocks,
         interpret=interpret,
     )
     return x12, u
@@ -165,14 +161,13 @@ def forward(
 
 @lowered_once
 def backward(
-    dy_MD: jax.Array, w3_FD: jax.Array, x12_MN: jax.Array, bias_N: jax.Array, *, interpret: bool = False, blocks: int = 0
+    dy_MD: jax.Array, w3_FD: jax.Array, x12_MN: jax.Array, bias_N: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """dx12 and its sum over rows, of the module's second line.
 
     Args:
       dy_MD: gradient of u @ w3, M rows, a multiple of 128.
       w3_FD: weights. x12_MN: as `forward` returned it. bias_N: float32, N = 2F.
-      blocks: as in `forward`.
 
     Returns:
       dx12_MN; dbias_N, float32.
@@ -294,7 +289,6 @@ def backward(
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=4, num_barriers=2),
         ],
-        blocks=blocks,
         interpret=interpret,
     )
     return dx12, sums.sum(0)
@@ -324,7 +318,6 @@ def _product(
     rows: Callable[..., None],
     out: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
-    blocks: int,
     interpret: bool,
 ) -> list[jax.Array]:
     """Tiles of x @ w^T, each handed to `rows` in the compute type.
@@ -342,7 +335,7 @@ def _product(
         raise ValueError(f"{m} rows, no multiple of {ROWS}")
     stages, depth = ring.stages, ring.depth
     steps, tiles, width = d // depth, m // ROWS * column_tiles, COLUMNS // parts
-    blocks = min(blocks or mosaic.multiprocessors(), tiles)
+    blocks = min(mosaic.multiprocessors(), tiles)
 
     def kernel(x_ref, w_ref, *rest):
         *refs, tile_smem, x_smem, w_smem, full, empty, tile_ready, tile_read = rest
