@@ -184,12 +184,6 @@ def unpatchify(tokens: jax.Array, patch: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, grid * patch, grid * patch, CHANNELS)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
-    """Inverted dropout with one key per image, so that the mask does not depend on how a batch is cut up."""
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
 # ---------------------------------------------------------------- modules
 
 xavier = nnx.initializers.xavier_uniform()
@@ -277,10 +271,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, h_BTD, keys_B, ops: kernels.Ops) -> jax.Array:
         """Everything up to the output projection, whose bias the caller adds."""
-        between = None
-        if self.dropout_rate and keys_B is not None:
-            between = functools.partial(dropout, rate=self.dropout_rate, keys_B=keys_B)
-        return ops.mlp(h_BTD, self.w12.kernel[...], self.w12.bias[...], self.w3.kernel[...], between)
+        weights = self.w12.kernel[...], self.w12.bias[...], self.w3.kernel[...]
+        return ops.mlp(h_BTD, *weights, self.dropout_rate, keys_B)
 
 
 class Block(nnx.Module):
@@ -307,7 +299,7 @@ class Block(nnx.Module):
             x_BTD, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.norm1.weight[...], shift_a, scale_a)
         branch, bias = self.attn(h_BTD, rope, keys[0], ops, drop), self.attn.proj.bias[...]
         if self.proj_dropout and keys[1] is not None:
-            branch = dropout(branch + bias.astype(branch.dtype), self.proj_dropout, keys[1])
+            branch = kernels.dropout(branch + bias.astype(branch.dtype), self.proj_dropout, keys[1])
             bias = jnp.zeros_like(bias)
         x_BTD, h_BTD = ops.residual_norm_modulate(x_BTD, branch, bias, gate_a, self.norm2.weight[...], shift_m, scale_m)
         return x_BTD, (self.mlp(h_BTD, keys[2], ops), self.mlp.w3.bias[...], gate_m)

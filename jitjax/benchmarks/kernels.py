@@ -78,6 +78,9 @@ def cases(setup: common.Setup) -> Iterator[Case]:
     def residual(ops, x, branch, gate, bias):
         return ops.gated_residual(x, branch, bias, gate)
 
+    def mlp(ops, h, *weights, rate):
+        return ops.mlp(h, *weights, rate, jax.random.split(jax.random.key(0), len(h)))
+
     def attention(ops, qkv, bias, q_weight, k_weight, *, rope, drop=0):
         return ops.qkv_attention(qkv, bias, q_weight, k_weight, *rope, g.heads, drop)
 
@@ -95,8 +98,10 @@ def cases(setup: common.Setup) -> Iterator[Case]:
             if context or not label:
                 checked, timed = (functools.partial(f, rope=rope, **options) for f in (ordered_attention, attention))
                 yield f"qkv_attention{label}", t, checked, timed, [qkv], weights
-        yield "swiglu", t, lambda ops, h, bias: ops.swiglu(h, bias), None, [half(t, 2 * f)], [vector(2 * f)]
-        yield "mlp", t, lambda ops, *a: ops.mlp(*a), None, [half(t, d)], [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
+        for label, rate in (("", 0.0), (", dropout", g.proj_dropout)):
+            if rate or not label:
+                weights = [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
+                yield f"mlp{label}", t, functools.partial(mlp, rate=rate), None, [half(t, d)], weights
         vectors = half(d), half(d), half(d)
         weights = [vector(d), vector(d, 1.0)]
         yield "residual_norm_modulate", t, residual_norm, None, [half(t, d), half(t, d), *vectors], weights

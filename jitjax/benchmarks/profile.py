@@ -33,7 +33,7 @@ _ORIGINS = (
     (NORM, r"kernels/(hopper_)?norm\.py:"),
     (SWIGLU, r"kernels/(hopper_)?swiglu\.py:(?!pad_hidden)"),
     (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention|kernels/hopper_(forward|backward)\.py:"),
-    (ROPE, r"kernels/attention\.py:(?!prepare)|kernels/hopper_rope\.py:"),
+    (ROPE, r"kernels/attention\.py:(?!_permuted|_half_split)|kernels/hopper_rope\.py:"),
     (OPTIMIZER, r"optax/|jitjax/optimizer\.py:|sharding\.py:global_norm|step\.py:make_train_step|step\.py:next_loss_scale"),
 )
 # By what XLA's name for a fusion says it does.

@@ -8,9 +8,9 @@ between two matrix products is one operation, one pass over memory forward and o
     mlp                      w12, bias, silu(a) * b, w3: on Hopper beside the products, else between them
     norm_modulate, gated_residual    the two ends of the chain that stand alone at the first block and where tokens are added
 
-Kernels for Hopper are in `hopper_forward`, `hopper_backward` and `hopper_rope` (attention), `hopper_norm` and `hopper_swiglu`,
-on Pallas' Mosaic GPU backend (`mosaic`); those for what these do not take, and for other cards, on its Triton backend
-(`triton`, `flash`, `attention`, `norm`, `swiglu`).
+Kernels for Hopper are in `hopper_forward`, `hopper_backward`, `hopper_wide` and `hopper_rope` (attention), `hopper_norm` and
+`hopper_swiglu`, on Pallas' Mosaic GPU backend (`mosaic`); those for what these do not take, and for other cards, on its
+Triton backend (`triton`, `flash`, `attention`, `norm`, `swiglu`). Dropout is in `masks`.
 
 All biases of the matrix products live inside the operations, so their gradients fall out of the same pass.
 
@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 
 from jitjax.errors import UserError
-from jitjax.kernels import attention, hopper_backward, norm, swiglu, triton
+from jitjax.kernels import attention, norm, swiglu, triton
 from jitjax.kernels.attention import qkv_attention_with_dropout
+from jitjax.kernels.masks import dropout
 
-__all__ = ["Ops", "get_ops", "qkv_attention_with_dropout", "resolve", "with_visible_products"]
+__all__ = ["Ops", "dropout", "get_ops", "qkv_attention_with_dropout", "resolve", "with_visible_products"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,8 @@ class Ops:
         A branch of fewer tokens goes with the last ones of x; those before are dropped.
     norm_modulate(x_BTD, weight_D, shift_BD, scale_BD) -> h_BTD
     gated_residual(x_BTD, branch_BTD, bias_D, gate_BD) -> x_BTD
-    mlp(h_BTD, w12_DF2, bias_F2, w3_FD, between=None) -> BTD
-        h @ w12 + bias split into [a | b]; silu(a) * b; `between` of that, if given (dropout); @ w3.
-    swiglu(h_BTF2, bias_F2) -> BTF
-        Its middle, without the products: h + bias split into [a | b]; silu(a) * b.
+    mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None) -> BTD
+        h @ w12 + bias split into [a | b]; silu(a) * b; dropout of that, if there are keys; @ w3.
     qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0) -> B(T-drop)D
         bias; split q | k | v, each heads x head_dim; RMSNorm of q and k over the head; RoPE; softmax(q k^T / sqrt(N)) v.
         The first `drop` tokens are keys and values only. cos_TN and sin_TN hold each angle twice in a row (published
@@ -62,7 +61,6 @@ class Ops:
     norm_modulate: Callable[..., jax.Array]
     gated_residual: Callable[..., jax.Array]
     mlp: Callable[..., jax.Array]
-    swiglu: Callable[..., jax.Array]
     qkv_attention: Callable[..., jax.Array]
     prepare_qkv: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
 
@@ -72,7 +70,6 @@ PLAIN = Ops(
     norm_modulate=norm.plain_norm_modulate,
     gated_residual=norm.plain_gated_residual,
     mlp=swiglu.plain_mlp,
-    swiglu=swiglu.plain_swiglu,
     qkv_attention=attention.plain_qkv_attention,
     prepare_qkv=lambda kernel, bias, q_weight, k_weight, num_heads: (kernel, bias, q_weight, k_weight),
 )
@@ -83,7 +80,6 @@ FUSED = Ops(
     norm_modulate=norm.fused_norm_modulate,
     gated_residual=norm.fused_gated_residual,
     mlp=swiglu.fused_mlp,
-    swiglu=swiglu.fused_swiglu,
     qkv_attention=attention.fused_qkv_attention,
     prepare_qkv=attention.prepare_qkv,
 )
@@ -155,7 +151,7 @@ def _attention(device: jax.Device, geometry: Any) -> str:
     reasons = sorted({attention.no_hopper(*shape, geometry.head_dim) for shape in shapes} - {""})
     if reasons:
         return f"attention by the Triton kernels for {', '.join(reasons)}"
-    backward = sorted({hopper_backward.unsupported(t) for t, _ in shapes} - {""})
+    backward = sorted({attention.no_hopper_backward(t, geometry.head_dim) for t, _ in shapes} - {""})
     exception = f", backward by the Triton ones for {', '.join(backward)}" if backward else ""
     return f"attention by the Hopper kernels{exception}"
 

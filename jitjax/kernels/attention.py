@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from jitjax.kernels import flash, hopper_backward, hopper_forward, hopper_rope, mosaic, triton
+from jitjax.kernels import flash, hopper_backward, hopper_forward, hopper_rope, hopper_wide, mosaic, triton
+from jitjax.kernels.masks import dropout
 from jitjax.kernels.triton import Span, load, store
 
 EPS = 1e-6
@@ -75,8 +76,8 @@ def qkv_attention_with_dropout(
     q, k, v = _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
     logits = jnp.einsum("BTHN,BSHN->BHTS", q, k, preferred_element_type=f32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits, axis=-1)
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, weights.shape[1:]))(keys_B)
-    weights = jnp.where(keep, weights / (1 - rate), 0).astype(v.dtype)
+    rows = weights.reshape(weights.shape[0], -1, weights.shape[-1])
+    weights = dropout(rows, rate, keys_B).reshape(weights.shape).astype(v.dtype)
     return jnp.einsum("BHTS,BSHN->BTHN", weights, v).reshape(*qkv_BTC.shape[:2], -1)
 
 
@@ -87,7 +88,7 @@ def qkv_attention_with_dropout(
 # ones ("half-split"). `prepare_qkv` permutes the weights to that order, inside the step and in front of the matrix
 # product: parameters and checkpoints stay in the published order, and no activation is ever permuted.
 
-FORWARD = dict(rows=16, heads=4, warps=8)
+FORWARD = dict(rows=4, heads=4, warps=1)
 BACKWARD = dict(rows=8, heads=4, tokens=32, warps=1)
 
 
@@ -128,17 +129,23 @@ def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN,
     """`plain_qkv_attention` for weights that went through `prepare_qkv`.
 
     On Hopper one kernel forward, one backward for dq, dk, dv (`hopper_forward`, `hopper_backward`), where they take the
-    shapes; else a row kernel and the attention kernels of `flash`. A last kernel (`hopper_rope`, or a row kernel) goes back
-    through RoPE and norm and completes the gradient of the qkv product in place.
+    shapes; else a row kernel and the attention kernels of `hopper_wide` or `flash`. A last kernel (`hopper_rope`, or a row
+    kernel) goes back through RoPE and norm and completes the gradient of the qkv product in place.
     """
-    tokens, head_dim = qkv_BTC.shape[1], qkv_BTC.shape[2] // (3 * num_heads)
-    hopper = mosaic.hopper() and not no_hopper(tokens, drop, head_dim)
-    return _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper)
+    return _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, mosaic.hopper())
 
 
 def no_hopper(tokens: int, drop: int, head_dim: int) -> str:
     """Why attention falls back from the Hopper kernels to the Triton ones on any card, or an empty string."""
-    return mosaic.UNAVAILABLE or hopper_forward.unsupported(tokens, drop, head_dim)
+    kernels = {module.HEAD_DIM: module for module in (hopper_forward, hopper_wide)}
+    if head_dim not in kernels:
+        return f"heads of {head_dim} features, not {' or '.join(map(str, kernels))}"
+    return mosaic.UNAVAILABLE or kernels[head_dim].unsupported(tokens, drop, head_dim)
+
+
+def no_hopper_backward(tokens: int, head_dim: int) -> str:
+    """The same for the backward pass, where forward it does not."""
+    return hopper_backward.unsupported(tokens) if head_dim == hopper_forward.HEAD_DIM else ""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -152,7 +159,7 @@ def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     bias, qkv_BTGN = bias_C.astype(qkv_BTC.dtype), qkv_BTC.reshape(b, t, -1, n)  # see triton.py on types
-    if hopper:
+    if hopper and not no_hopper(t, drop, n) and n == hopper_forward.HEAD_DIM:
         o_BTHN, lse_BHT, *qk = hopper_forward.forward(
             *(qkv_BTGN, bias.reshape(-1, n), q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2]),
             drop=drop,
@@ -161,7 +168,10 @@ def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_
         )
     else:
         qk = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
-        o_BTHN, lse_BHT = flash.forward(*qk, qkv_BTGN, bias.reshape(-1, n), drop)
+        forward = flash.forward
+        if hopper and not no_hopper(t, drop, n):
+            forward = functools.partial(hopper_wide.forward, interpret=triton.interpreted())
+        o_BTHN, lse_BHT = forward(*qk, qkv_BTGN, bias.reshape(-1, n), drop=drop)
     saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, *qk, o_BTHN, lse_BHT
     return o_BTHN.reshape(b, t - drop, -1), saved
 
@@ -171,8 +181,9 @@ def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
     b, t, _, n = k_BTHN.shape
     bias = bias_C.astype(qkv_BTC.dtype)
     backward = flash.backward
-    if hopper and not hopper_backward.unsupported(t):
-        backward = functools.partial(hopper_backward.backward, interpret=triton.interpreted())
+    if hopper and not no_hopper(t, drop, n) and not no_hopper_backward(t, n):
+        module = hopper_wide if n == hopper_wide.HEAD_DIM else hopper_backward
+        backward = functools.partial(module.backward, interpret=triton.interpreted())
     dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = backward(
         *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTD.reshape(o_BTHN.shape))
     )
@@ -270,7 +281,9 @@ def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     heads = _head_group(num_heads, BACKWARD["heads"])
-    rows, pieces = BACKWARD["rows"], triton.pieces(n // 2, waste=0.4)
+    pieces = triton.pieces(n // 2, waste=0.4)
+    wide = sum(piece.size for piece in pieces) > 32  # with as many rows these spill: 1 270 us instead of 510 at 80 features
+    rows = BACKWARD["rows"] // 2 if wide else BACKWARD["rows"]
     tokens = triton.chunk(t, BACKWARD["tokens"], rows)
     chunks = -(-t // tokens)
 

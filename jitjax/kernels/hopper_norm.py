@@ -290,7 +290,7 @@ def backward(
             vectors += [rows.vector(gate_ref.at[image])]
         for i, vector in enumerate(vectors):
             for x, c in zip(vector, rows.columns, strict=True):
-                mosaic.store(vectors_smem.at[i, c], x, interpret)
+                mosaic.store(vectors_smem.at[i, c], x, interpret, optimized=False)
         plgpu.commit_smem()
 
         def tile(refs, sums):
@@ -315,12 +315,12 @@ def backward(
         sums = run(tile, [[rows.zeros() for _ in rows.columns] for _ in range(n_sums)])
         for k, pieces in enumerate(sums):
             for c, x in zip(rows.columns, pieces, strict=True):
-                mosaic.store(sums_smem, x, interpret)
+                mosaic.store(sums_smem, x, interpret, optimized=False)
                 plgpu.commit_smem()
                 for start in range(0, tiles.width, 128):
                     part = mosaic.load(sums_smem.at[:, pl.ds(start, 128)], whole_rows, interpret, optimized=False)
                     target = sums_ref.at[image, chunk, k, pl.ds(c.start + start, 128)]
-                    mosaic.store(target, jnp.sum(part, axis=0), interpret)
+                    mosaic.store(target, jnp.sum(part, axis=0), interpret, optimized=False)
                 plgpu.commit_smem()
 
         if dropped:

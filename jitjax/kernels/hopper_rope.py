@@ -6,18 +6,20 @@ data stays in registers from the first image to the last: cosines, sines, bias a
 last two. A ring of tiles in shared memory is filled by bulk copies that run ahead; results replace what they were computed from
 (the same thread reads and writes an element) and leave by bulk copies, into the gradient that has the values' third already.
 
-A tile has 8 tokens of 4 heads (one piece of memory a token) of one or two images. A thread has 8 neighbouring features of the
-first half of a row and the 8 of the second half that they form pairs with: RoPE needs no exchange, and a row sum is two
+A tile has 8 tokens of 4 heads (one piece of memory a token) of one or two images. A thread has features of the
+first half of a row and those of the second half that they form pairs with: RoPE needs no exchange, and a row sum is two
 shuffles. Both row sums are formed at once, since mean(dxhat * xhat) = r mean(dxhat * x).
 
 Measured on an H200 at 256 images of 12 heads, with the sums over blocks: 198 us at 288 tokens (171 at 256), where the Triton
-kernel takes 259 (225) and a plain pass over as many bytes 174 (157).
+kernel takes 259 (225) and a plain pass over as many bytes 174 (157). On an H100 at 208 images of 16 heads of 80 features: 695
+(616) where the Triton kernel takes 801 (704).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +31,25 @@ from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import COLUMNS, plgpu
 
 EPS = 1e-6
-HEAD_DIM = 2 * COLUMNS
+HEAD_DIMS = 64, 80
 HEADS, TOKENS = 4, 8  # of a tile: a warp for each head
-SHAPE = HEADS, TOKENS, COLUMNS  # half of the features
 BLOCKS = 1600  # about four times as many as the card can have at a time: the last ones to end are short
 f32 = jnp.float32
-if plgpu:
-    # A warp for each head; a thread has 8 neighbouring columns of one row, as in `ROW_LAYOUT`.
-    LAYOUT = plgpu.Layout.TILED(plgpu.Tiling((SHAPE, (8, 8))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def _layout(columns: int) -> Any:
+    """(HEADS, TOKENS, columns) values on a warpgroup: a warp for each head, four threads for a row. With 32 columns a thread
+    has 8 neighbouring ones, as in `ROW_LAYOUT`; otherwise pairs of neighbours, one of each 8 columns."""
+    shape = HEADS, TOKENS, columns
+    if columns == COLUMNS:
+        return plgpu.Layout.TILED(plgpu.Tiling((shape, (8, 8))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    return plgpu.Layout.TILED(plgpu.Tiling((shape, (8, 8), (2,))), warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def unsupported(tokens: int, head_dim: int, num_heads: int) -> str:
     """Why the kernel cannot take so many heads of so many tokens, or an empty string."""
-    if head_dim != HEAD_DIM:
-        return f"heads of {head_dim} features, not {HEAD_DIM}"
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} features, not {' or '.join(map(str, HEAD_DIMS))}"
     if num_heads % HEADS:
         return f"{num_heads} heads, not a multiple of {HEADS}"
     return f"{tokens} tokens, not a multiple of {TOKENS}" if tokens % TOKENS else ""
@@ -93,19 +100,21 @@ def backward(
     tiles = tiles or Tiles.choose(b, t, h)
     images, stages = tiles.images, tiles.stages
     groups, chunks, ranges = 2 * h // HEADS, t // TOKENS, -(-b // (images * tiles.steps))
-    halves = [pl.ds(0, COLUMNS), pl.ds(COLUMNS, COLUMNS)]
+    m, wide = n // 2, n == 2 * COLUMNS  # whether rows are laid out for wide accesses without bank conflicts
+    shape, layout = (HEADS, TOKENS, m), None if interpret else _layout(m)
+    halves = [pl.ds(0, m), pl.ds(m, m)]
 
     def load_same(ref, axes):
         """ref in global memory, the same along all axes of a tile but `axes`."""
         others = tuple(i for i in range(3) if i not in axes)
-        x = mosaic.load(ref, LAYOUT.reduce(others), interpret, optimized=False).astype(f32)
-        return mosaic.cast(lax.broadcast_in_dim(x, SHAPE, axes), LAYOUT, interpret)
+        x = mosaic.load(ref, layout and layout.reduce(others), interpret, optimized=False).astype(f32)
+        return mosaic.cast(lax.broadcast_in_dim(x, shape, axes), layout, interpret)
 
     def columns(slot):
         return pl.ds(slot * n, n)
 
     def across(scalars):
-        return mosaic.cast(lax.broadcast_in_dim(scalars, SHAPE, (0, 1)), LAYOUT, interpret)
+        return mosaic.cast(lax.broadcast_in_dim(scalars, shape, (0, 1)), layout, interpret)
 
     def kernel(dqkv_ref, dq_ref, dk_ref, qkv_ref, bias_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, sums_ref, *scratch):
         x_ring, d_ring, ready = scratch
@@ -141,7 +150,7 @@ def backward(
         cos, sin = (load_same(ref.at[span], (1, 2)) for ref in (cos_ref, sin_ref))
 
         def one_image(x_refs, d_refs, sums):
-            x, d = ([mosaic.load(ref, LAYOUT, interpret).astype(f32) for ref in refs] for refs in (x_refs, d_refs))
+            x, d = ([mosaic.load(ref, layout, interpret, wide).astype(f32) for ref in refs] for refs in (x_refs, d_refs))
             x = [a + v for a, v in zip(x, bias, strict=True)]
             g = d[0] * cos + d[1] * sin, d[1] * cos - d[0] * sin
             dxhat = [a * w for a, w in zip(g, weight, strict=True)]
@@ -152,7 +161,7 @@ def backward(
             rstd = across(rstd)
             dx = [a * rstd - e * along_x for a, e in zip(dxhat, x, strict=True)]
             for ref, value in zip(x_refs, dx, strict=True):
-                ref[...] = value.astype(dtype)
+                mosaic.store(ref, value.astype(dtype), interpret, wide)
             terms = dx, [a * rstd * e for a, e in zip(g, x, strict=True)]
             return [[s + e for s, e in zip(*pair, strict=True)] for pair in zip(sums, terms, strict=True)]
 
@@ -180,13 +189,14 @@ def backward(
 
             return sums
 
-        zeros = mosaic.cast(jnp.zeros(SHAPE, f32), LAYOUT, interpret)
+        zeros = mosaic.cast(jnp.zeros(shape, f32), layout, interpret)
         sums = lax.fori_loop(0, steps, step, [[zeros] * 2] * 2)
         for k, total in enumerate(sums[0] + sums[1]):
-            mosaic.store(sums_ref.at[r, chunk, group, k], jnp.sum(total, axis=1), interpret)
+            mosaic.store(sums_ref.at[r, chunk, group, k], jnp.sum(total, axis=1), interpret, optimized=False)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    ring = mosaic.rows_of(stages, HEADS, images, TOKENS, n, dtype=dtype, interpret=interpret)
+    ring = (stages, HEADS, images, TOKENS, n)
+    ring = mosaic.rows_of(*ring, dtype=dtype, interpret=interpret) if wide else plgpu.SMEM(ring, dtype)
     dqkv, (sums,) = mosaic.call_in_place(
         kernel,
         # Two axes less: a bulk copy knows five, two of which the layout in shared memory splits.
@@ -196,10 +206,10 @@ def backward(
         name="hopper_norm_rope_backward",
         grid=(ranges, chunks, groups),
         grid_names=("range", "chunk", "group"),
-        out=[jax.ShapeDtypeStruct((ranges, chunks, groups, 4, HEADS, COLUMNS), f32)],
+        out=[jax.ShapeDtypeStruct((ranges, chunks, groups, 4, HEADS, m), f32)],
         scratch=[ring, ring, plgpu.Barrier(num_arrivals=2 * HEADS, num_barriers=stages)],
         interpret=interpret,
     )
-    sums = sums.sum((0, 1)).reshape(groups, 2, 2, HEADS, COLUMNS).transpose(1, 0, 3, 2, 4).reshape(2, 2 * h, n)
+    sums = sums.sum((0, 1)).reshape(groups, 2, 2, HEADS, m).transpose(1, 0, 3, 2, 4).reshape(2, 2 * h, n)
     dweight_q, dweight_k = sums[1].reshape(2, h, n).sum(1)
     return dqkv.reshape(dqkv_BTGN.shape), sums[0], dweight_q, dweight_k

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Ring:
     depth: int
 
 
-FORWARD, BACKWARD = Ring(3, 64), Ring(5, 32)
+FORWARD, BACKWARD, MASKED_BACKWARD = Ring(3, 64), Ring(5, 32), Ring(4, 32)  # as many as there is room for
 
 
 def unsupported(width: int, hidden: int, dtype: jax.typing.DTypeLike) -> str:
@@ -98,40 +98,47 @@ def forward(x_MD: jax.Array, w12_ND: jax.Array, bias_N: jax.Array, *, interpret:
     f, slots, wide = n // 2, FORWARD_SLOTS, COLUMNS // 2
     per_group = ROWS // SIZE
 
+    class Refs(NamedTuple):
+        bias: Any
+        x12: Any
+        u: Any
+        u_smem: Any
+        bias_smem: Any
+        bias_ready: Any
+
     def bring_bias(refs, buffer, column):
-        bias_ref, bias_smem, bias_ready = refs[0], refs[4], refs[5]
         for half in range(2):
-            source = bias_ref.at[pl.ds(half * f + column * wide, wide)]
-            plgpu.copy_gmem_to_smem(source, bias_smem.at[buffer, half], bias_ready.at[buffer])
+            source = refs.bias.at[pl.ds(half * f + column * wide, wide)]
+            plgpu.copy_gmem_to_smem(source, refs.bias_smem.at[buffer, half], refs.bias_ready.at[buffer])
 
     def begin(refs, place):
-        bring_bias(refs, 0, place[1])
+        bring_bias(Refs(*refs), 0, place[1])
 
     def rows(refs, tile_smem, tile_ready, i, place, following, more):
-        _, x12_ref, u_ref, u_smem, bias_smem, bias_ready = refs
+        refs = Refs(*refs)
         (row, column), buffer = place, lax.rem(i, 2)
         pl.when(more)(lambda: bring_bias(refs, 1 - buffer, following[1]))
-        plgpu.barrier_wait(bias_ready.at[buffer])
+        plgpu.barrier_wait(refs.bias_ready.at[buffer])
         plgpu.barrier_wait(tile_ready)
         for wg in range(MULTIPLY):
             for half in range(2):
-                out = x12_ref.at[pl.ds(row + wg * TILE, TILE), pl.ds(half * f + column * wide, wide)]
+                out = refs.x12.at[pl.ds(row + wg * TILE, TILE), pl.ds(half * f + column * wide, wide)]
                 plgpu.copy_smem_to_gmem(tile_smem.at[wg, half], out)
 
         def group(g, _):
             own = pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP)
-            bias_a, bias_b = (_along_rows(bias_smem.at[buffer, half, own], interpret) for half in range(2))
+            bias_a, bias_b = (_along_rows(refs.bias_smem.at[buffer, half, own], interpret) for half in range(2))
             bias_a = 0.5 * bias_a
             for r in range(per_group):
                 wg, at = divmod(r * SIZE, TILE)
                 parts = [tile_smem.at[wg, half, pl.ds(at, SIZE), own] for half in range(2)]
                 a, b = (mosaic.load(p, LAYOUT, interpret).astype(f32) for p in parts)
                 _, silu = _silu(0.5 * a + bias_a)
-                slot = u_smem.at[r % slots]
+                slot = refs.u_smem.at[r % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                 slot[...] = (silu * (b + bias_b)).astype(dtype)
                 plgpu.commit_smem()
-                out = u_ref.at[pl.ds(row + r * SIZE, SIZE), pl.ds(column * wide + g * GROUP, GROUP)]
+                out = refs.u.at[pl.ds(row + r * SIZE, SIZE), pl.ds(column * wide + g * GROUP, GROUP)]
                 plgpu.copy_smem_to_gmem(slot, out)
 
         lax.fori_loop(0, wide // GROUP, group, None)
@@ -161,13 +168,21 @@ def forward(x_MD: jax.Array, w12_ND: jax.Array, bias_N: jax.Array, *, interpret:
 
 @lowered_once
 def backward(
-    dy_MD: jax.Array, w3_FD: jax.Array, x12_MN: jax.Array, bias_N: jax.Array, *, interpret: bool = False
+    dy_MD: jax.Array,
+    w3_FD: jax.Array,
+    x12_MN: jax.Array,
+    bias_N: jax.Array,
+    keep_MF: jax.Array | None = None,
+    *,
+    scale: float = 1.0,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """dx12 and its sum over rows, of the module's second line.
 
     Args:
       dy_MD: gradient of u @ w3, M rows, a multiple of 128.
       w3_FD: weights. x12_MN: as `forward` returned it. bias_N: float32, N = 2F.
+      keep_MF: None, or uint8 of which zeros say where dropout let nothing of u through; the rest went on times `scale`.
 
     Returns:
       dx12_MN; dbias_N, float32.
@@ -176,6 +191,7 @@ def backward(
     slots, groups, half_tile = BACKWARD_SLOTS, COLUMNS // GROUP, COLUMNS // 2
     per_group = ROWS // SIZE
     pieces = per_group * groups
+    masked = keep_MF is not None
     column_tiles, whole = -(-f // COLUMNS), f % COLUMNS == 0
 
     def start_of(column, j):
@@ -186,36 +202,54 @@ def backward(
     def if_there(column, g, fn):
         fn() if whole else pl.when(column * COLUMNS + g * GROUP < f)(fn)
 
+    class Refs(NamedTuple):
+        x12: Any
+        bias: Any
+        keep: Any
+        dx12: Any
+        sums: Any
+        ring: Any
+        bias_smem: Any
+        keep_ring: Any
+        ready: Any
+        bias_ready: Any
+
+        @classmethod
+        def of(cls, refs):
+            return cls(*refs) if masked else cls(*refs[:2], None, *refs[2:6], None, *refs[6:])
+
     def bring(refs, place, piece):
-        x12_ref, ring, ready = refs[0], refs[4], refs[6]
         (row, column), slot = place, piece % slots
         g, r = piece // per_group, piece % per_group
+        at, start = pl.ds(row + r * SIZE, SIZE), column * COLUMNS + g * GROUP
 
         def copy():
             for half in range(2):
-                out = pl.ds(half * f + column * COLUMNS + g * GROUP, GROUP)
-                plgpu.copy_gmem_to_smem(x12_ref.at[pl.ds(row + r * SIZE, SIZE), out], ring.at[slot, half], ready.at[slot])
+                source = refs.x12.at[at, pl.ds(half * f + start, GROUP)]
+                plgpu.copy_gmem_to_smem(source, refs.ring.at[slot, half], refs.ready.at[slot])
+            if masked:
+                plgpu.copy_gmem_to_smem(refs.keep.at[at, pl.ds(start, GROUP)], refs.keep_ring.at[slot], refs.ready.at[slot])
 
         if_there(column, g, copy)
 
     def bring_bias(refs, buffer, column):
-        bias_ref, bias_smem, bias_ready = refs[1], refs[5], refs[7]
         for half in range(2):
             for j in range(2):
-                source = bias_ref.at[pl.ds(half * f + start_of(column, j), half_tile)]
-                part = bias_smem.at[buffer, half, pl.ds(j * half_tile, half_tile)]
-                plgpu.copy_gmem_to_smem(source, part, bias_ready.at[buffer])
+                source = refs.bias.at[pl.ds(half * f + start_of(column, j), half_tile)]
+                part = refs.bias_smem.at[buffer, half, pl.ds(j * half_tile, half_tile)]
+                plgpu.copy_gmem_to_smem(source, part, refs.bias_ready.at[buffer])
 
     def begin(refs, place):
+        refs = Refs.of(refs)
         bring_bias(refs, 0, place[1])
         for piece in range(slots - 1):
             bring(refs, place, piece)
 
     def rows(refs, tile_smem, tile_ready, i, place, following, more):
-        _, _, dx12_ref, sums_ref, ring, bias_smem, ready, bias_ready = refs
+        refs = Refs.of(refs)
         (row, column), buffer = place, lax.rem(i, 2)
         pl.when(more)(lambda: bring_bias(refs, 1 - buffer, following[1]))
-        plgpu.barrier_wait(bias_ready.at[buffer])
+        plgpu.barrier_wait(refs.bias_ready.at[buffer])
         plgpu.barrier_wait(tile_ready)
 
         def refill(piece):
@@ -237,23 +271,26 @@ def backward(
 
         def of_group(g):
             start = pl.multiple_of(g * GROUP, GROUP)
-            bias_a, bias_b = (_along_rows(bias_smem.at[buffer, half, pl.ds(start, GROUP)], interpret) for half in range(2))
+            bias_a, bias_b = (_along_rows(refs.bias_smem.at[buffer, half, pl.ds(start, GROUP)], interpret) for half in range(2))
             bias_a = 0.5 * bias_a
             totals = []
             outs = [pl.ds(half * f + column * COLUMNS + g * GROUP, GROUP) for half in range(2)]
 
             def halves(r):
-                return [ring.at[r % slots, half] for half in range(2)]
+                return [refs.ring.at[r % slots, half] for half in range(2)]
 
             def fetch(r):
-                plgpu.barrier_wait(ready.at[r % slots])
+                plgpu.barrier_wait(refs.ready.at[r % slots])
                 wg, at = divmod(r * SIZE, TILE)
                 du = tile_smem.at[wg, 0, pl.ds(at, SIZE), pl.ds(start, GROUP)]
-                return [mosaic.load(ref, LAYOUT, interpret) for ref in (du, *halves(r))]
+                mask = [refs.keep_ring.at[r % slots]] if masked else []
+                return [mosaic.load(ref, LAYOUT, interpret) for ref in (du, *halves(r), *mask)]
 
             upcoming = fetch(0)
             for r in range(per_group):
-                du, a, b = (x.astype(f32) for x in upcoming)
+                du, a, b, *keep = (x.astype(f32) for x in upcoming)
+                if masked:
+                    du *= scale * keep[0]
                 if r + 1 < per_group:
                     upcoming = fetch(r + 1)
                 s, silu = _silu(0.5 * a + bias_a)
@@ -262,11 +299,11 @@ def backward(
                     ref[...] = value.astype(dtype)
                 plgpu.commit_smem()
                 for ref, out in zip(halves(r), outs, strict=True):
-                    plgpu.copy_smem_to_gmem(ref, dx12_ref.at[pl.ds(row + r * SIZE, SIZE), out])
+                    plgpu.copy_smem_to_gmem(ref, refs.dx12.at[pl.ds(row + r * SIZE, SIZE), out])
                 refill(g * per_group + r)
                 totals = [t + value for t, value in zip(totals, new, strict=True)] if totals else new
             for total, out in zip(totals, outs, strict=True):
-                mosaic.store(sums_ref.at[row // ROWS, out], jnp.sum(total, axis=0), interpret)
+                mosaic.store(refs.sums.at[row // ROWS, out], jnp.sum(total, axis=0), interpret, optimized=False)
 
         lax.fori_loop(0, groups, group, None)
 
@@ -275,8 +312,9 @@ def backward(
         w3_FD,
         x12_MN,
         bias_N.astype(f32),
+        *([keep_MF] if masked else []),
         name="hopper_swiglu_backward",
-        ring=BACKWARD,
+        ring=MASKED_BACKWARD if masked else BACKWARD,
         weights=lambda column: [(column * COLUMNS, COLUMNS)] if whole else [(start_of(column, j), half_tile) for j in (0, 1)],
         column_tiles=column_tiles,
         parts=1,
@@ -286,7 +324,8 @@ def backward(
         scratch=[
             _rows_of(slots, 2, SIZE, GROUP, dtype=dtype, interpret=interpret),
             plgpu.SMEM((2, 2, COLUMNS), f32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            *([plgpu.SMEM((slots, SIZE, GROUP), jnp.uint8)] if masked else []),
+            plgpu.Barrier(num_arrivals=2 + masked, num_barriers=slots),
             plgpu.Barrier(num_arrivals=4, num_barriers=2),
         ],
         interpret=interpret,

@@ -74,9 +74,9 @@ def load(ref: Any, layout: Any, interpret: bool, optimized: bool = True) -> jax.
     return ref[...] if interpret else plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=optimized)
 
 
-def store(ref: Any, value: jax.Array, interpret: bool) -> None:
-    """ref[...] = value for layouts that have no fast way: from jax 0.12 on that has to be asked for."""
-    if interpret or not hasattr(plgpu, "store"):
+def store(ref: Any, value: jax.Array, interpret: bool, optimized: bool = True) -> None:
+    """ref[...] = value; `optimized=False` for what has no fast way, which from jax 0.12 on has to be asked for."""
+    if interpret or optimized or not hasattr(plgpu, "store"):
         ref[...] = value
     else:
         plgpu.store(ref, value, optimized=False)

@@ -1,19 +1,19 @@
 """The MLP: a matrix product, bias, split, silu(a) * b, and a second product.
 
 h_BTF2 is the first product without its bias, [a | b] on the last axis; bias_F2 is float32. On Hopper SwiGLU is worked out
-beside the products (`hopper_swiglu`); elsewhere, and where something comes between it and the second product, by row kernels
-between products of XLA's own.
+beside the products (`hopper_swiglu`), elsewhere by row kernels between products of XLA's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import hopper_swiglu, mosaic, triton
+from jitjax.kernels.masks import apply_mask, dropout, inverse_keep, keep_mask
 from jitjax.kernels.triton import load, store
 
 f32 = jnp.float32
@@ -36,38 +36,49 @@ def plain_mlp(
     w12_DF2: jax.Array,
     bias_F2: jax.Array,
     w3_FD: jax.Array,
-    between: Callable[[jax.Array], jax.Array] | None = None,
+    rate: float = 0.0,
+    keys_B: jax.Array | None = None,
 ) -> jax.Array:
-    """(B, T, D) -> (B, T, D): swiglu(h @ w12, bias), `between` of it if given (dropout), @ w3. Products in the type of h."""
-    return _with_products(plain_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, between)
+    """(B, T, D) -> (B, T, D): dropout(swiglu(h @ w12, bias), rate, keys) @ w3. Products in the type of h."""
+    return _with_products(plain_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B)
 
 
-def _with_products(swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, between):
+def _with_products(swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B):
     u_BTF = swiglu(h_BTD @ w12_DF2.astype(h_BTD.dtype), bias_F2)
-    return (between(u_BTF) if between else u_BTF) @ w3_FD.astype(h_BTD.dtype)
+    return dropout(u_BTF, rate, keys_B) @ w3_FD.astype(h_BTD.dtype)
 
 
 # ---------------------------------------------------------------- fused
 
 
-def fused_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, between=None):
+def fused_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None):
     """`plain_mlp` by the kernels for Hopper, where they take it, else as `separate_mlp`."""
-    dtype = h_BTD.dtype
-    w12_DF2, bias_F2, w3_FD = pad_hidden(w12_DF2, bias_F2, w3_FD)
-    if between is None and mosaic.hopper() and not hopper_swiglu.unsupported(*w3_FD.shape[::-1], dtype):
-        return hopper_mlp(h_BTD, w12_DF2.astype(dtype), bias_F2, w3_FD.astype(dtype))
-    return _with_products(fused_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, between)
+    dtype, tokens = h_BTD.dtype, h_BTD.shape[1]
+    padded = pad_hidden(w12_DF2, bias_F2, w3_FD)
+    hidden, width = padded[2].shape
+    if not mosaic.hopper() or hopper_swiglu.unsupported(width, hidden, dtype):
+        return separate_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B)
+    w12_DF2, bias_F2, w3_FD = padded
+    keep_BTF = keep_mask(keys_B, tokens, hidden, rate) if rate and keys_B is not None else None
+    return hopper_mlp(h_BTD, w12_DF2.astype(dtype), bias_F2, w3_FD.astype(dtype), keep_BTF, rate)
 
 
-def separate_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, between=None):
+def separate_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None):
     """`plain_mlp` with matrix products that a checkpoint policy can see and a row kernel between them."""
-    return _with_products(fused_swiglu, h_BTD, *pad_hidden(w12_DF2, bias_F2, w3_FD), between)
+    return _with_products(fused_swiglu, h_BTD, *pad_hidden(w12_DF2, bias_F2, w3_FD), rate, keys_B)
 
 
-@jax.custom_vjp
-def hopper_mlp(h_BTD: jax.Array, w12_DF2: jax.Array, bias_F2: jax.Array, w3_FD: jax.Array) -> jax.Array:
-    """`plain_mlp` for weights in the type of h and shapes that `hopper_swiglu` takes."""
-    return _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def hopper_mlp(
+    h_BTD: jax.Array,
+    w12_DF2: jax.Array,
+    bias_F2: jax.Array,
+    w3_FD: jax.Array,
+    keep_BTF: jax.Array | None = None,
+    rate: float = 0.0,
+) -> jax.Array:
+    """`plain_mlp` for weights in the type of h and shapes that `hopper_swiglu` takes; dropout by its mask."""
+    return _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD, keep_BTF, rate)[0]
 
 
 def _as_rows(x_BTD: jax.Array) -> jax.Array:
@@ -77,21 +88,24 @@ def _as_rows(x_BTD: jax.Array) -> jax.Array:
     return jnp.pad(x_MD, ((0, missing), (0, 0))) if missing else x_MD
 
 
-def _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD):
+def _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD, keep_BTF, rate):
     b, t, d = h_BTD.shape
     w12_F2D = w12_DF2.T  # the contraction last, as the kernel and the product backward want it
     x12, u = hopper_swiglu.forward(_as_rows(h_BTD), w12_F2D, bias_F2, interpret=triton.interpreted())
+    keep = None if keep_BTF is None else _as_rows(keep_BTF)
+    if keep is not None:
+        u = apply_mask(u, keep, rate)
     y_BTD = (u @ w3_FD)[: b * t].reshape(b, t, d)
-    return y_BTD, (h_BTD, w12_F2D, bias_F2, w3_FD, x12, u)
+    return y_BTD, (h_BTD, w12_F2D, bias_F2, w3_FD, x12, u, keep)
 
 
-def _hopper_backward(saved, dy_BTD):
-    h_BTD, w12_F2D, bias_F2, w3_FD, x12, u = saved
+def _hopper_backward(rate, saved, dy_BTD):
+    h_BTD, w12_F2D, bias_F2, w3_FD, x12, u, keep = saved
     b, t, d = h_BTD.shape
-    dy = _as_rows(dy_BTD)
-    dx12, dbias_F2 = hopper_swiglu.backward(dy, w3_FD, x12, bias_F2, interpret=triton.interpreted())
+    dy, scale = _as_rows(dy_BTD), inverse_keep(rate)
+    dx12, dbias_F2 = hopper_swiglu.backward(dy, w3_FD, x12, bias_F2, keep, scale=scale, interpret=triton.interpreted())
     dh_BTD = (dx12 @ w12_F2D)[: b * t].reshape(b, t, d)
-    return dh_BTD, _as_rows(h_BTD).T @ dx12, dbias_F2.astype(bias_F2.dtype), u.T @ dy
+    return dh_BTD, _as_rows(h_BTD).T @ dx12, dbias_F2.astype(bias_F2.dtype), u.T @ dy, None
 
 
 hopper_mlp.defvjp(_hopper_forward, _hopper_backward)
