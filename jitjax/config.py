@@ -136,9 +136,9 @@ def validate(config: ConfigDict) -> None:
         if value is not None and not (value > low if strict else value >= low):
             raise UserError(f"--config.{field}={value}: must be {'more than' if strict else 'at least'} {low}")
 
-    def fraction(field: str, value: float) -> None:
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise UserError(f"--config.{field}={value}: must be a number in [0, 1]")
+    def fraction(field: str, value: float, below: bool = False) -> None:
+        if not isinstance(value, int | float) or not 0 <= value <= 1 or (below and value == 1):
+            raise UserError(f"--config.{field}={value}: must be a number in [0, 1{')' if below else ']'}")
 
     one_of("dtype", ("bfloat16", "float32", "float16"))
     one_of("kernels", ("auto", "fused", "plain"))
@@ -170,8 +170,10 @@ def validate(config: ConfigDict) -> None:
         at_least(field, 0)
     for field in ("optim.clip_norm", "optim.min_lr", "model.context_length", "model.context_start"):
         at_least(field, 0)
-    for field in ("diffusion.label_drop_prob", "data.max_bad_fraction", "model.attn_dropout", "model.proj_dropout"):
+    for field in ("diffusion.label_drop_prob", "data.max_bad_fraction"):
         fraction(field, _get(config, field))
+    for field in ("model.attn_dropout", "model.proj_dropout"):
+        fraction(field, _get(config, field), below=True)
     interval = config.preview.interval
     if len(interval) != 2 or not all(isinstance(end, int | float) for end in interval):
         raise UserError(f"--config.preview.interval={config.preview.interval}: give two times, e.g. (0.1,1.0)")

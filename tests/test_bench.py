@@ -230,6 +230,8 @@ STEP = "/x/jitjax/step.py:make_train_step.<locals>.step"
         ("RoPE and qk-norm", "hopper_norm_rope_backward_mosaic_gpu_kernel", ""),
         ("RoPE and qk-norm", "input_reduce_fusion_7", "/x/jitjax/kernels/hopper_rope.py:backward"),
         ("norm and modulation", "input_reduce_fusion_8", "/x/jitjax/kernels/hopper_norm.py:backward"),
+        ("attention", "input_reduce_fusion_9", "/x/jitjax/kernels/hopper_wide.py:backward"),
+        ("other", "loop_select_fusion", "/x/jitjax/kernels/attention.py:_permuted"),
         ("RoPE and qk-norm", "loop_multiply_fusion", "/x/jitjax/kernels/attention.py:_norm_rope"),
         ("SwiGLU", "swiglu_backward", ""),
         ("SwiGLU", "loop_multiply_fusion_8", "/x/jitjax/kernels/swiglu.py:plain_swiglu"),

@@ -188,6 +188,7 @@ def test_finetuning_carries_weights_and_null_row(tmp_path):
         (dict(model__name="JiT-X/4"), r"--config\.model\.name='JiT-X/4' is unknown.*JiT-B"),
         (dict(batch_size=128), r"holds 512 images, fewer than one effective batch of 1024.*batch_size=64"),
         (dict(mesh__data=3), r"must be one of 8x1, 4x2, 2x4, 1x8"),
+        (dict(model__proj_dropout=1.0), r"model\.proj_dropout=1\.0: must be a number in \[0, 1\)"),
         (dict(model__num_classes=5), r"--config\.model\.num_classes=5 but .* has 8 class folders"),
         (dict(epochs=1.0), r"exactly one run length"),
         (dict(total_steps=None), r"exactly one run length"),

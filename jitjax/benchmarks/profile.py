@@ -32,7 +32,7 @@ _NAMES = (
 _ORIGINS = (
     (NORM, r"kernels/(hopper_)?norm\.py:"),
     (SWIGLU, r"kernels/(hopper_)?swiglu\.py:(?!pad_hidden)"),
-    (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention|kernels/hopper_(forward|backward)\.py:"),
+    (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention|kernels/hopper_(forward|backward|wide)\.py:"),
     (ROPE, r"kernels/attention\.py:(?!_permuted|_half_split)|kernels/hopper_rope\.py:"),
     (OPTIMIZER, r"optax/|jitjax/optimizer\.py:|sharding\.py:global_norm|step\.py:make_train_step|step\.py:next_loss_scale"),
 )

@@ -47,7 +47,7 @@ class Ops:
     norm_modulate(x_BTD, weight_D, shift_BD, scale_BD) -> h_BTD
     gated_residual(x_BTD, branch_BTD, bias_D, gate_BD) -> x_BTD
     mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None) -> BTD
-        h @ w12 + bias split into [a | b]; silu(a) * b; dropout of that, if there are keys; @ w3.
+        h @ w12 + bias split into [a | b]; silu(a) * b; dropout of that at `rate`, if there are keys (one an image); @ w3.
     qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0) -> B(T-drop)D
         bias; split q | k | v, each heads x head_dim; RMSNorm of q and k over the head; RoPE; softmax(q k^T / sqrt(N)) v.
         The first `drop` tokens are keys and values only. cos_TN and sin_TN hold each angle twice in a row (published

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,7 @@ def qkv_attention_with_dropout(
 # ones ("half-split"). `prepare_qkv` permutes the weights to that order, inside the step and in front of the matrix
 # product: parameters and checkpoints stay in the published order, and no activation is ever permuted.
 
+HOPPER = {module.HEAD_DIM: module for module in (hopper_forward, hopper_wide)}  # by features of a head
 FORWARD = dict(rows=4, heads=4, warps=1)
 BACKWARD = dict(rows=8, heads=4, tokens=32, warps=1)
 
@@ -137,15 +139,19 @@ def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN,
 
 def no_hopper(tokens: int, drop: int, head_dim: int) -> str:
     """Why attention falls back from the Hopper kernels to the Triton ones on any card, or an empty string."""
-    kernels = {module.HEAD_DIM: module for module in (hopper_forward, hopper_wide)}
-    if head_dim not in kernels:
-        return f"heads of {head_dim} features, not {' or '.join(map(str, kernels))}"
-    return mosaic.UNAVAILABLE or kernels[head_dim].unsupported(tokens, drop, head_dim)
+    if head_dim not in HOPPER:
+        return f"heads of {head_dim} features, not {' or '.join(map(str, HOPPER))}"
+    return mosaic.UNAVAILABLE or HOPPER[head_dim].unsupported(tokens, drop)
 
 
 def no_hopper_backward(tokens: int, head_dim: int) -> str:
-    """The same for the backward pass, where forward it does not."""
+    """Why the backward pass falls back although the forward pass does not, or an empty string."""
     return hopper_backward.unsupported(tokens) if head_dim == hopper_forward.HEAD_DIM else ""
+
+
+def _hopper_kernels(tokens: int, drop: int, head_dim: int) -> types.ModuleType | None:
+    """The module with the forward pass for Hopper, or None where that falls back."""
+    return None if no_hopper(tokens, drop, head_dim) else HOPPER[head_dim]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -159,7 +165,8 @@ def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     bias, qkv_BTGN = bias_C.astype(qkv_BTC.dtype), qkv_BTC.reshape(b, t, -1, n)  # see triton.py on types
-    if hopper and not no_hopper(t, drop, n) and n == hopper_forward.HEAD_DIM:
+    kernels = _hopper_kernels(t, drop, n) if hopper else None
+    if kernels is hopper_forward:
         o_BTHN, lse_BHT, *qk = hopper_forward.forward(
             *(qkv_BTGN, bias.reshape(-1, n), q_weight_N, k_weight_N, cos_TN[:, ::2], sin_TN[:, ::2]),
             drop=drop,
@@ -169,7 +176,7 @@ def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_
     else:
         qk = _norm_rope_forward(qkv_BTC, bias, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
         forward = flash.forward
-        if hopper and not no_hopper(t, drop, n):
+        if kernels is hopper_wide:
             forward = functools.partial(hopper_wide.forward, interpret=triton.interpreted())
         o_BTHN, lse_BHT = forward(*qk, qkv_BTGN, bias.reshape(-1, n), drop=drop)
     saved = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, *qk, o_BTHN, lse_BHT
@@ -180,9 +187,9 @@ def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
     qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT = saved
     b, t, _, n = k_BTHN.shape
     bias = bias_C.astype(qkv_BTC.dtype)
-    backward = flash.backward
-    if hopper and not no_hopper(t, drop, n) and not no_hopper_backward(t, n):
-        module = hopper_wide if n == hopper_wide.HEAD_DIM else hopper_backward
+    backward, kernels = flash.backward, _hopper_kernels(t, drop, n) if hopper else None
+    if kernels and not no_hopper_backward(t, n):
+        module = hopper_wide if kernels is hopper_wide else hopper_backward
         backward = functools.partial(module.backward, interpret=triton.interpreted())
     dq_BTHN, dk_BTHN, dqkv_BTGN, dbias_v = backward(
         *(q_BTHN, k_BTHN, qkv_BTC.reshape(b, t, -1, n), bias.reshape(-1, n), o_BTHN, lse_BHT, do_BTD.reshape(o_BTHN.shape))
@@ -282,7 +289,7 @@ def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N
     n = c // (3 * num_heads)
     heads = _head_group(num_heads, BACKWARD["heads"])
     pieces = triton.pieces(n // 2, waste=0.4)
-    wide = sum(piece.size for piece in pieces) > 32  # with as many rows these spill: 1 270 us instead of 510 at 80 features
+    wide = sum(piece.size for piece in pieces) > 32  # with as many rows these spill: at 80 features 2.3 times the time
     rows = BACKWARD["rows"] // 2 if wide else BACKWARD["rows"]
     tokens = triton.chunk(t, BACKWARD["tokens"], rows)
     chunks = -(-t // tokens)

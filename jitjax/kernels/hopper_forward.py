@@ -39,10 +39,8 @@ SLOTS = 2  # pairs in shared memory
 f32 = jnp.float32
 
 
-def unsupported(tokens: int, drop: int, head_dim: int) -> str:
-    """Why the Hopper kernels cannot take such heads, or an empty string."""
-    if head_dim != HEAD_DIM:
-        return f"heads of {head_dim} features, not {HEAD_DIM}"
+def unsupported(tokens: int, drop: int) -> str:
+    """Why the Hopper kernels cannot take so many tokens, or an empty string."""
     if tokens % ROWS or drop % ROWS or tokens > MOST_TOKENS or tokens - drop < TILE:
         return f"{tokens} tokens ({drop} of them only keys), not multiples of {ROWS} up to {MOST_TOKENS}"
     return ""

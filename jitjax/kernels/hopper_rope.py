@@ -172,7 +172,7 @@ def backward(
             def one(k, sums):
                 return one_image(*([ring.at[stage, :, k, :, c] for c in halves] for ring in (x_ring, d_ring)), sums)
 
-            # Not unrolled: a third block finds registers on a multiprocessor.
+            # Not unrolled: at 64 features a third block finds registers on a multiprocessor.
             sums = lax.fori_loop(0, images, one, sums)
             plgpu.commit_smem()
             some = pl.ds((first + i) * images, images)

@@ -65,8 +65,6 @@ FORWARD, BACKWARD, MASKED_BACKWARD = Ring(3, 64), Ring(5, 32), Ring(4, 32)  # as
 
 def unsupported(width: int, hidden: int, dtype: jax.typing.DTypeLike) -> str:
     """Why the kernels cannot take these shapes, or an empty string. Any number of rows goes."""
-    if mosaic.UNAVAILABLE:
-        return mosaic.UNAVAILABLE
     if jnp.dtype(dtype).itemsize != 2:
         return f"products in {jnp.dtype(dtype).name}"
     if width % FORWARD.depth or width < FORWARD.depth * FORWARD.stages:

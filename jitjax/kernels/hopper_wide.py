@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,8 +45,8 @@ MOST_TOKENS = 288  # that fit
 WARPGROUPS = 3  # of a block backward
 KEY_PRODUCTS, QUERY_PRODUCTS = 4, 3  # of a job, with one step of the other side
 FORWARD_WARPGROUPS = 2  # of a block, of which a multiprocessor holds two
-# Keys or queries of a step, the first of these that divides their number: what registers allow.
-FORWARD_STEPS, KEY_STEPS, QUERY_STEPS = (48, 64, 32), (48, 64, 32), (32,)
+KEY_STEPS = 48, 64, 32  # keys of a step, the first of these that divides their number: what registers allow
+QUERIES = 32  # of a step
 LOG2E = math.log2(math.e)
 f32 = jnp.float32
 
@@ -58,12 +57,8 @@ if plgpu:
     )
 
 
-def unsupported(tokens: int, drop: int, head_dim: int) -> str:
-    """Why the kernel cannot take such heads, or an empty string."""
-    if mosaic.UNAVAILABLE:
-        return mosaic.UNAVAILABLE
-    if head_dim != HEAD_DIM:
-        return f"heads of {head_dim} features, not {HEAD_DIM}"
+def unsupported(tokens: int, drop: int) -> str:
+    """Why the kernels cannot take so many tokens, or an empty string."""
     if tokens % ROWS or drop % ROWS or tokens > MOST_TOKENS or tokens - drop < TILE:
         return f"{tokens} tokens ({drop} of them only keys), not multiples of {ROWS} up to {MOST_TOKENS}"
     return ""
@@ -80,8 +75,8 @@ def deal(query_tiles: int, key_tiles: int) -> list[tuple[int, int, int, int]]:
     return min(([(*k, *q) for k, q in pairs] for pairs in dealt), key=lambda jobs: max(map(products_of, jobs)))
 
 
-def _divisor(tokens: int, sizes: Sequence[int]) -> int:
-    return next(size for size in sizes if tokens % size == 0)
+def _keys_of_step(tokens: int) -> int:
+    return next(size for size in KEY_STEPS if tokens % size == 0)
 
 
 def products_of(jobs: tuple[int, int, int, int]) -> int:
@@ -110,8 +105,8 @@ def forward(
       o_BQHN = softmax(q k^T / sqrt(N)) (v + bias); lse_BHQ, log2 of the softmax denominators, float32.
     """
     b, t, h, n = q_BTHN.shape
-    kept, dtype, scale = t - drop, q_BTHN.dtype, math.log2(math.e) / math.sqrt(n)
-    step = _divisor(t, FORWARD_STEPS)
+    kept, dtype, scale = t - drop, q_BTHN.dtype, LOG2E / math.sqrt(n)
+    step = _keys_of_step(t)
     tiles = -(-kept // TILE)
 
     def load(ref, layout):
@@ -183,7 +178,7 @@ def forward(
             following = tile + FORWARD_WARPGROUPS
             pl.when(following < tiles)(lambda: fetch(following))
 
-        fetch(wg)
+        pl.when(wg < tiles)(lambda: fetch(wg))
 
         @pl.when(wg == 0)
         def _keys_and_values():
@@ -227,11 +222,11 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As `hopper_backward.backward`, arguments and results too."""
+    """Gradients of `forward`; arguments and results as of `hopper_backward.backward`."""
     b, tq, h, n = o_BQHN.shape
     tk = k_BTHN.shape[1]
     drop, dtype, scale = tk - tq, q_BTHN.dtype, 1 / math.sqrt(n)
-    keys, queries = _divisor(tk, KEY_STEPS), _divisor(tq, QUERY_STEPS)  # of one step
+    keys = _keys_of_step(tk)
     dealt = deal(-(-tq // TILE), -(-tk // TILE))
     least_busy = min(range(WARPGROUPS), key=lambda i: products_of(dealt[i]))
     # Rows of the one array in shared memory, in this order so that a last tile that reads on finds something.
@@ -302,24 +297,24 @@ def backward(
             k, v = part("k", first, TILE), part("v", first, TILE)
 
             def scores(j):
-                q, do = (part(name, j * queries, queries) for name in ("q", "do"))
+                q, do = (part(name, j * QUERIES, QUERIES) for name in ("q", "do"))
                 return (None, k, q, "b"), (None, v, do, "b")
 
             def weights(j, s, dp):
-                span = pl.ds(j * queries, queries)
+                span = pl.ds(j * QUERIES, QUERIES)
                 lse, delta = (load(ref.at[span], mosaic.OF_COLUMNS, optimized=False) for ref in (lse_smem, delta_smem))
                 p = jnp.exp2(s * (scale * LOG2E) - broadcast(lse, s.shape, 1))
                 ds = p * (dp - broadcast(delta, s.shape, 1))
                 return p.astype(dtype), ds.astype(dtype)
 
             def gradients(j, dk, dv, p, ds):
-                return (dv, p, part("do", j * queries, queries), ""), (dk, ds, part("q", j * queries, queries), "")
+                return (dv, p, part("do", j * QUERIES, QUERIES), ""), (dk, ds, part("q", j * QUERIES, QUERIES), "")
 
             def step(j, carry):
                 s, dp, dv, dk = products(*scores(j + 1), *gradients(j, *carry))
                 return dk, dv, *weights(j + 1, s, dp)
 
-            steps = tq // queries
+            steps = tq // QUERIES
             carry = zeros_of(TILE, n), zeros_of(TILE, n), *weights(0, *products(*scores(0)))
             dv, dk = products(*gradients(steps - 1, *lax.fori_loop(0, steps - 1, step, carry)))
             store(dv, dqkv_ref.at[image, :, 2 * h + head], first, tk)

@@ -16,8 +16,8 @@ _WORD = 4  # values that one 64-bit word of random bits serves
 
 
 def _dropped(rate: float) -> int:
-    """The rate in units of 2^-16."""
-    return round(rate * 2**_BITS)
+    """The rate in units of 2^-16; below 1."""
+    return min(round(rate * 2**_BITS), 2**_BITS - 1)
 
 
 def inverse_keep(rate: float) -> float:
@@ -29,7 +29,7 @@ def keep_mask(keys_B: jax.Array, tokens: int, features: int, rate: float) -> jax
     """1 to keep and 0 to drop, (B, tokens, features) uint8. A wider or longer mask agrees with this one where both are.
 
     Args:
-      keys_B: one random key an image.
+      keys_B: one threefry key an image (others make masks that depend on the batch).
       rate: share of zeros, in [0, 1), rounded to a multiple of 2^-16.
     """
     key = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys_B)[:, :, None, None]
@@ -45,7 +45,7 @@ def keep_mask(keys_B: jax.Array, tokens: int, features: int, rate: float) -> jax
 
 def apply_mask(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
     """x / (1 - rate) where `keep` is 1, else 0, in the type of x."""
-    return jnp.where(keep != 0, x * inverse_keep(rate), 0).astype(x.dtype)
+    return jnp.where(keep != 0, x.astype(jnp.float32) * inverse_keep(rate), 0).astype(x.dtype)
 
 
 def dropout(x_BTF: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:

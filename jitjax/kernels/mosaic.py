@@ -31,7 +31,7 @@ except ImportError:
 f32 = jnp.float32
 TILE = 64  # rows of one product of a warpgroup
 ROWS = 32  # rows of one tile in `ROW_LAYOUT`
-COLUMNS = 32  # of a half type in one unit of the shared-memory layout; a product's contraction is a multiple of it
+COLUMNS = 32  # of a half type in one unit of the shared-memory layout
 COPY_ALIGNMENT = 32  # float32 elements: a bulk copy begins at a multiple of 128 bytes in shared memory
 
 if plgpu:
@@ -49,7 +49,9 @@ if plgpu:
 
 
 def hopper() -> bool:
-    """Whether the program is traced for a card that these kernels are for (compute capability 9.0)."""
+    """Whether the program is traced for a card that these kernels are for (compute capability 9.0), and they can be had."""
+    if UNAVAILABLE:
+        return False
     abstract, device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.local_devices()[0]
     if abstract is not None and abstract.device_kind != device.device_kind:  # for a card that is not here
         return abstract.platform == "gpu" and any(kind in abstract.device_kind for kind in ("H100", "H200"))
@@ -122,7 +124,7 @@ def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> 
 
 def rows_of(*shape: int, dtype: Any, interpret: bool, columns: int = COLUMNS) -> Any:
     """Rows (the last axis but one) of a half type in shared memory, laid out for copies and products without bank conflicts, in
-    units of 8 rows and 32 or 64 columns."""
+    units of 8 rows and 16, 32 or 64 columns."""
     transforms = () if interpret else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -76,7 +76,7 @@ def _row_sum(terms: list[jax.Array]) -> jax.Array:
 
 
 def _on_hopper(tokens: int, width: int, dropped: int) -> bool:
-    return mosaic.hopper() and not (mosaic.UNAVAILABLE or hopper_norm.unsupported(tokens, width, dropped))
+    return mosaic.hopper() and not hopper_norm.unsupported(tokens, width, dropped)
 
 
 def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
