@@ -201,11 +201,7 @@ def backward(
                 plgpu.copy_smem_to_gmem(v.at[pl.ds(0, size)], dqkv_ref.at[image, out, 2 * h + head])
                 plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, size)], dk_ref.at[image, out, head])
 
-            if tk % TILE == 0:
-                copy(TILE)
-            else:
-                pl.when(first + TILE <= tk)(lambda: copy(TILE))
-                pl.when(first + TILE > tk)(lambda: copy(tk % TILE))
+            mosaic.with_rows_of_tile(first, tk, copy)
 
         def keys():
             if interpret:  # where the count has to be known
@@ -247,16 +243,10 @@ def backward(
             plgpu.copy_gmem_to_smem(k_ref.at[image, own, head], rows(k_at, at, size), ready)
             plgpu.copy_gmem_to_smem(qkv_ref.at[image, own, 2 * h + head], rows(v_at, at, size), ready)
 
-        def copy_lse():
-            cut = tq // 2 // mosaic.COPY_ALIGNMENT * mosaic.COPY_ALIGNMENT  # one copy has at most 256 elements a dimension
-            for first, size in ((0, cut), (cut, tq - cut)):
-                span = pl.ds(first, size)
-                plgpu.copy_gmem_to_smem(lse_ref.at[image, head, span], lse_smem.at[span], lse_ready)
-
         def copies():
             copy_queries(0)
             copy_keys(0)
-            copy_lse()
+            mosaic.copy_vector(lse_ref.at[image, head], lse_smem, lse_ready)
             copy_keys(1)
             for c in range(1, len(chunks)):
                 copy_queries(c)

@@ -21,6 +21,8 @@ an earlier version with the queries and keys that the backward pass wants, where
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,46 @@ MOST_TOKENS = 288  # two pairs fill the shared memory
 WARPGROUPS = 4
 SLOTS = 2  # pairs in shared memory
 f32 = jnp.float32
+
+
+def online_softmax(
+    scores: Callable[[Any], jax.Array],
+    values: Callable[[Any], Any],
+    product: Callable[..., jax.Array],
+    *,
+    steps: int,
+    scale: float,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inside a kernel: a warpgroup's tile of queries over all keys, in steps.
+
+    Args:
+      scores: products of queries and keys of step j, (rows, keys) float32. values: place of those of step j.
+      product: of (sum or None, left operand, place of the right one).
+      scale: of the scores, in units of log2.
+
+    Returns:
+      sum of the weights times values; row maxima of the scaled scores; sum of the weights.
+    """
+
+    def weights(s, top):
+        p = jnp.exp2(s * scale - broadcast(top, s.shape, 0))
+        return p.astype(dtype), sum(p[:, c : c + 8] for c in range(0, s.shape[1], 8))  # lanes are summed at the end
+
+    def step(j, carry):
+        o, top, total = carry
+        s = scores(j)
+        new_top = jnp.maximum(top, jnp.max(s, axis=1) * scale)
+        p, sums = weights(s, new_top)
+        shrink = jnp.exp2(top - new_top)
+        o = product(o * broadcast(shrink, o.shape, 0), p, values(j))
+        return o, new_top, total * broadcast(shrink, sums.shape, 0) + sums
+
+    s = scores(0)
+    top = jnp.max(s, axis=1) * scale
+    p, total = weights(s, top)
+    o, top, total = lax.fori_loop(1, steps, step, (product(None, p, values(0)), top, total))
+    return o, top, jnp.sum(total, axis=1)
 
 
 def unsupported(tokens: int, drop: int) -> str:
@@ -151,27 +193,10 @@ def forward(
             def scores(j):
                 return product(None, q_tile, qk_smem.at[slot, pl.ds(t + j * keys, keys)], "b")
 
-            def weights(s, top):
-                p = jnp.exp2(s * scale - broadcast(top, s.shape, 0))
-                return p.astype(dtype), sum(p[:, c : c + 8] for c in range(0, keys, 8))  # lanes are summed at the end
-
             def values(j):
                 return v_smem.at[slot, pl.ds(j * keys, keys)]
 
-            def step(j, carry):
-                o, top, total = carry
-                s = scores(j)
-                new_top = jnp.maximum(top, jnp.max(s, axis=1) * scale)
-                p, sums = weights(s, new_top)
-                shrink = jnp.exp2(top - new_top)
-                o = product(o * broadcast(shrink, o.shape, 0), p, values(j))
-                return o, new_top, total * broadcast(shrink, sums.shape, 0) + sums
-
-            s = scores(0)
-            top = jnp.max(s, axis=1) * scale
-            p, total = weights(s, top)
-            o, top, total = lax.fori_loop(1, t // keys, step, (product(None, p, values(0)), top, total))
-            total = jnp.sum(total, axis=1)
+            o, top, total = online_softmax(scores, values, product, steps=t // keys, scale=scale, dtype=dtype)
             bias = load(bias_ref.at[2 * h + head], mosaic.OF_COLUMNS, optimized=False).astype(f32)
             o = o * broadcast(1 / total, o.shape, 0) + broadcast(bias, o.shape, 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -35,13 +35,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jitjax.kernels import mosaic
+from jitjax.kernels import hopper_forward, mosaic
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import ROWS, TILE, broadcast, plgpu
 
 HEAD_DIM = 80
 UNIT = 16  # columns of a unit of the layout in shared memory
-MOST_TOKENS = 288  # that fit
 WARPGROUPS = 3  # of a block backward
 KEY_PRODUCTS, QUERY_PRODUCTS = 4, 3  # of a job, with one step of the other side
 FORWARD_WARPGROUPS = 2  # of a block, of which a multiprocessor holds two
@@ -57,11 +56,7 @@ if plgpu:
     )
 
 
-def unsupported(tokens: int, drop: int) -> str:
-    """Why the kernels cannot take so many tokens, or an empty string."""
-    if tokens % ROWS or drop % ROWS or tokens > MOST_TOKENS or tokens - drop < TILE:
-        return f"{tokens} tokens ({drop} of them only keys), not multiples of {ROWS} up to {MOST_TOKENS}"
-    return ""
+unsupported = hopper_forward.unsupported  # 288 tokens fill the shared memory here, too
 
 
 def deal(query_tiles: int, key_tiles: int) -> list[tuple[int, int, int, int]]:
@@ -119,21 +114,12 @@ def forward(
         image, head, wg = (lax.axis_index(name) for name in ("image", "head", "wg"))
         stage = stages.at[wg]
 
-        def copies(fn, tile):
-            """fn(rows of a tile in the array, those in its place in shared memory), without such as do not exist."""
-            size = kept % TILE
-            if size:
-                pl.when(tile < tiles - 1)(lambda: fn(pl.ds(tile * TILE, TILE), pl.ds(0, TILE)))
-                pl.when(tile == tiles - 1)(lambda: fn(pl.ds(tile * TILE, size), pl.ds(0, size)))
-            else:
-                fn(pl.ds(tile * TILE, TILE), pl.ds(0, TILE))
-
         def fetch(tile):
-            def copy(rows, part):
-                source = q_ref.at[image, pl.ds(drop + rows.start, rows.size), head]
-                plgpu.copy_gmem_to_smem(source, stage.at[part], q_ready.at[wg])
+            def copy(size):
+                source = q_ref.at[image, pl.ds(drop + tile * TILE, size), head]
+                plgpu.copy_gmem_to_smem(source, stage.at[pl.ds(0, size)], q_ready.at[wg])
 
-            copies(copy, tile)
+            mosaic.with_rows_of_tile(tile * TILE, kept, copy)
 
         def attend(i, _):
             tile = wg + i * FORWARD_WARPGROUPS
@@ -141,39 +127,24 @@ def forward(
             def scores(j):
                 return product(None, stage, k_smem.at[pl.ds(j * step, step)], "b")
 
-            def weights(s, top):
-                p = jnp.exp2(s * scale - broadcast(top, s.shape, 0))
-                return p.astype(dtype), sum(p[:, c : c + 8] for c in range(0, step, 8))  # lanes are summed at the end
-
             def values(j):
+                if isinstance(j, int):  # the first ones
+                    pl.when(i == 0)(lambda: plgpu.barrier_wait(v_ready))
                 return v_smem.at[pl.ds(j * step, step)]
 
-            def one(j, carry):
-                o, top, total = carry
-                s = scores(j)
-                new_top = jnp.maximum(top, jnp.max(s, axis=1) * scale)
-                p, sums = weights(s, new_top)
-                shrink = jnp.exp2(top - new_top)
-                o = product(o * broadcast(shrink, o.shape, 0), p, values(j))
-                return o, new_top, total * broadcast(shrink, sums.shape, 0) + sums
-
             plgpu.barrier_wait(q_ready.at[wg])
-            s = scores(0)
-            top = jnp.max(s, axis=1) * scale
-            p, total = weights(s, top)
-            pl.when(i == 0)(lambda: plgpu.barrier_wait(v_ready))
-            o, top, total = lax.fori_loop(1, t // step, one, (product(None, p, values(0)), top, total))
-            total = jnp.sum(total, axis=1)
+            o, top, total = hopper_forward.online_softmax(scores, values, product, steps=t // step, scale=scale, dtype=dtype)
             bias = load(bias_ref.at[2 * h + head], mosaic.OF_COLUMNS).astype(f32)
             stage[...] = (o * broadcast(1 / total, o.shape, 0) + broadcast(bias, o.shape, 1)).astype(dtype)
             lse_smem[wg] = top + jnp.log2(total)
             plgpu.commit_smem()
 
-            def copy(rows, part):
+            def copy(size):
+                rows, part = pl.ds(tile * TILE, size), pl.ds(0, size)
                 plgpu.copy_smem_to_gmem(stage.at[part], o_ref.at[image, rows, head])
                 plgpu.copy_smem_to_gmem(lse_smem.at[wg, part], lse_ref.at[image, head, rows])
 
-            copies(copy, tile)
+            mosaic.with_rows_of_tile(tile * TILE, kept, copy)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             following = tile + FORWARD_WARPGROUPS
             pl.when(following < tiles)(lambda: fetch(following))
@@ -255,10 +226,7 @@ def backward(
             plgpu.copy_gmem_to_smem(q_ref.at[image, pl.ds(drop, tq), head], part("q", 0, tq), rest_ready)
             plgpu.copy_gmem_to_smem(k_ref.at[image, :, head], part("k", 0, tk), rest_ready)
             plgpu.copy_gmem_to_smem(qkv_ref.at[image, :, 2 * h + head], part("v", 0, tk), rest_ready)
-            cut = tq // 2 // mosaic.COPY_ALIGNMENT * mosaic.COPY_ALIGNMENT  # one copy has at most 256 elements a dimension
-            for first, size in ((0, cut), (cut, tq - cut)):
-                span = pl.ds(first, size)
-                plgpu.copy_gmem_to_smem(lse_ref.at[image, head, span], lse_smem.at[span], lse_ready)
+            mosaic.copy_vector(lse_ref.at[image, head], lse_smem.at[pl.ds(0, tq)], lse_ready)
 
         bias = load(bias_ref.at[2 * h + head], LAYOUT.reduce(0), optimized=False).astype(f32)
 
@@ -286,11 +254,7 @@ def backward(
             def copy(size):
                 plgpu.copy_smem_to_gmem(smem.at[pl.ds(stage, size)], out_ref.at[pl.ds(first, size)])
 
-            if total % TILE == 0:
-                copy(TILE)
-            else:
-                pl.when(first + TILE <= total)(lambda: copy(TILE))
-                pl.when(first + TILE > total)(lambda: copy(total % TILE))
+            mosaic.with_rows_of_tile(first, total, copy)
 
         def gradient_of_keys(tile, _):
             first = tile * TILE

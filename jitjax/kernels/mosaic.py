@@ -32,7 +32,6 @@ f32 = jnp.float32
 TILE = 64  # rows of one product of a warpgroup
 ROWS = 32  # rows of one tile in `ROW_LAYOUT`
 COLUMNS = 32  # of a half type in one unit of the shared-memory layout
-COPY_ALIGNMENT = 32  # float32 elements: a bulk copy begins at a multiple of 128 bytes in shared memory
 
 if plgpu:
     TRANSPOSED_STORES = jax.__version_info__ >= (0, 11)  # whether `ref.transpose((1, 0))[...] = x` can be lowered
@@ -127,6 +126,27 @@ def rows_of(*shape: int, dtype: Any, interpret: bool, columns: int = COLUMNS) ->
     units of 8 rows and 16, 32 or 64 columns."""
     transforms = () if interpret else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def copy_vector(source: Any, target: Any, ready: Any) -> None:
+    """Starts the copies of up to 512 float32 values to shared memory, which make two arrivals at `ready`.
+
+    A bulk copy has at most 256 elements a dimension and begins at a multiple of 128 bytes in shared memory.
+    """
+    (size,) = target.shape
+    cut = size // 2 // 32 * 32
+    for first, length in ((0, cut), (cut, size - cut)):
+        span = pl.ds(first, length)
+        plgpu.copy_gmem_to_smem(source.at[span], target.at[span], ready)
+
+
+def with_rows_of_tile(first: Any, total: int, fn: Callable[[int], None]) -> None:
+    """fn(size) for the tile that begins at row `first` of `total`; the size, TILE or what is left, is known at compile time."""
+    if total % TILE == 0:
+        fn(TILE)
+    else:
+        pl.when(first + TILE <= total)(lambda: fn(TILE))
+        pl.when(first + TILE > total)(lambda: fn(total % TILE))
 
 
 def broadcast(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
