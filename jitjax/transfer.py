@@ -20,20 +20,21 @@ class Report:
     grown: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)  # in the source only, or of another shape
     fresh: list[str] = dataclasses.field(default_factory=list)  # in the new model only, or of another shape
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         def names(kind: str, items: list[str]) -> str:
             shown = ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
             return f"; {kind}: {shown}" if items else ""
 
-        text = f"{len(self.loaded)} parameters loaded"
-        return text + names("grown", self.grown) + names("left out", self.left_out) + names("initialised anew", self.fresh)
+        text = f"{len(self.loaded)} parameters loaded" + names("grown", self.grown) + names("left out", self.left_out)
+        return text + names("initialised anew", self.fresh) + "".join(f"; {note}" for note in self.notes)
 
 
 def grow_labels(source: jax.Array, fresh: jax.Array) -> jax.Array:
-    """The label table for new classes: fresh rows for them, and the source's null row (its last) as null row.
+    """The class embedding for new classes: fresh rows for them, and the source's null class (its last row).
 
-    Where the number of classes is the same the whole table is taken, so this is called for differing numbers only.
+    Where the number of classes is the same the whole embedding is taken, so this is called for differing numbers only.
     """
     return jnp.concatenate([fresh[:-1], source[-1:]])
 
@@ -41,8 +42,8 @@ def grow_labels(source: jax.Array, fresh: jax.Array) -> jax.Array:
 def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
     """`fresh` parameters with all that fits from `source`.
 
-    The label table is grown (`grow_labels`) when the number of classes differs. Anything else of another shape stays
-    fresh and is reported; nothing is dropped without a word.
+    The class embedding is grown (`grow_labels`) when the number of classes differs. Anything else of another shape stays
+    fresh and is reported.
     """
     report, result = Report(), dict(fresh)
     for name, value in fresh.items():

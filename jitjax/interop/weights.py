@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_DECAYS = (0.9999, 0.9996)  # the official defaults
 Params = dict[str, np.ndarray]
-FACTS = ("prediction", "noise_scale", "t_eps", "class_names")
+FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names")
 PREDICTIONS = {"x": "x", "x0": "x", "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "v": "v", "velocity": "v"}
 WEIGHT_FILES = (  # in a folder, in this order
     *("model.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors.index.json"),
@@ -53,7 +53,7 @@ class Weights:
       sets: "model" and the EMAs "model_ema1", "model_ema2", ...: our flat parameters, float32.
       decays: of the EMAs, in that order.
       prediction: what the network outputs: "x", "epsilon" or "v".
-      noise_scale, t_eps: standard deviation of the noise; lower clip of 1 - t in training.
+      noise_scale, t_eps, sample_t_eps: standard deviation of the noise; lower clip of 1 - t in training and in sampling.
       class_names: by label.
       step, epoch: optimizer steps made; last finished epoch, counted as the official code does.
       args: the plain ones of the official arguments.
@@ -69,6 +69,7 @@ class Weights:
     prediction: str | None = None
     noise_scale: float | None = None
     t_eps: float | None = None
+    sample_t_eps: float | None = None
     class_names: tuple[str, ...] | None = None
     step: int | None = None
     epoch: int | None = None
