@@ -23,7 +23,7 @@ def describe(settings: Settings) -> str:
     if settings.data.synthetic:
         images, classes = PER_CLASS * len(CLASSES), len(CLASSES)
     else:
-        dataset = data.open_dataset(settings.data.path, settings.data.image_size, exif_rotate=settings.data.exif_rotate)
+        dataset = data.open_dataset(settings.data.path, settings.data.image_size, **settings.data.reading())
         images, classes = len(dataset), dataset.num_classes
     num_classes = resolve_num_classes(settings.model.class_conditional, settings.model.num_classes, classes)
     geometry = model.geometry_of(settings.model, settings.data.image_size, num_classes)

@@ -1,7 +1,7 @@
 """Turns an image folder, archive or Parquet data set into shards that training reads at random, once and for all.
 
-    python -m jitjax.prepare --data_path ./data/train --output ./data/train64 --image_size 64
-    python -m jitjax.prepare --check ./data/train64
+    jitjax prepare --data_path ./data/train --output ./data/train64 --image_size 64
+    jitjax prepare --check ./data/train64
 
 Every shard covers a fixed range of the input, whoever writes it, so the bytes do not depend on the number of workers. A
 finished shard leaves a note in `partial/`; after an interruption the same command continues with the others.
@@ -10,7 +10,6 @@ finished shard leaves a note in `partial/`; after an interruption the same comma
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -19,17 +18,17 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from jitjax import cli
 from jitjax.data import pool
-from jitjax.data.image import HIGH_DEPTH
 from jitjax.data.inputs import Input, open_input
-from jitjax.data.prepared import ENCODINGS, FORMAT, VERSION, index_checksum, read_index
+from jitjax.data.prepared import FORMAT, VERSION, index_checksum, read_index
 from jitjax.data.shards import Settings, check_shard, shard_name, write_json, write_shard
 from jitjax.data.tree import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
-from jitjax.errors import UserError, cli
+from jitjax.errors import UserError
 
 MAX_RAW_SIZE = 64  # larger images are stored as PNG unless told otherwise
 _IMAGES_PER_SHARD, _MAX_DEFAULT_SHARDS = 1024, 256
@@ -287,58 +286,8 @@ def _check_job(root: str, shard: dict[str, Any]) -> str | None:
     return check_shard(root, shard, pool.shared(), pool.step)
 
 
-# --- command line ---
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m jitjax.prepare --help")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m jitjax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", help="image folder, zip or tar of one, .npz file, Parquet, Arrow or tar files or folder")
-    parser.add_argument("--output", help="folder to write")
-    parser.add_argument("--image_size", type=_positive, help="edge of the published centre crop, in pixels")
-    parser.add_argument(
-        "--encoding",
-        choices=ENCODINGS,
-        help=f"default: raw up to {MAX_RAW_SIZE} px, png above; only jpeg loses anything",
-    )
-    parser.add_argument("--quality", type=_positive, default=95, help="of --encoding jpeg (default 95)")
-    parser.add_argument("--exif_rotate", action="store_true", help="turn photographs as their EXIF orientation says")
-    parser.add_argument("--split", default="", help="which split to read, by name or role; . for all (default: training)")
-    parser.add_argument(
-        "--labels", default="", help="folders, none, cls, json, FILE, FILE:COLUMN or a Parquet column (default: found)"
-    )
-    parser.add_argument("--all_formats", action="store_true", help="also read JPEG 2000 and other formats")
-    parser.add_argument(
-        "--high_depth",
-        choices=HIGH_DEPTH,
-        default="clip",
-        help="16-bit and float pictures: clip as the official loader (default), or scale by the type's or the picture's range",
-    )
-    parser.add_argument("--zip_names", metavar="ENCODING", help="of file names in an old zip, such as gbk")
-    parser.add_argument("--limit", type=_positive, help="use only so many images, spread evenly over the set")
-    parser.add_argument("--shards", type=_positive, help="number of files (default: one per 1024 images, at most 256)")
-    parser.add_argument(
-        "--on_bad", choices=("skip", "fail"), default="skip", help="what to do with an image that cannot be decoded"
-    )
-    parser.add_argument("--workers", type=_positive, help="processes (default: all cores)")
-    parser.add_argument("--image_column", help="Parquet column with the image bytes (default: found by name and type)")
-    parser.add_argument("--label_column", help="Parquet column with the labels (default: found by name)")
-    parser.add_argument("--check", metavar="DIR", help="verify a prepared directory instead: checksums, counts, every record")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = vars(parse(sys.argv[1:] if argv is None else argv))
+def run(arguments: dict[str, Any]) -> int:
+    """Prepare, or check a prepared directory, with the flags of `jitjax prepare` by name."""
     directory = arguments.pop("check")
     if directory:
         count = check(directory, arguments["workers"])
@@ -346,10 +295,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for name in ("data_path", "output", "image_size"):
         if arguments[name] is None:
-            raise UserError(f"--{name} is missing; see python -m jitjax.prepare --help")
+            raise UserError(f"--{name} is missing; see jitjax prepare --help")
     prepare(arguments.pop("data_path"), arguments.pop("output"), arguments.pop("image_size"), **arguments)
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """`jitjax prepare` with these arguments, for scripts.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    return cli.dispatch(["prepare", *(sys.argv[1:] if argv is None else argv)])
+
+
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    sys.exit(cli.main(["prepare", *sys.argv[1:]]))

@@ -20,6 +20,7 @@ from typing import Any
 from jitjax.errors import UserError
 
 SPACES = ("x", "epsilon", "v")
+HIGH_DEPTH = ("clip", "range", "picture")
 INT32 = 2**31 - 1  # the largest optimizer step that a device counts
 
 
@@ -64,9 +65,17 @@ class Data:
     image_size: int = setting(64, "Side of the square images.", low=1, high=8192, unit="pixels")
     num_workers: int = free(8, "Decoding processes; 0 decodes in threads of the main process.", low=0, high=1024)
     flip: bool = setting(True, "Mirror each example with probability 1/2.")
+    split: str = setting("", "Split to read, by name or role; '.': all of it; '': the training split.")
+    labels: str = setting("", "folders, none, cls, json, a label file or FILE:COLUMN; '': found, and printed.")
     exif_rotate: bool = setting(False, "Turn pictures upright by their EXIF tag; the published loader does not.")
+    all_formats: bool = setting(False, "Also read JPEG 2000 and other formats that the published loader passes over.")
+    high_depth: str = setting("clip", "16-bit and float pictures: clip as published, or scale.", choices=HIGH_DEPTH)
     max_bad_fraction: float = free(0.01, "Share of undecodable images at which a run stops.", low=0, high=1)
     allow_changed: bool = free(False, "Continue although the data set differs from the one the run began with.")
+
+    def reading(self) -> dict[str, Any]:
+        """How the files are read: keyword arguments of `jitjax.data.open_dataset`."""
+        return {name: getattr(self, name) for name in ("split", "labels", "exif_rotate", "all_formats", "high_depth")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def build(
     path, image_size = settings.data.path, settings.data.image_size
     if settings.data.synthetic == "shapes":
         path = str(draw_dataset(folder.path / "shapes", image_size=image_size))
-    dataset = data.open_dataset(path, image_size, exif_rotate=settings.data.exif_rotate)
+    dataset = data.open_dataset(path, image_size, **settings.data.reading())
     conditional = settings.model.class_conditional
     num_classes = resolve_num_classes(conditional, settings.model.num_classes, dataset.num_classes)
     geometry = model.geometry_of(settings.model, image_size, num_classes)
@@ -216,9 +216,9 @@ def build(
         f"{settings.model.name}, {sum(p.size for p in state.params.values()):,} parameters, {mesh.shape['data']} x "
         f"{mesh.shape['fsdp']} (data x fsdp) {card}, {settings.dtype}, kernels {kind}" + (f" ({reason})" if reason else "")
     )
+    monitor.note(dataset.summary)
     monitor.note(
-        f"{len(dataset):,} images{f' of {dataset.num_classes} classes' if dataset.labelled else ''}; effective batch "
-        f"{plan.global_batch:,}; {plan.steps_per_epoch:,} steps per epoch; {plan.total_steps:,} steps in all"
+        f"effective batch {plan.global_batch:,}; {plan.steps_per_epoch:,} steps per epoch; {plan.total_steps:,} steps in all"
     )
     for note in notes:
         monitor.note(note)

@@ -115,12 +115,16 @@ def test_the_doors_lead_to_the_same_program(tmp_path):
 def test_print_config_shows_what_follows(tmp_path):
     done = jitjax("train", "--config=configs/quickstart.py", "--print_config", "--config.batch_size=4")
     assert done.returncode == 0, done.stderr
-    assert '"batch_size": 4' in done.stdout and "1,500 = 93.8 epochs" in done.stdout and "512 images of 8 classes" in done.stdout
+    assert (
+        '"batch_size": 4' in done.stdout and "1,500 = 93.8 epochs" in done.stdout and "512 images of 8 classes" in done.stdout
+    )
 
 
 def test_workers_never_start_jax():
     """What Grain's worker processes import (the data package and the main modules) leaves JAX alone."""
-    script = "import sys, jitjax, jitjax.main, jitjax.__main__, jitjax.data; assert 'jax' not in sys.modules, 'jax was imported'"
+    script = (
+        "import sys, jitjax, jitjax.main, jitjax.__main__, jitjax.data; assert 'jax' not in sys.modules, 'jax was imported'"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 

@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 
-from jitjax.data import open_dataset, pool
-from jitjax.errors import UserError, cli
+from jitjax import cli
+from jitjax.data import open_dataset
+from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
 
 SIZE = 32
@@ -141,9 +142,9 @@ def test_interrupted_by_the_keyboard_it_stops_soon_and_can_go_on(folder, prepare
         "--shards",
         "4",
     ]
-    assert cli(lambda: main(arguments)) == 130
+    assert cli.guarded(lambda: main(arguments)) == 130
     monkeypatch.undo()
-    assert cli(lambda: main(arguments)) == 0
+    assert cli.guarded(lambda: main(arguments)) == 0
     assert contents(tmp_path / "out") == contents(prepared)
 
 
@@ -431,7 +432,7 @@ def test_the_prepared_size_must_be_the_configured_one(prepared):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
     replaced = [a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    assert cli(lambda: main(replaced)) == 2
+    assert cli.guarded(lambda: main(replaced)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()

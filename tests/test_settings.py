@@ -9,7 +9,23 @@ from jitjax import settings
 from jitjax.config import default_config
 from jitjax.errors import UserError
 
-ABSURD = ["nan", "inf", "-inf", "1e30", "-1e30", "2147483648000000", "-1", "abc", "", "()", "(1,2,3)", "[None]", "{}", "0x", "True"]
+ABSURD = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e30",
+    "-1e30",
+    "2147483648000000",
+    "-1",
+    "abc",
+    "",
+    "()",
+    "(1,2,3)",
+    "[None]",
+    "{}",
+    "0x",
+    "True",
+]
 
 
 @pytest.mark.parametrize("name", settings.fields())

@@ -18,9 +18,7 @@ from jitjax.cli import arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="workdir, checkpoint, exported folder, .pth or .safetensors")
-    parser.add_argument(
-        "--out", required=True, help="FILE.png: a captioned grid; FILE.npz: arr_0, arr_1; else a folder"
-    )
+    parser.add_argument("--out", required=True, help="FILE.png: a captioned grid; FILE.npz: arr_0, arr_1; else a folder")
     parser.add_argument("--num", type=int, help="images; default one per label, or 16")
     add_sampling(parser)
 
