@@ -25,7 +25,7 @@ import jax
 from jitjax import checkpoint
 from jitjax.config import from_dict
 from jitjax.errors import UserError, cli
-from jitjax.interop import diffusers, weights, workdir
+from jitjax.interop import diffusers, sources, weights, workdir
 
 FORMATS = ("jitjax", "pth", "safetensors", "diffusers")
 PTH_ENDINGS = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint.quiet()
     source, target = Path(args.source).expanduser(), Path(args.to).expanduser()
     kind = args.format or format_of(args.to)
-    from_workdir = source.is_dir() and weights.is_workdir(source)
+    from_workdir = source.is_dir() and sources.is_workdir(source)
     if from_workdir and kind == "jitjax":
         raise UserError(
             f"--from={source} and --to={target} are both jitjax workdirs: end --to in .pth or .safetensors, or add --format"
