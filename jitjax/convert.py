@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jitjax import checkpoint, cli, settings
 from jitjax.errors import UserError
-from jitjax.interop import diffusers, weights, workdir
+from jitjax.interop import diffusers, sources, weights, workdir
 
 PTH_ENDINGS = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint.quiet()
     source, target = Path(args.source).expanduser(), Path(args.to).expanduser()
     kind = args.format or format_of(args.to)
-    from_workdir = source.is_dir() and weights.is_workdir(source)
+    from_workdir = source.is_dir() and sources.is_workdir(source)
     if from_workdir and kind == "jitjax":
         raise UserError(
             f"--from={source} and --to={target} are both jitjax workdirs: end --to in .pth or .safetensors, or add --format"

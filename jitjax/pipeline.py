@@ -343,12 +343,13 @@ def load(path: str | Path, which: str | None = None) -> Pipeline:
       UserError: nothing readable there, or no such set of weights in it.
     """
     from jitjax import checkpoint
+    from jitjax.interop import sources
     from jitjax.interop import weights as weight_files
 
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a workdir, a checkpoint, an exported folder or a weights file")
-    if path.is_dir() and weight_files.is_workdir(path):
+    if path.is_dir() and sources.is_workdir(path):
         pipe = from_checkpoint(checkpoint.load_weights(path))
     else:
         pipe = from_weights(weight_files.read_weights(path))

@@ -125,7 +125,7 @@ def is_images(path: Path) -> bool:
         return True
     if not path.is_dir():
         return False
-    from jitjax.interop.weights import is_workdir
+    from jitjax.interop.sources import is_workdir
 
     return not is_workdir(path) and not any(path.glob("*.safetensors")) and not any(path.glob("*/*.safetensors"))
 
