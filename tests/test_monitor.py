@@ -451,8 +451,8 @@ def test_an_unreachable_wandb_server_leaves_offline_files_and_no_trace_of_the_ke
         WANDB_API_KEY=key,
         WANDB_BASE_URL="http://127.0.0.1:9",  # nobody listens there
     )
-    first, second = output.splitlines()
-    assert "going on offline" in first and "wandb sync" in second
+    connecting, failed, offline = output.splitlines()
+    assert "connecting" in connecting and "going on offline" in failed and "wandb sync" in offline
     (path,) = tmp_path.glob("wandb/offline-*/*.wandb")
     assert wandb_history(wandb_records(path))[1]["train/loss"] == 0.5
     assert key not in output

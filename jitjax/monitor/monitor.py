@@ -115,8 +115,6 @@ class Monitor:
             raise
         self._warnings = _Warnings(self.note)
         if wandb_enabled:
-            if wandb_mode == "online":
-                self.stage("connecting to W&B")
             self._wandb = WandbRun(
                 workdir,
                 run_config or {},

@@ -74,6 +74,8 @@ class WandbRun:
         self._run: Any = None
         if mode == "online" and os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
             mode = "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
+        if mode == "online":
+            report("connecting to W&B ...")
         options = dict(project=project, name=name, group=group, tags=list(tags) or None, config=dict(config))
         try:
             self._run_id = _run_id(self._workdir / RUN_ID_FILE)
