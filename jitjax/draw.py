@@ -17,10 +17,11 @@ from PIL import Image
 
 from jitjax import pipeline
 from jitjax.errors import UserError
-from jitjax.monitor import save_grid
+from jitjax.monitor import save_animation, save_grid, save_strip
 
 RECORD = "samples.json"  # in a folder of PNGs: what they were drawn with
 LARGEST_GRID = 1024  # images
+PATH_IMAGES = 8  # whose way from noise is shown
 
 
 def draw(
@@ -34,6 +35,7 @@ def draw(
     batch_size: int | None = None,
     dtype: str | None = None,
     options: dict[str, Any] | None = None,
+    path: str | None = None,
 ) -> int:
     """Draw images and write them; continues what an interrupted call with the same arguments left.
 
@@ -42,6 +44,7 @@ def draw(
       out: FILE.png for one grid, FILE.npz for arr_0 (images, uint8 NHWC) and arr_1 (labels), else a folder of PNGs.
       labels: "all" (class-balanced), "none", or numbers and names separated by commas.
       options: of the sampler.
+      path: also write the way from noise to image of the first few: FILE.png (a strip per image) or FILE.gif.
 
     Raises:
       UserError: a mistake in the arguments, or a target that cannot be written or holds something else.
@@ -49,6 +52,8 @@ def draw(
     target = Path(out).expanduser()
     if target.suffix.lower() not in (".png", ".npz") and target.suffix and not target.is_dir():
         raise UserError(f"--out={out}: use FILE.png, FILE.npz, or a folder (a name without an ending)")
+    if path is not None and not path.lower().endswith((".png", ".gif")):
+        raise UserError(f"--path={path}: use FILE.png for strips or FILE.gif for a film")
     pipe = pipeline.load(model, which)
     if jax.process_index() == 0:
         for note in pipe.notes:
@@ -74,7 +79,28 @@ def draw(
         skipped = len(numbers) - len(missing)
         resumed = f" ({skipped} were there)" if skipped else ""
         print(f"{len(missing)} images{resumed} in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s -> {target}")
+    if path is not None:
+        write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
     return 0
+
+
+def write_path(
+    pipe: pipeline.Pipeline, labels: Sequence[int | None], file: Path, *, seed: int, dtype: str | None, options: dict[str, Any]
+) -> None:
+    """The first images on their way from noise, as strips (.png) or a film (.gif): first the
+    states, below them what the network predicts there."""
+    moments = min(options.get("steps", 50), 10 if file.suffix.lower() == ".png" else 40)
+    batches = pipe.sample_batches(labels, seed=seed, dtype=dtype, batch_size=len(labels), moments=moments, **options)
+    (_, (images, states, predictions)), *_ = batches
+    if jax.process_index():
+        return
+    writable_folder(file.absolute().parent)
+    frames = [np.concatenate([states[k], predictions[k]]) for k in range(moments)] + [np.concatenate([images, images])]
+    if file.suffix.lower() == ".png":
+        save_strip(file, frames)
+    else:
+        save_animation(file, frames, columns=len(images))
+    print(f"the way from noise to image -> {file}")
 
 
 # ---------------------------------------------------------------- labels

@@ -9,6 +9,7 @@ Everything that draws images goes through `Sampler` here: `Pipeline.sample`, the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,57 +51,77 @@ class Sampler:
         comm_dtype: str = "float32",
         integrate: Callable[..., jax.Array] = sampling.sample_fn,
         finish: Callable[[jax.Array], jax.Array] = diffusion.to_uint8,
+        moments: int = 0,
     ):
         """Args:
         mesh: the parameters may be sharded over its `fsdp` axis; they are gathered once per call, in `comm_dtype`.
         integrate: what turns noise into images, with the signature of `sampling.sample_fn`.
         finish: applied to the float32 images on the devices.
+        moments: k > 0 also gives k moments of the way from noise to image.
         """
-        self.mesh = mesh
+        self.mesh, self.cfg_scale = mesh, np.float32(options.cfg_scale)
         graphdef = jit_model.graphdef_of(geometry)
         specs = sharding.specs(jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0)), mesh)
         shape = (geometry.image_size, geometry.image_size, jit_model.CHANNELS)
+        static = {name: value for name, value in dataclasses.asdict(options).items() if name != "cfg_scale"}
+        if moments:
+            static["return_path"] = moments
 
-        def draw(params, seed, indices, labels):
+        def draw(params, seed, cfg_scale, indices, labels):
             params = sharding.gather(params, specs, mesh, jnp.dtype(comm_dtype))
             key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no optimizer step has this number
             noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
-            return finish(
-                integrate(
-                    functools.partial(jit_model.merge(graphdef, params), dtype=jnp.dtype(dtype), ops=ops),
-                    process.noise_scale * noise,
-                    labels,
-                    null_label=geometry.num_classes,
-                    prediction=process.prediction,
-                    **dataclasses.asdict(options),
-                )
+            drawn = integrate(
+                functools.partial(jit_model.merge(graphdef, params), dtype=jnp.dtype(dtype), ops=ops),
+                process.noise_scale * noise,
+                labels,
+                null_label=geometry.num_classes,
+                prediction=process.prediction,
+                cfg_scale=1.0 if options.cfg_scale == 1 else cfg_scale,
+                **static,
             )
+            if not moments:
+                return finish(drawn)
+            images, path = drawn
+            return finish(images), finish(path.states), finish(path.predictions)
 
         self._batch = NamedSharding(mesh, sharding.BATCH)
+        along_path = P(None, sharding.AXES)
         sharded = jax.shard_map(
             draw,
             mesh=mesh,
-            in_specs=(specs, P(), sharding.BATCH, sharding.BATCH),
-            out_specs=sharding.BATCH,
+            in_specs=(specs, P(), P(), sharding.BATCH, sharding.BATCH),
+            out_specs=(sharding.BATCH, along_path, along_path) if moments else sharding.BATCH,
             check_vma=False,
         )
         self.program = jax.jit(sharded, out_shardings=NamedSharding(mesh, P()))
 
-    def arguments(self, seed: int, indices: Sequence[int], labels: Sequence[int]) -> tuple[Any, jax.Array, jax.Array]:
-        """The program's arguments after the parameters, on the devices; padded to a multiple of their number."""
+    def arguments(self, seed: int, indices: Sequence[int], labels: Sequence[int], size: int = 0) -> tuple[Any, ...]:
+        """The program's arguments after the parameters, on the devices; padded to `size` and to a multiple of the devices."""
         chex.assert_equal(len(indices), len(labels))
-        padded = -(-len(indices) // self.mesh.size) * self.mesh.size
+        padded = -(-max(size, len(indices)) // self.mesh.size) * self.mesh.size
 
         def place(values):
             values = np.resize(np.asarray(values, np.int32), padded)
             return jax.make_array_from_callback((padded,), self._batch, lambda part: values[part])
 
-        return np.uint32(seed), place(indices), place(labels)
+        return np.uint32(seed), self.cfg_scale, place(indices), place(labels)
 
-    def __call__(self, params: jit_model.Params, seed: int, indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-        """Images with these indices and labels, on the host of every process: (N, S, S, 3)."""
-        images = self.program(params, *self.arguments(seed, indices, labels))
-        return np.asarray(images.addressable_data(0))[: len(indices)]
+    def __call__(
+        self, params: jit_model.Params, seed: int, indices: Sequence[int], labels: Sequence[int], *, size: int = 0
+    ) -> Any:
+        """Images with these indices and labels, on the host of every process: (N, S, S, 3). With `moments`: images, and
+        states and predicted images along the way, (moments, N, S, S, 3)."""
+        drawn = self.program(params, *self.arguments(seed, indices, labels, size))
+        on_host = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), drawn)
+        return jax.tree.map(lambda a: a[..., : len(indices), :, :, :], on_host)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_sampler(geometry, process, options, mesh, dtype, moments) -> Sampler:
+    """Compiled once for all calls that differ in weights, seed, labels or guidance scale alone."""
+    ops = kernels.get_ops(kernels.resolve("auto", dtype=dtype, geometry=geometry)[0])
+    return Sampler(geometry, process, options, mesh, dtype=dtype, ops=ops, moments=moments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,13 +249,16 @@ class Pipeline:
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         dtype: str | None = None,
+        moments: int = 0,
         **options: Any,
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
+    ) -> Iterator[tuple[list[int], Any]]:
         """As `sample`, a batch at a time: (indices of its images, (B, S, S, 3) uint8). Arguments are checked before this
         returns.
 
         Args:
           indices: the image index of each label; default 0, 1, 2, ...
+          moments: k > 0 gives (images, states, predicted images) instead of images, the last two (k, B, S, S, 3) uint8 at k
+            moments of the way from noise to image.
         """
         if labels is None:
             numbers = [self.geometry.num_classes] * (1 if num is None else _whole("num", num, 0))
@@ -254,8 +278,10 @@ class Pipeline:
         batch = min(batch, max(1, len(numbers)))
         batch = -(-batch // mesh.size) * mesh.size
         dtype = compute_dtype(dtype)
-        ops = kernels.get_ops(kernels.resolve("auto", dtype=dtype, geometry=self.geometry)[0])
-        sampler = Sampler(self.geometry, self.diffusion, chosen, mesh, dtype=dtype, ops=ops)
+        # One program for all guidance scales other than 1.
+        generic = chosen if chosen.cfg_scale == 1 else dataclasses.replace(chosen, cfg_scale=2.0)
+        sampler = copy.copy(_cached_sampler(self.geometry, self.diffusion, generic, mesh, dtype, moments))
+        sampler.cfg_scale = np.float32(chosen.cfg_scale)
         indices = list(range(len(numbers))) if indices is None else list(indices)
         chex.assert_equal(len(indices), len(numbers))
         return self._batches(sampler, numbers, seed, indices, batch)
@@ -266,9 +292,8 @@ class Pipeline:
         params = jax.device_put(self.params, NamedSharding(sampler.mesh, P()))
         for start in range(0, len(numbers), batch):
             part = slice(start, start + batch)
-            padding = batch - len(numbers[part])  # the last batch reuses the compiled program
-            images = sampler(params, seed, indices[part] + [0] * padding, numbers[part] + [numbers[-1]] * padding)
-            yield indices[part], images[: batch - padding]
+            # The last batch is padded, so that it reuses the compiled program.
+            yield indices[part], sampler(params, seed, indices[part], numbers[part], size=batch)
 
     # ------------------------------------------------------------ storage
 

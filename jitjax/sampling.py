@@ -31,9 +31,9 @@ import numpy as np
 from jitjax import diffusion, kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
+from jitjax.settings import METHODS, SPACES
 
 ORDERS = {"dpmpp_2m": 2, "abm2": 2, "abm3": 3}  # multistep solvers: how many evaluations a step uses
-METHODS = ("heun", "euler", *ORDERS)
 
 
 class Path(NamedTuple):
@@ -95,7 +95,7 @@ def check(*, steps: int, method: str, grid: str, cfg_scale: float, interval: tup
     if method not in METHODS:
         raise UserError(f"method={method!r}: use one of {', '.join(METHODS)}")
     time_grid(steps, grid)
-    if not math.isfinite(cfg_scale):
+    if not isinstance(cfg_scale, jax.Array) and not math.isfinite(cfg_scale):
         raise UserError(f"cfg_scale={cfg_scale}: use a finite number; 1 switches guidance off")
     if len(interval) != 2 or not interval[0] <= interval[1]:
         raise UserError(f"interval={tuple(interval)}: use (low, high) with low <= high, e.g. (0.1, 1.0)")
@@ -270,11 +270,12 @@ def sample_fn(
     check(steps=steps, method=method, grid=grid, cfg_scale=cfg_scale, interval=interval, t_eps=t_eps)
     if not 0 <= return_path <= steps:
         raise UserError(f"return_path={return_path} with steps={steps}: use a number from 0 to steps")
-    if prediction not in diffusion.SPACES:
-        raise UserError(f"prediction={prediction!r}: use one of {', '.join(diffusion.SPACES)}")
+    if prediction not in SPACES:
+        raise UserError(f"prediction={prediction!r}: use one of {', '.join(SPACES)}")
+    guidance = isinstance(cfg_scale, jax.Array) or cfg_scale != 1.0  # a traced scale: one program for all scales
 
     def velocity(z, t, guide):
-        guide = guide and cfg_scale != 1.0
+        guide = guide and guidance
         y = jnp.concatenate([labels, jnp.full_like(labels, null_label)]) if guide else labels
         zz = jnp.concatenate([z, z]) if guide else z
         tt = jnp.full((zz.shape[0],), t, jnp.float32)
@@ -289,7 +290,7 @@ def sample_fn(
         noise,
         steps=steps,
         method=method,
-        interval=interval if cfg_scale != 1.0 else (2.0, 2.0),
+        interval=interval if guidance else (2.0, 2.0),
         grid=grid,
         t_eps=t_eps,
         return_path=return_path,

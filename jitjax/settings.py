@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from jitjax.errors import UserError
 
 SPACES = ("x", "epsilon", "v")
 HIGH_DEPTH = ("clip", "range", "picture")
+METHODS = ("heun", "euler", "abm2", "abm3", "dpmpp_2m")
+GRID = r"uniform|power:\d+(\.\d+)?"
 INT32 = 2**31 - 1  # the largest optimizer step that a device counts
 
 
@@ -35,6 +38,7 @@ class Rule:
     open_low: bool = False
     open_high: bool = False
     choices: tuple[str, ...] = ()
+    pattern: str = ""  # of text, a regular expression
     length: int | None = None  # of a tuple
     free: bool = False  # may differ between the starts of one run: changes where, how fast and how loudly it runs
 
@@ -141,7 +145,8 @@ class Sampler:
     """How images are drawn from a model: what `jitjax.sampling` needs to know."""
 
     steps: int = setting(50, "Steps of the time grid on [0, 1].", low=1, high=10**5)
-    method: str = setting("heun", "Solver.", choices=("heun", "euler"))
+    method: str = setting("heun", "Solver; docs/sampling.md compares them.", choices=METHODS)
+    grid: str = setting("uniform", "Time grid: uniform or power:RHO, e.g. power:1.6.", pattern=GRID)
     cfg_scale: float = setting(1.0, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
     interval: tuple[float, ...] = setting((0.0, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = setting(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
@@ -153,7 +158,8 @@ class Preview:
     every_epochs: float | None = free(None, "A grid of samples every so many epochs.", **EPOCHS)
     num_images: int = free(64, "Images of a grid.", low=1, high=10**6)
     steps: int = free(50, "Steps of the time grid.", low=1, high=10**5)
-    method: str = free("heun", "Solver.", choices=("heun", "euler"))
+    method: str = free("heun", "Solver; docs/sampling.md compares them.", choices=METHODS)
+    grid: str = free("uniform", "Time grid: uniform or power:RHO, e.g. power:1.6.", pattern=GRID)
     cfg_scale: float = free(2.9, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
     interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
@@ -229,6 +235,8 @@ class Field:
         """What the field takes, in words: "a whole number in [1, 8192]"."""
         if self.rule.choices:
             return "one of " + ", ".join(choice or "''" for choice in self.rule.choices)
+        if self.rule.pattern:
+            return f"text like {self.rule.pattern}"
         words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "numbers"}[self.type]
         if self.type is tuple and self.rule.length:
             words = f"{self.rule.length} numbers"
@@ -274,7 +282,8 @@ class Field:
             return tuple(self._number(item, float, shown, flag) for item in items)
         if self.type in (int, float):
             return self._number(value, self.type, shown, flag)
-        if not isinstance(value, self.type) or (self.rule.choices and value not in self.rule.choices) or "\0" in str(value):
+        wrong = not isinstance(value, self.type) or (self.rule.choices and value not in self.rule.choices)
+        if wrong or "\0" in str(value) or (self.rule.pattern and not re.fullmatch(self.rule.pattern, value)):
             self._refuse(shown, flag)
         return value
 

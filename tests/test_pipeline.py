@@ -1,4 +1,4 @@
-"""The pipeline: what is saved is what is loaded, images depend on (seed, index, label) alone, and what does not fit is refused."""
+"""The pipeline: what is saved is loaded, images depend on (seed, index, label) alone, what does not fit is refused."""
 
 import dataclasses
 import json

@@ -37,10 +37,8 @@ def add_extractor(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that scores."""
     parser.add_argument("--reference", metavar="PATH", help="folder, prepared set, .npz of images, or file of statistics")
     parser.add_argument("--extractor", default="auto", metavar="NAME",
-                        help="inception, efficientnet-lite0, or FILE.onnx; default inception where its weights are found")  # fmt: skip
-    parser.add_argument(
-        "--inception", metavar="FILE", help="the FID Inception's weights; default $JITJAX_INCEPTION or the cache"
-    )
+                        help="inception, efficientnet-lite0 or FILE.onnx; default inception if its weights are there")  # fmt: skip
+    parser.add_argument("--inception", metavar="FILE", help="the FID Inception's weights; default: the cache")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="workdir, checkpoint, exported folder, .pth or .safetensors")
     parser.add_argument("--out", required=True, help="FILE.png: a captioned grid; FILE.npz: arr_0, arr_1; else a folder")
     parser.add_argument("--num", type=int, help="images; default one per label, or 16")
+    parser.add_argument("--path", metavar="FILE", help="also the way from noise to image: FILE.png (strips) or FILE.gif")
     add_sampling(parser)
 
 
@@ -60,4 +61,5 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dtype=args.dtype,
         options=sampling_options(args),
+        path=args.path,
     )
