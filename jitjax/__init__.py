@@ -18,7 +18,7 @@ from typing import Any
 
 _HOMES = {
     "create_model": "jitjax.model",
-    "load_official": "jitjax.interop.official",
+    "load_official": "jitjax.interop.weights",
     "sample": "jitjax.sampling",
     "to_uint8": "jitjax.diffusion",
     "preprocess": "jitjax.data.image",

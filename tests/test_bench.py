@@ -99,13 +99,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, argv, says):
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and says in result.stderr
 
 
-@pytest.mark.parametrize("argv", [[], ["stap"]])
-def test_an_unknown_benchmark_names_those_that_exist(argv):
-    with pytest.raises(UserError, match="step, sample, checkpoint, input"):
+@pytest.mark.parametrize(("argv", "says"), [([], "BENCHMARK"), (["stap"], "'step', 'sample', 'checkpoint', 'input'")])
+def test_an_unknown_benchmark_names_those_that_exist(argv, says):
+    with pytest.raises(UserError, match=says):
         bench.main(argv)
 
 
-def test_a_variant_that_does_not_fit_is_told_after_the_others_ran(monkeypatch, capsys):
+def test_a_mistake_in_a_flag_is_answered_before_jax_starts():
+    code = "import sys; from jitjax import bench; bench.main(['step', '--steps=0'])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "0 must be 1 or more" in result.stderr and "/jax/" not in result.stderr
+
+
+def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatch, capsys):
     """Out of memory at one batch size: the larger and the smaller one are still printed."""
 
     def measure(setup, *_, **__):

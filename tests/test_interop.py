@@ -17,9 +17,11 @@ from conftest import shared, small_config
 
 import jitjax
 from jitjax import checkpoint, convert, model, step
+from jitjax.config import to_dict
 from jitjax.errors import UserError, cli
 from jitjax.interop import official
 from jitjax.interop.pth import BadFile, PthFile, write_pth
+from jitjax.interop.weights import read_weights
 
 SETS = ("model", "model_ema1", "model_ema2")
 
@@ -79,7 +81,7 @@ def test_the_averages_in_the_fixture_have_a_drifted_position_table(tiny):
 
 def test_moments_of_adamw_arrive_at_their_parameters(tiny):
     with np.load(shared("parity/tiny_checkpoint_out.npz")) as expected:
-        content = convert.read_pth(tiny, 1)
+        content = read_weights(tiny, context_start=1, moments=True)
         assert content.step == expected["opt_step"] and content.epoch == expected["epoch"]
         for moment, key in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
             moments = content.moments[moment]
@@ -110,7 +112,7 @@ def test_a_run_of_ours_to_pth(tmp_path):
     state = jax.jit(functools.partial(step.init_state, geometry, config))(jax.random.key(0))
     ema = {"0.9": jax.tree.map(lambda a: a + 9, state.params), "0.5": jax.tree.map(lambda a: a + 5, state.params)}
     saved = checkpoint.Checkpoints(tmp_path / "run")
-    meta = checkpoint.describe(geometry, ema, config=convert.to_dict(config), data={"count": 80}, examples=8)
+    meta = checkpoint.describe(geometry, ema, config=to_dict(config), data={"count": 80}, examples=8)
     saved.save(step.fresh_state(state.params, ema, config), 2, meta)
     saved.close()
     convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "a.pth")])

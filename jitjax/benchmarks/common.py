@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -15,17 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jitjax import checkpoint, config_flags, kernels, model, runtime, sharding, step
+from jitjax import checkpoint, kernels, model, runtime, sharding, step, workdir
 from jitjax import config as config_lib
+from jitjax.benchmarks import arguments
+from jitjax.errors import UserError
+from jitjax.flops import IMAGENET_IMAGES
 
-REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements; median, least and greatest are told.", lower_bound=1)
-
-IMAGES, CLASSES = 1_281_167, 1000  # ImageNet's, where the config leaves it to the data set
-PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +43,15 @@ class Setup:
         return kernels.get_ops(self.kernels)
 
 
-def parse(name: str, argv: Sequence[str]) -> ConfigDict:
-    """The config that the command line describes. A run length is not needed and does not matter."""
-    holder = config_flags.define()
-    config_flags.parse([f"bench {name}", *argv])
-    config = holder.value()
+def load(args: argparse.Namespace) -> ConfigDict:
+    """The config that the command line describes. A run length is not needed and does not matter.
+
+    Raises:
+      UserError: none, or a mistake in it.
+    """
+    config = arguments.load(args.config_arguments)
+    if config is None:
+        raise UserError("--config is missing: name a config file, e.g. --config=configs/h200.py")
     for length in config_lib.RUN_LENGTHS:
         config[length] = None
     config.total_steps = 1_000_000
@@ -70,7 +73,7 @@ def prepare(config: ConfigDict) -> Setup:
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
     plan = config_lib.make_plan(
         config,
-        images=max(IMAGES, global_batch),
+        images=max(IMAGENET_IMAGES, global_batch),
         folder_classes=classes,
         tokens_per_image=geometry.tokens,
         devices=mesh.size,
@@ -148,20 +151,13 @@ def describe(setup: Setup) -> dict[str, Any]:
         "comm_dtype": c.mesh.comm_dtype,
         "device": device.device_kind,
         "devices": setup.mesh.size,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": workdir.versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def summary(values: Sequence[float], name: str, digits: int = 3) -> dict[str, float]:
-    """Median under `name`, least and greatest under `name`_min and `name`_max."""
+    """Median under `name`, minimum and maximum under `name`_min and `name`_max."""
     found = {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
     return {key: round(value, digits) for key, value in found.items()}
 
@@ -178,8 +174,14 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def dispatch_ahead() -> bool:
+    """Whether a second step may be dispatched before the first one is done. Emulated CPU devices share one pool of threads: a
+    second step can take those that the first one's all-reduce waits for, and both wait for ever."""
+    return jax.default_backend() != "cpu"
+
+
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What the function returned and the seconds until all of its arrays were there."""
+    """What the function returned and the seconds until all of its arrays were ready."""
     begun = time.perf_counter()
     result = jax.block_until_ready(function())
     return result, time.perf_counter() - begun

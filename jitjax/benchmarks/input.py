@@ -1,6 +1,6 @@
 """The input pipeline alone: images/s to host batches and to device batches, as one JSON line.
 
-    python -m jitjax.bench input --config configs/h200.py --config.data.path=./data/train64
+    jitjax bench input --config configs/h200.py --config.data.path=./data/train64
 
 Nothing consumes the batches but the clock, so this is what the pipeline can supply at most; training takes what it
 needs.
@@ -8,28 +8,26 @@ needs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
-
-from jitjax import config_flags
+from jitjax.benchmarks import arguments
 from jitjax.data import make_iterator, open_dataset, to_device
 from jitjax.data.pool import available_cpus
+from jitjax.errors import UserError
 
-_SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to measure each of the two stages.", lower_bound=0.1)
 
-
-def main(argv: Sequence[str]) -> int:
-    """Measures the data set and settings of a config. `argv`: arguments without the program's name."""
-    holder = config_flags.define()
-    config_flags.parse(["bench input", *argv])
-    print(json.dumps(measure(holder.value(), _SECONDS.value)), flush=True)
-    return 0
+def run(args: argparse.Namespace) -> None:
+    """Measure the data set and input settings of a config, with the flags of `jitjax.bench`."""
+    config = arguments.load(args.config_arguments)
+    if config is None:
+        raise UserError("--config is missing: name a config file, e.g. --config=configs/h200.py")
+    print(json.dumps(measure(config, args.seconds)), flush=True)
 
 
 def measure(config: Any, seconds: float) -> dict[str, Any]:

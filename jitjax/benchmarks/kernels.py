@@ -1,6 +1,6 @@
 """The fused operations beside the plain ones, on this device: how exact they are, and how fast.
 
-    python -m jitjax.bench kernels --config configs/h200.py:finetune --config.batch_size=256
+    jitjax bench kernels --config configs/h200.py:finetune --config.batch_size=256
 
 One JSON line for each operation and number of tokens that the model has, and one for the gradients of the whole model.
 
@@ -12,6 +12,7 @@ fails. Errors come from the first `--check_images` images, times (value and grad
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import time
@@ -20,13 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from jitjax import kernels, model, step
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
-_CHECK_IMAGES = flags.DEFINE_integer("check_images", 8, "Images whose values and gradients are compared.", lower_bound=1)
 CALLS = 10  # of one measurement, back to back
 
 Function = Callable[..., Any]  # of (ops, *activations, *parameters)
@@ -34,24 +33,23 @@ Function = Callable[..., Any]  # of (ops, *activations, *parameters)
 Case = tuple[str, int, Function, Function | None, list[jax.Array], list[jax.Array]]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Check and time every operation. `argv`: arguments without the program's name.
+def run(args: argparse.Namespace) -> None:
+    """Check and time every operation, with the flags of `jitjax.bench`.
 
     Raises:
       UserError: a mistake in the configuration, or a fused operation that is less accurate than the plain one.
     """
-    setup = common.prepare(common.parse("kernels", argv))
+    setup = common.prepare(common.load(args))
     failed = []
     for name, tokens, *case in cases(setup):
-        record = compare(setup, *case, _CHECK_IMAGES.value)
+        record = compare(setup, *case, args.check_images, args.repeats)
         common.emit({"benchmark": "kernels", "operation": name, "tokens": tokens, **record})
         failed += [] if record["as_accurate"] else [f"{name} at {tokens} tokens"]
-    record = compare_models(setup, _CHECK_IMAGES.value)
+    record = compare_models(setup, args.check_images)
     common.emit({"benchmark": "kernels", "operation": "model", **record, **common.describe(setup)})
     failed += [] if record["as_accurate"] else ["the model's gradients"]
     if failed:
         raise UserError(f"less accurate fused than plain: {', '.join(failed)}; use --config.kernels=plain and report this")
-    return 0
 
 
 def cases(setup: common.Setup) -> Iterator[Case]:
@@ -150,6 +148,7 @@ def compare(
     activations: list[jax.Array],
     parameters: list[jax.Array],
     images: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Errors and times of one operation, fused and plain."""
     few = [x[:images] for x in activations]
@@ -162,7 +161,7 @@ def compare(
         arguments = activations + parameters
         jax.block_until_ready(run(arguments))
         measured = []
-        for _ in range(common.REPEATS.value):
+        for _ in range(repeats):
             begun = time.perf_counter()
             for _ in range(CALLS):
                 out = run(arguments)

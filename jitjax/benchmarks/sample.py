@@ -1,6 +1,6 @@
 """The sampler: images/s with the preview's settings, as one JSON line for each way to sample.
 
-    python -m jitjax.bench sample --config configs/imagenet.py:b16 --num_images 64 --baseline
+    jitjax bench sample --config configs/imagenet.py:b16 --num_images 64 --baseline
 
 With labels: "guided" (`preview.cfg_scale` inside `preview.interval`) and "unguided". `--baseline` adds "published", what the
 published sampler computes with the same network code: at every step the conditional and the unconditional images as two
@@ -9,6 +9,7 @@ passes, also where guidance is off. Both give the same images, of random weights
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 from collections.abc import Sequence
@@ -16,34 +17,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import NamedSharding
 
 from jitjax import diffusion, flops, model, sampling, sharding
 from jitjax.benchmarks import card, common
 from jitjax.errors import UserError
 
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Images in one batch; default preview.num_images.", lower_bound=1)
-_BASELINE = flags.DEFINE_bool("baseline", False, "Also time the published way, for the ratio.")
 
-
-def main(argv: Sequence[str]) -> int:
-    """Measure. `argv`: arguments without the program's name.
+def run(args: argparse.Namespace) -> None:
+    """Measure with the flags of `jitjax.bench`.
 
     Raises:
       UserError: a mistake in the configuration.
     """
-    config = common.parse("sample", argv)
-    if _NUM_IMAGES.value:
-        config.preview.num_images = _NUM_IMAGES.value
+    config = common.load(args)
+    if args.num_images:
+        config.preview.num_images = args.num_images
     ways = ["unguided"]
     if config.model.class_conditional:
-        ways = ["guided", "unguided"] + ["published"] * _BASELINE.value
-    elif _BASELINE.value:
+        ways = ["guided", "unguided"] + ["published"] * args.baseline
+    elif args.baseline:
         raise UserError("--baseline compares guidance, which needs labels: add --config.model.class_conditional=True")
-    for record in measure(common.prepare(config), ways, common.REPEATS.value):
+    for record in measure(common.prepare(config), ways, args.repeats):
         common.emit(record)
-    return 0
 
 
 def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
