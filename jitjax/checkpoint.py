@@ -50,6 +50,7 @@ ITEMS = ("params", "ema", "optimizer", "meta")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is being written
 _MAX_FAILURES = 5  # saves in a row that may fail before the run stops
 _RETRY_SECONDS = 60.0
+_HOST_MEMORY = "pinned_host"
 _COMMIT_SECONDS = 1200  # a save that takes longer in the background has failed
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._is_main = jax.process_index() == 0
         self._whole: set[int] = set()  # steps known to be whole: verified, or written by this process
-        self._watcher: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
         self._pending: int | None = None  # the step that is being written
         self._error: BaseException | None = None  # of the write that ended last
         self._failures, self._failed_at = 0, 0.0  # in a row; `time.monotonic()` of the last one
@@ -90,6 +91,9 @@ class Checkpoints:
                 # Asynchronously, a folder that cannot be made is noticed after 300 seconds.
                 create_directories_asynchronously=False,
             ),
+            # Processes that are named meet through the coordination service; others in a collective on the devices, which
+            # no thread may start beside the training step's.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count()))),
         )
 
     # ---------------------------------------------------------------- read
@@ -201,6 +205,18 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- write
 
+    def reserve(self, like: TrainState) -> None:
+        """Page-lock the host memory that saves use, in a thread; the runtime keeps it. Otherwise the first save does so and
+        training stands still meanwhile. Call it before the first step is compiled. `like`: as for `resume`."""
+        if jax.process_count() > 1 or jax.default_backend() == "cpu":
+            return
+
+        def allocate() -> None:
+            sizes = [(leaf.shape, leaf.dtype, _one_replica(leaf.sharding)) for leaf in jax.tree.leaves(like)]
+            jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
+
+        threading.Thread(target=allocate, name="checkpoint_reserve", daemon=True).start()
+
     def require_space(self, state: TrainState) -> None:
         """Raises:
         UserError: the disk has not room for one more checkpoint. Orbax would find out half-way.
@@ -209,7 +225,8 @@ class Checkpoints:
             raise UserError(f"--workdir={self._workdir}: {reason} (earlier checkpoints are intact)")
 
     def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
-        """Copy the state to the host and return; the files are written in the background. The state may be donated at once.
+        """Begin to copy the state to the host and return; the state may be donated at once. With one process everything else
+        happens in a thread, which waits for the copy too.
 
         A save that fails, here or in the background, is reported in one line and training may go on: `retry_due` says
         when to try again. `wait` raises where the last save failed.
@@ -230,21 +247,25 @@ class Checkpoints:
         if _any_process(problem is not None):
             self._failed(step, UserError(problem or "process 0 cannot write"))
             return
+        alone = jax.process_count() == 1
+        copy = _to_host(state) if alone else state
         args = dict(
-            params=ocp.args.StandardSave(state.params),
-            ema=ocp.args.StandardSave(state.ema),
-            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "loss_scale": state.loss_scale}),
+            params=ocp.args.StandardSave(copy.params),
+            ema=ocp.args.StandardSave(copy.ema),
+            optimizer=ocp.args.StandardSave({"opt_state": copy.opt_state, "loss_scale": copy.loss_scale}),
             meta=ocp.args.JsonSave({**meta, "checksums": manifest.FORMAT}),
         )
         self._pending = step
-        try:
-            # A damaged checkpoint of the same step, which was not resumed from, gives way (`force`).
-            self._writer.save(self._folder / str(step), args=ocp.args.Composite(**args), force=True)
-        except Exception as error:
-            self._failed(step, error)
-            return
-        self._watcher = threading.Thread(target=self._watch, args=(step,), name="checkpoint_watcher", daemon=True)
-        self._watcher.start()
+        items = ocp.args.Composite(**args)
+        if not alone:  # each process writes its slices of what is replicated: Orbax copies no more than those
+            try:
+                self._start(step, items)
+            except Exception as error:
+                self._failed(step, error)
+                return
+            items = None
+        self._thread = threading.Thread(target=self._write, args=(step, items), name="checkpoint", daemon=True)
+        self._thread.start()
 
     def retry_due(self) -> bool:
         """Whether the last save failed and it is time to try again. Cheap: for every turn of a loop.
@@ -252,7 +273,7 @@ class Checkpoints:
         Raises:
           UserError: too many saves failed in a row. With several processes one failure is enough, since the others wait.
         """
-        if self._watcher is not None and not self._watcher.is_alive():
+        if self._thread is not None and not self._thread.is_alive():
             self._settle()
         self._check_limit()
         return self._failures > 0 and time.monotonic() - self._failed_at >= _RETRY_SECONDS
@@ -280,9 +301,16 @@ class Checkpoints:
             with _one_line(self._workdir):
                 self._writer.close()
 
-    def _watch(self, step: int) -> None:
-        """In a thread: until the files are complete; then remember the step and delete what is not to be kept."""
+    def _start(self, step: int, items: ocp.args.Composite) -> None:
+        # A damaged checkpoint of the same step, which was not resumed from, gives way (`force`).
+        self._writer.save(self._folder / str(step), args=items, force=True)
+
+    def _write(self, step: int, items: ocp.args.Composite | None) -> None:
+        """In a thread: write the files, remember the step, and delete what is not to be kept."""
         try:
+            if items is not None:
+                self._start(step, items)
+                items = None  # the copy on the host is free as soon as Orbax has written it
             self._writer.wait_until_finished()
             if self._is_main:
                 manifest.sync_folder(self._folder)
@@ -298,9 +326,9 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """Wait for the write in the background."""
-        if self._watcher is not None:
-            self._watcher.join()
-            self._watcher = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _failed(self, step: int, error: BaseException) -> None:
         self._error, self._failed_at = error, time.monotonic()
@@ -474,6 +502,35 @@ def not_finite(state: TrainState) -> str:
     }
     flags = {name: all_finite(tree) for name, tree in groups.items()}  # all under way before the first is waited for
     return next((name for name, flag in flags.items() if not bool(flag)), "")
+
+
+def _to_host(state: TrainState) -> TrainState:
+    """A copy of `state` in the host's page-locked memory, one replica of each array. Only dispatched: the devices copy it
+    between the steps that are under way and the next one. One process only."""
+    leaves, structure = jax.tree.flatten(state)
+    placed = [_one_replica(leaf.sharding) for leaf in leaves]
+    shards = [
+        [s.data for s in leaf.addressable_shards if s.device in p.device_set] for leaf, p in zip(leaves, placed, strict=True)
+    ]
+    kinds = [[shard.sharding.with_memory_kind(_HOST_MEMORY) for shard in own] for own in shards]
+    copies = jax.device_put(shards, kinds)
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.make_array_from_single_device_arrays(leaf.shape, place, own)
+            for leaf, place, own in zip(leaves, placed, copies, strict=True)
+        ],
+    )
+
+
+def _one_replica(of: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """`of` in host memory, on the part of its mesh that holds every number once."""
+    if not isinstance(of, jax.sharding.NamedSharding):
+        return of.with_memory_kind(_HOST_MEMORY)
+    used = {name for entry in of.spec if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))}
+    devices = of.mesh.devices[tuple(slice(None) if name in used else slice(1) for name in of.mesh.axis_names)]
+    mesh = jax.sharding.Mesh(devices, of.mesh.axis_names, axis_types=of.mesh.axis_types)
+    return jax.sharding.NamedSharding(mesh, of.spec, memory_kind=_HOST_MEMORY)
 
 
 def _skipped(folder: Path, reason: str) -> None:

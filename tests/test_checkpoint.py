@@ -241,6 +241,18 @@ def test_what_is_not_finite_is_never_saved(copy, part, value):
 # ---------------------------------------------------------------- rotation and failed saves
 
 
+def test_the_state_may_be_donated_at_once(tmp_path):
+    """What is written are the numbers at the time of the call, though the next step overwrites them right after."""
+    saved = checkpoint.Checkpoints(tmp_path, keep_last=9)
+    state = a_state(1)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    saved.reserve(LIKE)
+    saved.save(state, 1, META)
+    state = jax.block_until_ready(step(state))
+    saved.close()
+    assert resumed(tmp_path) == 1
+
+
 def test_rotation_keeps_the_newest_whole_and_multiples(tmp_path):
     write(tmp_path, *range(1, 9), keep_last=2, keep_every=3)
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [3, 6, 7, 8]
@@ -271,7 +283,7 @@ def test_a_failed_save_is_noticed_and_loses_nothing(copy, caplog, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(manifest, "write", refuse)
         saved.save(a_state(40), 40, META)
-        saved._watcher.join()
+        saved._thread.join()
         assert not saved.retry_due()  # noticed; the time to try again is later
     assert "saving step 40 failed (no space left for a checkpoint); training goes on" in caplog.text
     assert all("\n" not in record.getMessage() for record in caplog.records if "orbax" not in record.pathname)
