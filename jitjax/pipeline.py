@@ -358,7 +358,7 @@ def _whole(name: str, value: Any, low: int) -> int:
 
 
 def load(path: str | Path, which: str | None = None) -> Pipeline:
-    """A pipeline from a workdir (its newest checkpoint), one checkpoint, an exported folder, an official .pth or a
+    """A pipeline from a workdir (its newest checkpoint), one checkpoint or `runs/a/checkpoints/best`, an exported folder, an official .pth or a
     .safetensors file.
 
     Args:
@@ -372,6 +372,8 @@ def load(path: str | Path, which: str | None = None) -> Pipeline:
     from jitjax.interop import weights as weight_files
 
     path = Path(path).expanduser()
+    if path.name == checkpoint.BEST and not path.exists():
+        return from_checkpoint(checkpoint.load_weights(path)).using(which)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a workdir, a checkpoint, an exported folder or a weights file")
     if path.is_dir() and sources.is_workdir(path):

@@ -20,6 +20,7 @@ class Plan:
     peak_lr: float
     checkpoint_steps: int | None
     preview_steps: int | None
+    eval_steps: int | None
 
 
 def make_plan(settings: Settings, *, images: int, tokens_per_image: int, devices: int) -> Plan:
@@ -66,6 +67,7 @@ def make_plan(settings: Settings, *, images: int, tokens_per_image: int, devices
         peak_lr=optim.lr if optim.lr is not None else optim.blr * global_batch / 256,
         checkpoint_steps=steps(settings.checkpoint.every_steps, settings.checkpoint.every_epochs),
         preview_steps=steps(settings.preview.every_steps, settings.preview.every_epochs),
+        eval_steps=steps(settings.eval.every_steps, settings.eval.every_epochs),
     )
 
 

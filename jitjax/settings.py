@@ -170,6 +170,29 @@ class Preview:
 
 
 @dataclasses.dataclass(frozen=True)
+class Eval:
+    every_steps: int | None = free(None, "Score the live EMA at multiples of this step.", **STEPS)
+    every_epochs: float | None = free(None, "Score the live EMA every so many epochs.", **EPOCHS)
+    num_images: int = free(5000, "Images that are drawn and scored.", low=2, high=10**6)
+    reference: str = free("", "Folder, prepared set, or statistics to score against; '': the held-out, else the training set.")
+    held_out: str = free("", "Images for eval/loss; '': the validation split beside the training images, where there is one.")
+    extractor: str = free("auto", "inception, efficientnet-lite0 or FILE.onnx; auto: inception where its weights are.")
+    inception: str = free("", "The FID Inception's weights; '': $JITJAX_INCEPTION or the cache.")
+    metric: str = free("", "Score that decides which checkpoint is the best; '': the Fréchet distance.")
+    steps: int = free(20, "Steps of the time grid.", low=1, high=10**5)
+    method: str = free("abm2", "Solver.", choices=METHODS)
+    grid: str = free("power:1.6", "Time grid.", pattern=GRID)
+    cfg_scale: float = free(1.0, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
+    interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
+    t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
+    batch_size: int = free(64, "Images drawn at once per device.", low=1, high=2**16)
+    ema_decay: float | None = free(None, "EMA to score; unset: the first of optim.ema_decays.", low=0, high=1)
+
+    def sampler(self) -> Sampler:
+        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     every_steps: int = free(100, "Print and write speed at multiples of this step.", **STEPS)
     tensorboard: bool = free(False, "Also write TensorBoard event files (install .[tensorboard]).")
@@ -211,6 +234,7 @@ class Settings:
     mesh: Mesh = group(Mesh)
     checkpoint: Checkpoint = group(Checkpoint)
     preview: Preview = group(Preview)
+    eval: Eval = group(Eval)
     log: Log = group(Log)
     wandb: Wandb = group(Wandb)
 
@@ -402,9 +426,10 @@ def check(settings: Settings) -> None:
     decays = settings.optim.ema_decays
     if len(set(decays)) != len(decays):
         raise UserError(f"--config.optim.ema_decays={decays}: a decay stands twice")
-    if settings.preview.ema_decay is not None and settings.preview.ema_decay not in decays:
-        raise UserError(f"--config.preview.ema_decay={settings.preview.ema_decay}: not among optim.ema_decays {decays}")
-    check_interval(settings.preview.interval, "--config.preview.interval")
+    for name, part in (("preview", settings.preview), ("eval", settings.eval)):
+        if part.ema_decay is not None and part.ema_decay not in decays:
+            raise UserError(f"--config.{name}.ema_decay={part.ema_decay}: not among optim.ema_decays {decays}")
+        check_interval(part.interval, f"--config.{name}.interval")
 
 
 def check_data(data: Data) -> None:

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jitjax import checkpoint, data, diffusion, flops, kernels, model, pipeline, runtime, sharding, step, transfer
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
-from jitjax.errors import UserError
+from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.optimizer import make_schedule
 from jitjax.plan import Plan, make_plan, resolve_num_classes
@@ -44,6 +44,8 @@ class Run:
     batches: Any
     preview: Preview | None
     preview_ema: str
+    evaluation: live.LiveEvaluation | None
+    eval_ema: str
     monitor: Monitor
     log: LateLog
     checkpoints: checkpoint.Checkpoints
@@ -109,23 +111,26 @@ def build(
     init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
     key = jax.random.key(settings.seed)
     like = sharding.abstract(jax.eval_shape(init, key), mesh)
-    last, notes = saved.latest(), list(notes)
-    start = last or 0
-    if last is not None:
-        meta = saved.meta(last)
+    notes = list(notes)
+
+    def check_saved(meta: dict[str, Any]) -> None:
         if meta.get("data"):  # a checkpoint imported from elsewhere has seen none of ours
             data.check_fingerprint(meta["data"], dataset, allow_changed=settings.data.allow_changed)
         checkpoint.check_fits(meta, geometry, settings.optim.ema_decays, folder.path)
-        state = saved.restore(last, like)
+
+    start = 0
+    if (resumed := saved.resume(like, check_saved)) is not None:
+        state, start, _ = resumed
         notes.append(f"resumed from step {start:,}" + ("; the run is complete" if start >= plan.total_steps else ""))
     else:
         state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
         if settings.init_from:
             names = tuple(dataset.class_names) if conditional else ()
-            state, report = initialise_from(settings.init_from, state, process, names, settings.optim, settings.dtype)
+            state, report = transfer.initialise_from(settings.init_from, state, process, names, settings.optim, settings.dtype)
             notes.append(f"from {settings.init_from}: {report}")
     if is_main:
         saved.require_space(state)  # now rather than after the first hour
+    saved.reserve(like)
     card = jax.devices()[0].device_kind
     facts = {"devices": mesh.size, "device_kind": card, "effective_batch": plan.global_batch, "images_per_epoch": len(dataset)}
     folder.describe_run(settings, facts)
@@ -155,6 +160,23 @@ def build(
             null_label=geometry.num_classes,
             class_names=dataset.class_names,
             seed=settings.seed,
+        )
+    evaluation = None
+    if plan.eval_steps:
+        evaluation = live.build(
+            settings.eval,
+            dataset,
+            live.find_held_out(settings.eval.held_out, path, settings.data, dataset, conditional),
+            geometry,
+            process,
+            mesh,
+            noise=settings.diffusion,
+            loss=settings.loss,
+            class_conditional=conditional,
+            dtype=settings.dtype,
+            ops=ops,
+            comm_dtype=settings.mesh.comm_dtype,
+            say=notes.append,
         )
     host_batches = data.make_iterator(
         dataset,
@@ -204,6 +226,8 @@ def build(
         batches=batches,
         preview=preview,
         preview_ema=str(settings.preview.ema_decay or settings.optim.ema_decays[0]),
+        evaluation=evaluation,
+        eval_ema=str(settings.eval.ema_decay or settings.optim.ema_decays[0]),
         monitor=monitor,
         log=log,
         checkpoints=saved,
@@ -264,8 +288,9 @@ def loop(run: Run, stop: StopRequest) -> int:
     begun = last_save = time.monotonic()
     done = run.start
 
-    def save() -> None:
-        run.checkpoints.save(state, done, run.meta | {"examples": done * plan.global_batch})
+    def save(scores: dict[str, float] | None = None, best: dict[str, Any] | None = None) -> None:
+        meta = run.meta | {"examples": done * plan.global_batch} | ({"scores": scores} if scores else {})
+        run.checkpoints.save(state, done, meta, best=best)
         monitor.checkpoint(done, run.folder.path / checkpoint.DIRECTORY / str(done))
 
     if done < plan.total_steps:
@@ -293,14 +318,18 @@ def loop(run: Run, stop: StopRequest) -> int:
         show = run.preview is not None and (done == plan.total_steps or done % plan.preview_steps == 0)
         timely = bool(every_minutes) and at_log and agree(time.monotonic() - last_save >= 60 * every_minutes)
         regular = bool(plan.checkpoint_steps) and done % plan.checkpoint_steps == 0
-        if show or timely or regular:
+        score = run.evaluation is not None and (done == plan.total_steps or done % plan.eval_steps == 0)
+        if show or timely or regular or score:
             log.flush()
             pause = time.perf_counter()
             if show:
                 path = run.preview(state.ema[run.preview_ema], run.folder.path / "samples" / f"step_{done:08d}.png")
                 monitor.image(done, "samples", path)
-            if timely or regular:
-                save()
+            scores, best = (evaluate(run, state, done) if score else None), None
+            if scores:
+                best = run.evaluation.best(scores, run.checkpoints.best())
+            if timely or regular or best:
+                save(scores, best)
                 last_save = time.monotonic()
             log.paused(time.perf_counter() - pause)
         if (at_log or jax.process_count() == 1) and agree(stop.requested):
@@ -318,40 +347,16 @@ def loop(run: Run, stop: StopRequest) -> int:
     return 0
 
 
-def initialise_from(
-    path: str,
-    state: step.TrainState,
-    process: diffusion.Diffusion,
-    class_names: tuple[str, ...],
-    optim: settings_lib.Optimizer,
-    dtype: str,
-) -> tuple[step.TrainState, transfer.Report]:
-    """A step-0 state with another model's weights and EMAs (its weights for a decay it lacks).
-
-    Raises:
-      UserError: the other model predicts something else, or has no weights.
-    """
-    pipe = pipeline.load(path)
-    if pipe.diffusion.prediction != process.prediction:
-        raise UserError(
-            f"--config.init_from={path} predicts {pipe.diffusion.prediction}, this run predicts {process.prediction}: set "
-            f"--config.prediction={pipe.diffusion.prediction}, or start from other weights"
-        )
-    weights = jax.device_get(pipe.weights)
-    raw = weights.get(pipeline.RAW, weights[pipe.which])
-    params, report = transfer.transfer(raw, state.params)
-    ema = {decay: transfer.transfer(weights.get(decay, raw), state.params)[0] for decay in state.ema}
-    for decay in sorted(set(state.ema) - set(weights)):
-        report.fresh.append(f"EMA {decay} (from the weights)")
-    if pipe.diffusion.noise_scale != process.noise_scale:
-        report.notes.append(f"trained with noise_scale {pipe.diffusion.noise_scale}, now {process.noise_scale}")
-    if len(pipe.class_names) == len(class_names) and pipe.class_names != class_names:
-        a, b = next((a, b) for a, b in zip(pipe.class_names, class_names, strict=True) if a != b)
-        report.notes.append(f"the class embedding is loaded although class names differ (first: {a} -> {b})")
-    report.notes.extend(pipe.notes)
-    place = jax.tree.map(lambda leaf: leaf.sharding, state)
-    fresh = jax.jit(lambda p, e: step.fresh_state(p, e, optim, dtype), out_shardings=place)
-    return fresh(params, ema), report
+def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:
+    """Score the live EMA, and log it."""
+    begun = time.perf_counter()
+    run.monitor.stage("evaluating")
+    scores = run.evaluation(state.ema[run.eval_ema])
+    run.monitor.scores(done, scores)
+    shown = ", ".join(f"{name.removeprefix('eval/')} {scores[name]:.4g}" for name in scores if not name.endswith("_std"))
+    run.monitor.note(f"scores at step {done:,} (EMA {run.eval_ema}): {shown}; {time.perf_counter() - begun:.1f} s")
+    run.folder.append("scores.jsonl", {"step": done, "ema": run.eval_ema, **scores})
+    return scores
 
 
 class StopRequest:

@@ -7,7 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jitjax import diffusion, pipeline, step
+from jitjax.errors import UserError
 from jitjax.model import Params
+from jitjax.settings import Optimizer
 
 LABELS = "y_embedder.table"
 
@@ -61,3 +64,39 @@ def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
             wanted = f", here {tuple(fresh[name].shape)}" if name in fresh else ""
             report.left_out.append(f"{name} {tuple(old.shape)}{wanted}")
     return result, report
+
+
+def initialise_from(
+    path: str,
+    state: step.TrainState,
+    process: diffusion.Diffusion,
+    class_names: tuple[str, ...],
+    optim: Optimizer,
+    dtype: str,
+) -> tuple[step.TrainState, Report]:
+    """A step-0 state with another model's weights and EMAs (its weights for a decay it lacks).
+
+    Raises:
+      UserError: the other model predicts something else, or has no weights.
+    """
+    pipe = pipeline.load(path)
+    if pipe.diffusion.prediction != process.prediction:
+        raise UserError(
+            f"--config.init_from={path} predicts {pipe.diffusion.prediction}, this run predicts {process.prediction}: set "
+            f"--config.prediction={pipe.diffusion.prediction}, or start from other weights"
+        )
+    weights = jax.device_get(pipe.weights)
+    raw = weights.get(pipeline.RAW, weights[pipe.which])
+    params, report = transfer(raw, state.params)
+    ema = {decay: transfer(weights.get(decay, raw), state.params)[0] for decay in state.ema}
+    for decay in sorted(set(state.ema) - set(weights)):
+        report.fresh.append(f"EMA {decay} (from the weights)")
+    if pipe.diffusion.noise_scale != process.noise_scale:
+        report.notes.append(f"trained with noise_scale {pipe.diffusion.noise_scale}, now {process.noise_scale}")
+    if len(pipe.class_names) == len(class_names) and pipe.class_names != class_names:
+        a, b = next((a, b) for a, b in zip(pipe.class_names, class_names, strict=True) if a != b)
+        report.notes.append(f"the class embedding is loaded although class names differ (first: {a} -> {b})")
+    report.notes.extend(pipe.notes)
+    place = jax.tree.map(lambda leaf: leaf.sharding, state)
+    fresh = jax.jit(lambda p, e: step.fresh_state(p, e, optim, dtype), out_shardings=place)
+    return fresh(params, ema), report

@@ -103,6 +103,22 @@ class Workdir:
                 f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"
             ) from error
 
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one JSON line to a file (process 0 only).
+
+        Raises:
+          UserError: no space or no permission.
+        """
+        if not self.is_main:
+            return
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"
+            ) from error
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()

@@ -185,5 +185,6 @@ def existing(path: str, flag: str) -> None:
     """Raises:
     UserError: there is nothing at `path`.
     """
-    if not Path(path).expanduser().exists():
+    where = Path(path).expanduser()
+    if not where.exists() and not (where.name == "best" and where.parent.exists()):
         raise UserError(f"{flag} {path}: no such file or folder")
