@@ -236,7 +236,7 @@ def _report(output: str, index: dict[str, Any]) -> None:
         print(f"... and {len(skipped) - 20} more, all listed in {INDEX_FILE}")
     if constant := index.get("constant"):
         print(
-            f"warning: {constant} images came out constant, every pixel the same; 16-bit and float pictures are clipped as the "
+            f"warning: {constant} images came out constant, all of one colour; 16-bit and float pictures are clipped as the "
             "official loader does: --high_depth range or picture scales them"
         )
     size = sum(shard["bytes"] for shard in index["shards"]) / 2**20

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 
-from jitjax.data import open_dataset, pool
+from jitjax.data import open_dataset
 from jitjax.errors import UserError, cli
 from jitjax.prepare import check, main, prepare
 

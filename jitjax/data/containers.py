@@ -29,7 +29,7 @@ def find_containers(tree: Tree, ask: Ask) -> list[str]:
                 return _all_containers(tree, ask)
             if scan.pictures:
                 return []
-        level = [f"{folder}/{name}" if folder else name for folder in level for name in tree.scan(folder).folders]
+        level = [f"{folder}/{name}" if folder else name for folder in level for name in sorted(tree.scan(folder).folders)]
     return []
 
 
@@ -65,7 +65,7 @@ def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str],
     groups: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for path in paths:
         *folders, _ = path.split("/")
-        parts = [*folders, re.sub(r"[-_.]?\d+(-of-\d+)?$", "", rules.stem(path))]
+        parts = [*folders, re.sub(r"[-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?$", "", rules.stem(path))]
         at = max((k for k, part in enumerate(parts) if rules.split_of(part)), default=None)
         groups[("/".join(folders), "") if at is None else ("/".join(parts[:at]), parts[at])].append(path)
     names = {name for _, name in groups if name}

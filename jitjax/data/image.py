@@ -140,9 +140,12 @@ def _scaled(picture: Image.Image, high_depth: str) -> Image.Image:
 
 
 def is_constant(pixels: np.ndarray) -> bool:
-    """Whether every pixel of (H, W, 3) is the same. Most pictures are told by their first row."""
-    first = pixels[0, 0]
-    return bool((pixels[0] == first).all() and (pixels == first).all())
+    """Whether all pixels of (H, W, 3) uint8 are of one colour, within 1: what clipping leaves of 16-bit and float pictures.
+
+    The first row tells most pictures.
+    """
+    first = pixels[0, 0].astype(np.int16)
+    return all(bool((np.abs(part - first) <= 1).all()) for part in (pixels[0], pixels))
 
 
 def decode(

@@ -151,8 +151,8 @@ def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str]:
     root, left, chosen = "", [], None
     for _ in range(_MAX_WRAPPERS if split != HERE else 0):
         here = tree.scan(root)
-        folders = [name for name in here.folders if not tree.is_prepared(root + name)]
-        left_here = [f"{name}/ (prepared)" for name in here.folders if name not in folders]
+        folders = sorted(name for name in here.folders if not tree.is_prepared(root + name))
+        left_here = [f"{name}/ (prepared)" for name in sorted(here.folders) if name not in folders]
         below = _folder_below(tree, root, here, folders, ask, split)
         if not below:
             break
@@ -254,7 +254,7 @@ def _collect(tree: Tree, root: str, ask: Ask, split: str) -> _Files:
     pictures, others, system, notes = [], {}, collections.Counter(), []
     scans = dict(tree.walk(root))
     prepared = [name for name in scans[""].folders if tree.is_prepared(root + name)]
-    tops = [name for name in scans[""].folders if name not in prepared]
+    tops = sorted(name for name in scans[""].folders if name not in prepared)
     hidden = tuple(f"{name}/" for name in prepared)
     system.update(f"{name}/ (prepared)" for name in prepared)
     doubtful = [name for name in tops if rules.split_of(name)]

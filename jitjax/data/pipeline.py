@@ -44,7 +44,7 @@ class BadFile:
 class ChunkSource:
     """Chunk number -> {"image", "label", "bad", "constant"}; what Grain's workers hold.
 
-    `bad` is a tuple of `BadFile`, `constant` of the indices of images of which every pixel is the same.
+    `bad` is a tuple of `BadFile`, `constant` of the indices of images of one colour.
     """
 
     dataset: DataSet
@@ -186,8 +186,8 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
         count = len(self.constant_images)
         if count == 10 ** (len(str(count)) - 1):
             _log.warning(
-                "%d image%s so far came out constant, every pixel the same (last: %s); 16-bit and float pictures are clipped as "
-                "the official loader does, see --config.data.high_depth",
+                "%d image%s so far came out constant, all of one colour (last: %s); 16-bit and float pictures are clipped "
+                "as the official loader does, see --config.data.high_depth",
                 count,
                 "" if count == 1 else "s",
                 self._source.dataset.source.name(index),

@@ -20,7 +20,6 @@ import rich.text
 
 from jitjax.errors import UserError
 
-
 _LOG_SECONDS = 10  # between lines where stderr is no terminal
 
 
