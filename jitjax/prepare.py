@@ -31,7 +31,7 @@ from jitjax.data.shards import Settings, check_shard, shard_name, write_json, wr
 from jitjax.data.tree import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
 from jitjax.errors import UserError, cli
 
-MAX_RAW_SIZE = 64  # larger images are stored as PNG unless told otherwise
+MAX_RAW_SIZE = 64  # larger images are stored as PNG unless --encoding is given
 _IMAGES_PER_SHARD, _MAX_DEFAULT_SHARDS = 1024, 256
 
 
@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = arguments.pop("check")
     if directory:
         count = check(directory, arguments["workers"])
-        print(f"{directory}: {count} images, all well")
+        print(f"{directory}: {count} images, no fault found")
         return 0
     for name in ("data_path", "output", "image_size"):
         if arguments[name] is None:
