@@ -30,7 +30,7 @@ from jitjax.data.shards import Settings, check_shard, shard_name, write_json, wr
 from jitjax.data.tree import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
 from jitjax.errors import UserError
 
-MAX_RAW_SIZE = 64  # larger images are stored as PNG unless told otherwise
+MAX_RAW_SIZE = 64  # larger images are stored as PNG unless --encoding is given
 _IMAGES_PER_SHARD, _MAX_DEFAULT_SHARDS = 1024, 256
 
 
@@ -235,7 +235,7 @@ def _report(output: str, index: dict[str, Any]) -> None:
         print(f"... and {len(skipped) - 20} more, all listed in {INDEX_FILE}")
     if constant := index.get("constant"):
         print(
-            f"warning: {constant} images came out constant, every pixel the same; 16-bit and float pictures are clipped as the "
+            f"warning: {constant} images came out constant, all of one colour; 16-bit and float pictures are clipped as the "
             "official loader does: --high_depth range or picture scales them"
         )
     size = sum(shard["bytes"] for shard in index["shards"]) / 2**20
@@ -291,7 +291,7 @@ def run(arguments: dict[str, Any]) -> int:
     directory = arguments.pop("check")
     if directory:
         count = check(directory, arguments["workers"])
-        print(f"{directory}: {count} images, all well")
+        print(f"{directory}: {count} images, no fault found")
         return 0
     for name in ("data_path", "output", "image_size"):
         if arguments[name] is None:

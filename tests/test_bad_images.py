@@ -252,7 +252,7 @@ def test_too_many_bad_files_stop_the_run(partly_bad, workers):
     try:
         with pytest.raises(
             UserError,
-            match=r"1 of 20 images cannot be read and 2 of 20 images cannot be decoded, more than the 2 .*--config.data.max_bad_fraction",
+            match=r"1 of 20 images cannot be read and 2 of 20 images cannot be decoded, more than the 2 .*max_bad_fraction",
         ):
             for _ in range(20):
                 next(iterator)

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 
-from jitjax import cli
 from jitjax.data import open_dataset
+from jitjax import cli
 from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
 
@@ -443,3 +443,27 @@ def test_the_command_shows_rate_and_result(folder, tmp_path):
     result = subprocess.run([*command, "--image_size", "32"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "images/s" in result.stderr and "0 skipped" in result.stdout
+
+
+def test_a_lock_on_a_file_that_was_removed_keeps_nobody_out(tmp_path):
+    """A preparation that ends removes its lock file; one that opened it just before must lock the new one."""
+    import fcntl
+
+    from jitjax.prepare import _locked
+
+    output, path = str(tmp_path / "out"), tmp_path / "out" / ".prepare.lock"
+    with _locked(output):
+        late = os.open(path, os.O_RDWR)  # waits, as it were
+        with pytest.raises(UserError, match="another preparation"), _locked(output):
+            pass
+    assert not path.exists()
+    fcntl.flock(late, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the orphan can be locked ...
+    with _locked(output):  # ... which keeps nobody out
+        assert not os.path.samestat(os.fstat(late), os.stat(path))
+    os.close(late)
+
+
+def test_a_home_directory_is_expanded(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare(str(folder), "~/out", SIZE, limit=2, workers=1)
+    assert len(open_dataset("~/out", SIZE)) == 2

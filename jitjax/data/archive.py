@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import collections
+import contextlib
 import dataclasses
 import gzip
 import lzma
@@ -27,6 +28,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from jitjax.data import rules
+from jitjax.data.files import failure
 from jitjax.data.image import MAX_FILE_BYTES, BadImage
 from jitjax.data.listing import Listing, list_images
 from jitjax.data.rules import Ask, listed
@@ -113,6 +115,9 @@ class Archive:
             yield inside, scan
             pending += [f"{inside}/{name}" if inside else name for name in scan.folders]
 
+    def path(self, folder: str) -> str:
+        return posixpath.join(self.paths[0], folder)
+
     def is_prepared(self, folder: str) -> bool:
         del folder
         return False
@@ -155,21 +160,23 @@ class ArchiveInput:
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes | BadImage]:
         """The encoded bytes of each image, or why there are none."""
-        number, file = -1, None
-        try:
+        with contextlib.ExitStack() as stack:
+            number, file = -1, None
             for index in indices:
                 span = Span(*self._spans[index].tolist())
-                if span.file != number:
-                    if file:
-                        file.close()
-                    number, file = span.file, open(self._paths[span.file], "rb")
                 try:
-                    yield _read_member(file, span)
+                    if span.file != number:
+                        stack.close()
+                        file = stack.enter_context(open(self._paths[span.file], "rb"))
+                        number = span.file
+                    data = _read_member(file, span)
+                except OSError as error:
+                    data = failure(error, self._paths[span.file])
                 except BadImage as error:
-                    yield error
-        finally:
-            if file:
-                file.close()
+                    data = error
+                if isinstance(data, UserError):
+                    raise data
+                yield data
 
 
 def _read_member(file: BinaryIO, span: Span) -> bytes:
@@ -193,7 +200,7 @@ def _read_member(file: BinaryIO, span: Span) -> bytes:
         raise BadImage(f"zip compression method {span.method} is not supported") from None
     except zipfile.BadZipFile:
         raise BadImage("damaged zip: wrong checksum") from None
-    except (zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+    except (zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
         raise BadImage(f"damaged zip: {' '.join(str(error).split()) or 'the data ends early'}") from None
     if len(data) != span.size:
         raise BadImage("damaged zip: the data ends early")

@@ -21,7 +21,7 @@ def find_containers(tree: Tree, ask: Ask) -> list[str]:
     Raises:
       UserError: the tree holds images in more than one of these ways.
     """
-    level = [""]
+    level, seen = [""], set()
     while level:
         for folder in level:
             scan = tree.scan(folder)
@@ -29,7 +29,18 @@ def find_containers(tree: Tree, ask: Ask) -> list[str]:
                 return _all_containers(tree, ask)
             if scan.pictures:
                 return []
-        level = [f"{folder}/{name}" if folder else name for folder in level for name in tree.scan(folder).folders]
+        below = []
+        for folder in level:
+            scan = tree.scan(folder)
+            for name in sorted(scan.folders):
+                path = f"{folder}/{name}" if folder else name
+                if name in scan.links:  # each target once: links may lead in circles
+                    target = os.path.realpath(tree.path(path))
+                    if target in seen:
+                        continue
+                    seen.add(target)
+                below.append(path)
+        level = below
     return []
 
 
@@ -65,7 +76,7 @@ def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str],
     groups: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for path in paths:
         *folders, _ = path.split("/")
-        parts = [*folders, re.sub(r"[-_.]?\d+(-of-\d+)?$", "", rules.stem(path))]
+        parts = [*folders, re.sub(r"[-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?$", "", rules.stem(path))]
         at = max((k for k, part in enumerate(parts) if rules.split_of(part)), default=None)
         groups[("/".join(folders), "") if at is None else ("/".join(parts[:at]), parts[at])].append(path)
     names = {name for _, name in groups if name}

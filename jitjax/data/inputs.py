@@ -100,7 +100,8 @@ def open_input(
         raise UserError(f"{ask.where} cannot be read: Permission denied")
 
     def table(files: Sequence[str], left: Sequence[str] = ()) -> TableInput:
-        return TableInput(files, ask, image_column=image_column, labels=label_column or labels, left_alone=left)
+        named = ask._replace(labels="--label_column") if label_column else ask
+        return TableInput(files, named, image_column=image_column, labels=label_column or labels, left_alone=left)
 
     def tars(files: Sequence[str], prefixes: Sequence[str] = (), left: Sequence[str] = ()) -> archive.ArchiveInput:
         plain = [_plain_tar(file, scratch, k, ask.where) for k, file in enumerate(files)]

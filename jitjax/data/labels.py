@@ -132,14 +132,15 @@ def read_table(name: str, data: bytes, column: str, where: str, ask: Ask) -> Tab
         raise UserError(f"{where}: {name} cannot be read as a table of labels: {error}; repair it or move it away") from None
     files = next((key for usual in FILE_COLUMNS for key in columns if key.lower() == usual and key != column), "")
     files = files or next(iter(columns), "")
-    others = {key: values for key, values in columns.items() if key != files}
+    typed = name.lower().endswith(".jsonl")
+    others = {key: values if typed else _typed(values) for key, values in columns.items() if key != files}
     chosen = choose_label_column(others, column, f"{where} in {name}", ask)
     if not chosen and len(others) == 1 and "label" in name.lower():
         (chosen,) = others
     if not chosen:
         return Table(None, "", tuple(columns))
     rows: dict[str, Any] = {}
-    for file, value in zip(columns[files], columns[chosen], strict=True):
+    for file, value in zip(columns[files], others[chosen], strict=True):
         if rows.setdefault(str(file), value) != value:
             raise UserError(f"{where}: {name} gives {file} two labels, {rows[str(file)]!r} and {value!r}; repair it")
     return Table(rows, chosen, tuple(columns))
@@ -163,7 +164,7 @@ def _read_csv(text: str, delimiter: str | None) -> dict[str, list[Any]]:
     uneven = next((k for k, row in enumerate(rows) if len(row) != len(rows[0])), None)
     if uneven is not None:
         raise ValueError(f"row {uneven} has {len(rows[uneven])} fields, the header {len(rows[0])}")
-    return {name.strip(): _typed([row[k] for row in rows[1:]]) for k, name in enumerate(rows[0])}
+    return {name.strip(): [row[k] for row in rows[1:]] for k, name in enumerate(rows[0])}
 
 
 def _typed(values: list[str]) -> list[Any]:
@@ -176,8 +177,8 @@ def _typed(values: list[str]) -> list[Any]:
             continue
         # "007" is a name: as a number it would be another file's
         if kind is float or all(str(n) == value for n, value in zip(numbers, stripped, strict=True) if value):
-            return numbers if kind is int or all(n is None or n.is_integer() for n in numbers) else list(stripped)
-        return list(stripped)
+            return numbers
+        return stripped
     return [value or None for value in stripped]
 
 

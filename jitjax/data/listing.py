@@ -81,17 +81,17 @@ class Listing:
             digest.update(self.labels.tobytes())
         return {"count": len(self), "classes": len(self.classes), "checksum": digest.hexdigest()}
 
-    def summary(self, place: str) -> str:
-        return summary(len(self), self.classes, place, self.label_source, self.left_alone)
+    def summary(self, origin: str) -> str:
+        return summary(len(self), self.classes, origin, self.label_source, self.left_alone)
 
 
-def summary(count: int, classes: Sequence[str], place: str, label_source: str, left_alone: Sequence[str]) -> str:
+def summary(count: int, classes: Sequence[str], origin: str, label_source: str, left_alone: Sequence[str]) -> str:
     """ "18,000 images of 40 classes from .../train; left alone: val/ (2,000), 6 .txt"."""
     labels = f"{count:,} images of {len(classes):,} class{'' if len(classes) == 1 else 'es'}" if classes else ""
     labels = labels or f"{count:,} images without labels"
     source = f"; labels: {label_source}" if label_source and classes else ""
     left = f"; left alone: {', '.join(left_alone)}" if left_alone else ""
-    return f"{labels} from {place}{source}{left}"
+    return f"{labels} from {origin}{source}{left}"
 
 
 def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "") -> Listing:
@@ -103,16 +103,14 @@ def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "") -> L
         say, "cls" and "json" are files beside each image, anything else is a label file (or FILE:COLUMN).
 
     Raises:
-      UserError: there is no image, a class folder is empty (leaving it out would renumber the classes behind it), or there
+      UserError: there is no image, a class folder is empty (leaving it out would renumber the classes after it), or there
         is more than one way to read the tree.
     """
     root, left, role = find_root(tree, ask, split)
     files = _collect(tree, root, ask, split)
     if not files.pictures:
         kinds = f" but {listed(files.passed_over())}" if files.others else ""
-        raise UserError(
-            f"no image in {ask.where}{kinds}; expected {', '.join(rules.ENDINGS[:6])}, ... in it or in class folders"
-        )
+        raise UserError(f"no image in {ask.where}{kinds}; expected .jpg, .png, .webp or others in it or in class folders")
     names = [f"{folder}/{name}" if folder else name for folder, name, _ in files.pictures]
     found = _Finder(tree, root, role, names, files, ask).find(labels)
     notes = [*files.notes, *found.notes]
@@ -151,8 +149,8 @@ def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str]:
     root, left, chosen = "", [], None
     for _ in range(_MAX_WRAPPERS if split != HERE else 0):
         here = tree.scan(root)
-        folders = [name for name in here.folders if not tree.is_prepared(root + name)]
-        left_here = [f"{name}/ (prepared)" for name in here.folders if name not in folders]
+        folders = sorted(name for name in here.folders if not tree.is_prepared(root + name))
+        left_here = [f"{name}/ (prepared)" for name in sorted(here.folders) if name not in folders]
         below = _folder_below(tree, root, here, folders, ask, split)
         if not below:
             break
@@ -254,7 +252,7 @@ def _collect(tree: Tree, root: str, ask: Ask, split: str) -> _Files:
     pictures, others, system, notes = [], {}, collections.Counter(), []
     scans = dict(tree.walk(root))
     prepared = [name for name in scans[""].folders if tree.is_prepared(root + name)]
-    tops = [name for name in scans[""].folders if name not in prepared]
+    tops = sorted(name for name in scans[""].folders if name not in prepared)
     hidden = tuple(f"{name}/" for name in prepared)
     system.update(f"{name}/ (prepared)" for name in prepared)
     doubtful = [name for name in tops if rules.split_of(name)]

@@ -44,7 +44,7 @@ class BadFile:
 class ChunkSource:
     """Chunk number -> {"image", "label", "bad", "constant"}; what Grain's workers hold.
 
-    `bad` is a tuple of `BadFile`, `constant` of the indices of images of which every pixel is the same.
+    `bad` is a tuple of `BadFile`, `constant` of the indices of images of one colour.
     """
 
     dataset: DataSet
@@ -88,17 +88,17 @@ class ChunkSource:
 
     def _read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[BadFile, ...]:
         """Reads the images; one that cannot be decoded is replaced by the next in the data set's order that can."""
-        rows, met = np.arange(len(indices)), []
+        rows, found = np.arange(len(indices)), []
         failures = self.dataset.source.read(indices, images, labels)
         while failures:
             for k, reason in failures:
-                met.append(self._remember(int(indices[k]), reason))
+                found.append(self._remember(int(indices[k]), reason))
             rows = rows[[k for k, _ in failures]]
             indices = (indices[[k for k, _ in failures]] + 1) % len(self.dataset)
             retry_images, retry_labels = images[rows], labels[rows]
             failures = self.dataset.source.read(indices, retry_images, retry_labels)
             images[rows], labels[rows] = retry_images, retry_labels
-        return tuple({bad.index: bad for bad in met}.values())
+        return tuple({bad.index: bad for bad in found}.values())
 
     def _remember(self, index: int, reason: str) -> BadFile:
         with self._lock:
@@ -186,8 +186,8 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
         count = len(self.constant_images)
         if count == 10 ** (len(str(count)) - 1):
             _log.warning(
-                "%d image%s so far came out constant, every pixel the same (last: %s); 16-bit and float pictures are clipped as "
-                "the official loader does, see --config.data.high_depth",
+                "%d image%s so far came out constant, all of one colour (last: %s); 16-bit and float pictures are clipped "
+                "as the official loader does, see --config.data.high_depth",
                 count,
                 "" if count == 1 else "s",
                 self._source.dataset.source.name(index),

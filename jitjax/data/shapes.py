@@ -1,7 +1,7 @@
 """A labelled data set that the program draws itself: one shape and one colour a class, as PNG files in class folders.
 
 For a first run without a download. The colours are corners of the RGB cube around a mid-grey ground and all shapes
-cover about the same area, so the mean colour of an image alone tells its class, and so does a look.
+cover about the same area, so the mean colour of an image is enough to know its class, and so is a look.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def write_shard(
 
     Returns:
       The shard's entry for the index ("file", "count", "bytes", "sha256", "class_counts"), "skipped": [{"name", "reason"}]
-      and "constant", the number of images of which every pixel is the same.
+      and "constant", the number of images of one colour.
 
     Raises:
       UserError: the disk is full, or `fail_on_bad` and an image cannot be decoded.

@@ -62,6 +62,9 @@ class Tree(Protocol):
 
     def is_prepared(self, folder: str) -> bool: ...
 
+    def path(self, folder: str) -> str:
+        """Where a folder lies on disk; asked of trees with links alone."""
+
     def read(self, path: str) -> bytes:
         """A label file's content."""
 
@@ -100,7 +103,8 @@ class FolderTree:
         def scan(path: str) -> Scan:
             return self._scans.get(path) or _scan(path, self._endings, sizes)
 
-        with concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS)
+        try:
             pending = {pool.submit(scan, root): ("", frozenset())}
             while pending:
                 done, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -114,6 +118,8 @@ class FolderTree:
                     for name in found.folders:
                         path = f"{inside}/{name}" if inside else name
                         pending[pool.submit(scan, os.path.join(root, path))] = (path, seen)
+        finally:  # also where the caller has seen enough
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _scan(folder: str, endings: tuple[str, ...], sizes: bool) -> Scan:
