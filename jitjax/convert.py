@@ -77,10 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if kind == "jitjax":
         workdir.write_run(target, found)
     elif kind == "pth":
-        if from_workdir:
-            config = from_dict(checkpoint.load_weights(source).meta.get("config", {}))
-        else:
-            config = workdir.config_of(found)
+        config = workdir.config_of(found) if found.config is None else from_dict(found.config)
         workdir.write_official(target, found, config)
     else:
         default = next(name for name in ("model_ema1", "model") if name in found.sets)

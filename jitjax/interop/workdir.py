@@ -65,6 +65,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         step=saved.step,
         args=imported.get("args"),
         origins={name: "" for name in trees},
+        config=saved.meta.get("config", {}),
     )
     if which is not None:
         name = select(weights.origins, weights.decays, which, path, weights.notes)
