@@ -571,8 +571,11 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, message)
 
 def test_a_description_that_cannot_be_used_is_noted_or_refused(tmp_path):
     folder = hub(tmp_path / "d", state(RAW, ""), {})
-    for text, message in (('{"a":', "cannot be read as JSON"), ('{"in_context_start": 99}', "context_start=99: must lie in"),
-                          ('{"format": "jitjax", "facts": {"prediction": "score"}}', "prediction='score': expected one of x")):  # fmt: skip
+    for text, message in (
+        ('{"a":', "cannot be read as JSON"),
+        ('{"in_context_start": 99}', "context_start=99: must lie in"),
+        ('{"format": "jitjax", "facts": {"prediction": "score"}}', "prediction='score': expected one of x"),
+    ):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             read_weights(folder)

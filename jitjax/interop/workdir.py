@@ -231,6 +231,8 @@ def write_official(path: Path, weights: Weights, config: Any) -> None:
         )
     else:
         weights.notes.append("no optimizer state: the official code can sample from the file, not resume from it")
+    if weights.class_names:
+        weights.notes.append("the names of the classes cannot be stored in an official .pth and are left out")
     if weights.epoch is not None:
         result["epoch"] = weights.epoch
     result["args"] = weights.args if weights.args is not None else official_args(weights, config)
