@@ -49,22 +49,22 @@ def run(args: argparse.Namespace) -> None:
             f"--from={source} predicts {found.prediction}, and whoever reads --to={target} ({kind}) samples it as a prediction "
             "of x: write a .safetensors, which keeps the prediction type"
         )
+    written = list(found.sets)
     if kind == "jitjax":
         workdir.write_run(target, found)
     elif kind == "pth":
-        if from_workdir:
-            config = settings.from_mapping(checkpoint.load_weights(source).meta.get("config", {}), ignore_unknown=True)
-        else:
-            config = workdir.config_of(found)
+        config = workdir.config_of(found) if found.config is None else settings.from_mapping(found.config, ignore_unknown=True)
         workdir.write_official(target, found, config)
     else:
         default = next(name for name in ("model_ema1", "model") if name in found.sets)
         which = weights.select(found.origins, found.decays, args.which or default, source, found.notes)
         write = weights.write_safetensors if kind == "safetensors" else diffusers.write_folder
         write(target, found.sets[which], found.geometry, facts=found.facts)
-        rest = [name for name in found.sets if name != which]
+        written, rest = [which], [name for name in found.sets if name != which]
         found.notes.append(f"written is {which}; not written: {', '.join([*rest, 'optimizer state'])}")
-    print(f"{source} -> {target}: {', '.join(found.sets)}; {json.dumps(dataclasses.asdict(found.geometry))}")
+        if kind == "diffusers" and found.noise_scale not in (None, 1.0):
+            found.notes.append(f"call the pipeline with noise_scale={found.noise_scale:g}: its default is 1")
+    print(f"{source} -> {target}: {', '.join(written)}; {json.dumps(dataclasses.asdict(found.geometry))}")
     if found.moments and not one_set:
         print(f"with the state of AdamW after {found.step} steps")
     for note in found.notes:

@@ -70,7 +70,7 @@ def test_pth_to_jitjax_to_pth_is_bit_identical(tiny, imported, tmp_path):
     assert (after["epoch"], after["args"]) == (before["epoch"], before["args"])
 
 
-def test_the_averages_in_the_fixture_have_a_drifted_position_table(tiny):
+def test_the_emas_in_the_fixture_have_a_drifted_position_table(tiny):
     """Else the round trip would not show that the drift is carried along."""
     table = model.position_table(64, 8)[None]
     content = read(tiny)
@@ -105,7 +105,7 @@ def test_safetensors_there_and_back(tiny, imported, tmp_path):
 
 
 def test_a_run_of_ours_to_pth(tmp_path):
-    """Our own checkpoint, its averages in the configured order, and every weight back bit for bit."""
+    """Our own checkpoint, its EMAs in the configured order, and every weight back bit for bit."""
     config = small_settings(optim__ema_decays=(0.5, 0.9))
     geometry = model.geometry_of(config.model, config.data.image_size, 5)
     state = jax.jit(functools.partial(step.init_state, geometry, config.optim, config.dtype))(jax.random.key(0))
@@ -311,7 +311,7 @@ def test_the_line_names_what_was_found(tmp_path, tiny):
         plain(file.content)
 
 
-def test_an_average_that_is_not_in_the_file_is_named(tiny):
+def test_an_ema_that_is_not_in_the_file_is_named(tiny):
     with pytest.raises(UserError, match="which='ema' is not in the file: use one of model, model_ema1, model_ema2"):
         jitjax.load_official(tiny, "ema", context_start=1)
 
@@ -332,7 +332,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
     arrays |= {
         "scalar": np.array(2.5, np.float32),
         "empty": np.zeros((0, 4), np.float32),
-        "turned": np.arange(12.0).reshape(3, 4).T,
+        "transposed": np.arange(12.0).reshape(3, 4).T,
     }
     values = {"none": None, "flag": True, "big": 2**40, "text": "ü", "pair": (0.9, 0.95), "list": [1, 2]}
     write_pth(tmp_path / "a.pth", {**arrays, **values})

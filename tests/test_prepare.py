@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 
-from jitjax.data import open_dataset
 from jitjax import cli
+from jitjax.data import open_dataset
 from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
 

@@ -567,3 +567,26 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, message)
     with pytest.raises(UserError, match=message):
         convert.main(["--from", "a.pth", *arguments])
     assert [f.name for f in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_description_that_cannot_be_used_is_noted_or_refused(tmp_path):
+    folder = hub(tmp_path / "d", state(RAW, ""), {})
+    for text, message in (
+        ('{"a":', "cannot be read as JSON"),
+        ('{"in_context_start": 99}', "context_start=99: must lie in"),
+        ('{"format": "jitjax", "facts": {"prediction": "score"}}', "prediction='score': expected one of x"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_weights(folder)
+    for facts in ({"noise_scale": "2"}, {"t_eps": -1}, {"class_names": ["a"]}, {"class_names": 3}):
+        (folder / "config.json").write_text(json.dumps({"format": "jitjax", "facts": facts}))
+        found = read_weights(folder, context_start=1)
+        assert found.facts == {} and any("left out" in note for note in found.notes)
+
+
+def test_the_first_bytes_decide_not_the_ending(tmp_path):
+    safetensors.numpy.save_file(state(RAW), tmp_path / "a.pth")
+    write_pth(tmp_path / "b.safetensors", state(RAW))
+    for name in ("a.pth", "b.safetensors"):
+        assert same(one(read_weights(tmp_path / name, context_start=1)), RAW)

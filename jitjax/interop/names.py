@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jitjax.interop.pickles import BadFile, Stray
+from jitjax.interop.pickles import BadFile, Stray, is_stray
 
 Tensors = dict[str, Any]  # values have .shape, .dtype and .numpy()
 
@@ -139,7 +139,9 @@ def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> l
         if is_ema(label):
             found.append(Found(label, {}, True, _number(parent.get("decay")), listed=values))
     if not any(f.tensors for f in found):
-        what = type(content).__name__ if not isinstance(content, Mapping) else some(seen or [str(k) for k in content])
+        what = some(seen or [str(k) for k in content]) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        if isinstance(content, Stray):
+            what = f"an object of {content.name} (save its state_dict() instead)"
         raise BadFile(f"{path}: expected a checkpoint with model, model_ema1, model_ema2 or a state dict of JiT, found {what}")
     return found
 
@@ -247,10 +249,10 @@ def _number(value: Any) -> float | None:
 
 def plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The plain entries of a file's arguments, and the names of the others with what they are."""
-    kept = {k: v for k, v in values.items() if isinstance(k, str) and (v is None or isinstance(v, bool | int | float | str))}
+    result = {k: v for k, v in values.items() if isinstance(k, str) and (v is None or isinstance(v, bool | int | float | str))}
     stray = []
     for key, value in values.items():
-        if key not in kept:
-            is_stray = isinstance(value, Stray) or isinstance(value, type) and issubclass(value, Stray)
-            stray.append(f"{key} ({value.name if is_stray else type(value).__name__})")
-    return kept, stray
+        if key not in result:
+            known = isinstance(value, Stray) or is_stray(value)
+            stray.append(f"{key} ({value.name if known else type(value).__name__})")
+    return result, stray

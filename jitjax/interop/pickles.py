@@ -42,6 +42,7 @@ DICTIONARIES = {
     ("collections", "OrderedDict"), ("collections", "defaultdict"), ("collections", "Counter"), ("builtins", "dict"),
     ("__builtin__", "dict"), ("argparse", "Namespace"), ("types", "SimpleNamespace"),
 }  # fmt: skip
+TORCH = {("torch", "device"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
 NUMBERS = re.compile(r"(bool_?|u?int(8|16|32|64)|b?float(8_\w+|16|32|64)|half|double|short|long|complex(32|64|128))")
 
 
@@ -155,6 +156,22 @@ for _module in ("copy_reg", "copyreg"):
     SAFE[_module, "_reconstructor"] = _Function(lambda cls, *_: cls() if _is_ours(cls) else _class("copyreg", "object")())
 
 
+def is_stray(value: Any) -> bool:
+    """Whether a value is a class that only stands for one of the file's."""
+    return isinstance(value, type) and issubclass(value, Stray)
+
+
+def call(function: Any, args: Any) -> Any:
+    """`function(*args)`, where the pickle hands over both.
+
+    Raises:
+      BadFile: the function is not one of ours.
+    """
+    if not isinstance(function, _Function) and not _is_ours(function):
+        raise BadFile(f"it calls a {type(function).__name__}")
+    return function(*args)
+
+
 def _is_ours(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Stray | _Dictionary)
 
@@ -226,10 +243,8 @@ class InertUnpickler(pickle._Unpickler):
     # Opcodes that call, set attributes or hash, each limited to what is ours.
 
     def load_reduce(self) -> None:
-        args, function = self.stack.pop(), self.stack[-1]
-        if not isinstance(function, _Function) and not _is_ours(function):
-            raise BadFile(f"it calls a {type(function).__name__}")
-        self.stack[-1] = function(*args)
+        args = self.stack.pop()
+        self.stack[-1] = call(self.stack[-1], args)
 
     def load_newobj(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
@@ -311,8 +326,10 @@ def _is_a_class(module: str, name: str) -> bool:
         return False
     if top in ("numpy", "ml_dtypes", "torch", "jax", "jaxlib") and NUMBERS.fullmatch(name):
         return True
+    if module == "torch.nn.functional" or module.startswith("numpy.random."):  # activations; states of random generators
+        return True
     if top == "torch":
-        return module == "torch" and name in ("device", "Size") or name.startswith("_rebuild_") or last[:1].isupper()
+        return (module, name) in TORCH or name.startswith("_rebuild_") or last[:1].isupper()
     if top in ("numpy", "jax", "jaxlib"):
-        return module.startswith(("numpy.random", "numpy.dtypes")) and last[:1].isupper()
+        return module == "numpy.dtypes" and last[:1].isupper()
     return last.lstrip("_")[:1].isupper()  # a class by everybody's convention, of another package or of the training script

@@ -84,6 +84,7 @@ class PthFile:
                     ("torch._utils", "_rebuild_tensor"): self._tensor,
                     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
                     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+                    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, _, args, *__: pickles.call(rebuild, args),
                 },
                 values={("torch", name): dtype for name, dtype in DTYPES.items()},
                 persistent=self._storage,
@@ -107,20 +108,24 @@ class PthFile:
         except (zipfile.BadZipFile, EOFError, OSError, struct.error, NotImplementedError) as error:
             raise BadFile(f"{self.path}: damaged or cut off at {name}: {error}") from None
 
-    def _storage(self, persistent_id: Any) -> tuple[str, np.dtype, int]:
+    def _storage(self, persistent_id: Any) -> tuple[str, Any, int]:
         """("data/<key>", dtype, number of elements) of a checked reference to tensor bytes."""
         try:
             kind, dtype, key, _device, numel = persistent_id
             size = self._zip.getinfo(f"{self._root}/data/{key}").file_size
         except (TypeError, ValueError, KeyError):
             raise BadFile(f"{self.path}: a tensor has no bytes in the archive: expected data/<number>") from None
+        if kind == "storage" and pickles.is_stray(dtype):  # complex, float8, ...: the tensor becomes a stray value
+            return f"data/{key}", dtype, 0
         if kind != "storage" or not isinstance(dtype, np.dtype) or not _is_count(numel):
             raise BadFile(f"{self.path}: expected a reference to tensor bytes, found {str(kind)[:40]!r}")
         if size != numel * dtype.itemsize:
             raise BadFile(f"{self.path}: data/{key} has {size} bytes, expected {numel} x {dtype.itemsize} ({dtype})")
         return f"data/{key}", dtype, numel
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor | pickles.Stray:
+        if isinstance(storage, tuple) and len(storage) == 3 and pickles.is_stray(storage[1]):
+            return storage[1]()
         try:
             name, dtype, numel = storage
             counts = [offset, *shape, *strides]

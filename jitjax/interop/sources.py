@@ -74,7 +74,7 @@ def open_source(path: Path) -> Iterator[Source]:
                 if not isinstance(content, Mapping):
                     raise BadFile(f"{part}: expected a part of a state dict, found a {type(content).__name__}")
                 source.content.update(content)
-        elif head[8:9] == b"{" or path.name.endswith(".safetensors"):
+        elif not head.startswith(b"PK") and (head[8:9] == b"{" or path.name.endswith(".safetensors")):
             source = Source(path, _open_safetensors(path, stack))
             source.metadata = _metadata(path)
         else:
@@ -89,10 +89,10 @@ def open_source(path: Path) -> Iterator[Source]:
 
 def weights_file(folder: Path, notes: list[str]) -> Path:
     """The weights in a folder. Raises: UserError: none, or more than one and none with a known name."""
-    for place in (folder, folder / "transformer"):
+    for parent in (folder, folder / "transformer"):
         for name in WEIGHT_FILES:
-            if (place / name).is_file():
-                return place / name
+            if (parent / name).is_file():
+                return parent / name
     found = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.lower().endswith(WEIGHT_ENDINGS)]
     if len(found) == 1:
         notes.append(f"{found[0].name} is the only file of weights in the folder")
@@ -125,7 +125,8 @@ def _is_safetensors(path: Path) -> bool:
 def _open_pth(path: Path, stack: contextlib.ExitStack, notes: list[str]) -> Any:
     file = stack.enter_context(PthFile(path))
     if file.strays:
-        notes.append(f"left out: values of {', '.join(file.strays[:6])}, which are not weights (nothing was executed)")
+        kinds = ", ".join(file.strays[:6]) + (f" and {len(file.strays) - 6} more" if len(file.strays) > 6 else "")
+        notes.append(f"left out: values of {kinds}, which are not weights (nothing was executed)")
     return file.content
 
 

@@ -55,6 +55,7 @@ class Weights:
       origins: what the file calls each set.
       positions: the file's table of positions by set, where it is float32 and not bit for bit ours.
       moments: AdamW's "mu" and "nu" by our names, where asked for.
+      config: a workdir's saved configuration, a plain dictionary.
     """
 
     geometry: Geometry
@@ -72,6 +73,7 @@ class Weights:
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     positions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     moments: dict[str, Params] | None = None
+    config: dict[str, Any] | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
     content = source.content if isinstance(source.content, Mapping) else {}
     args, stray = names.plain(content["args"]) if isinstance(content.get("args"), Mapping) else (None, [])
     if stray:
-        notes.append(f"left out of args: {', '.join(stray[:8])}")
+        notes.append(f"left out of args: {', '.join(stray)}"[:300])
     config = diffusers.describe(source.config, path.parent / "config.json")
     unread: list[str] = []  # EMAs that the file has and that cannot be read
     found = names.find_sets(source.content, path, notes, unread)
@@ -198,7 +200,7 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
         if other:
             raise UserError(f"{path}: {name} has {names.some(other)}: only {', '.join(map(str, FLOATS))} are read")
 
-    known = {**config.get("geometry", {}), **source.metadata.get("geometry", {})}
+    known = _geometry(source.metadata.get("geometry") or {}) | _geometry(config.get("geometry") or {})
     if context_start is None:
         context_start = known.get("context_start")
     for name, tensors in sets.items():
@@ -211,7 +213,7 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
 
     facts = _facts(source, args, config, geometry, notes)
     weights = Weights(geometry, {}, decays, **facts, args=args, notes=notes, origins=origins)
-    if isinstance(content.get("epoch"), int):
+    if isinstance(content.get("epoch"), int) and not isinstance(content["epoch"], bool):
         weights.epoch = content["epoch"]
     types = set()
     for name, tensors in sets.items():
@@ -358,22 +360,41 @@ def _facts(source: Source, args: Any, config: Mapping, geometry: Geometry, notes
     if isinstance(labels, Mapping) and set(labels) == {str(i) for i in range(geometry.num_classes)}:
         facts["class_names"] = [str(labels[str(i)]) for i in range(geometry.num_classes)]
     facts |= {name: value for name, value in source.metadata.get("facts", {}).items() if name in FACTS and value is not None}
-    described = {name: value for name, value in (source.config.get("facts") or {}).items() if name in FACTS}
+    edited = source.config.get("facts")
+    described = {name: value for name, value in edited.items() if name in FACTS} if isinstance(edited, dict) else {}
     for name, value in described.items():
-        if name in facts and list_of(facts[name]) != list_of(value):
+        if name in facts and _as_list(facts[name]) != _as_list(value):
             notes.append(f"config.json gives another {name} than the weights' own metadata: config.json's is used")
         facts[name] = value
     if facts.get("prediction") not in (None, "x", "epsilon", "v"):
         raise UserError(f"{source.path}: prediction={facts['prediction']!r}: expected one of x, epsilon, v")
-    if facts.get("class_names") is not None:
-        facts["class_names"] = tuple(map(str, facts["class_names"]))
-        if len(facts["class_names"]) != geometry.num_classes:
-            notes.append(f"left out: {len(facts['class_names'])} class names for {geometry.num_classes} classes")
-            facts["class_names"] = None
+    for name in ("noise_scale", "t_eps"):
+        value = facts.get(name)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            notes.append(f"left out: {name}={value!r}, which is not a number above 0")
+            facts[name] = None
+    labels = facts.get("class_names")
+    if labels is not None and not (isinstance(labels, list | tuple) and len(labels) == geometry.num_classes):
+        count = len(labels) if isinstance(labels, list | tuple) else repr(labels)[:40]
+        notes.append(f"left out: {count} class names for {geometry.num_classes} classes")
+        facts["class_names"] = labels = None
+    if labels is not None:
+        facts["class_names"] = tuple(map(str, labels))
     return facts
 
 
-def list_of(value: Any) -> Any:
+def _geometry(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a geometry that a description gives, of the right type."""
+    types = {field.name: field.type for field in dataclasses.fields(Geometry)}
+    result = {}
+    for name, value in described.items():
+        if name in types and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if types[name] == "float" or value == int(value):
+                result[name] = float(value) if types[name] == "float" else int(value)
+    return result
+
+
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 

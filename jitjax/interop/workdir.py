@@ -66,6 +66,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         step=saved.step,
         args=imported.get("args"),
         origins={name: "" for name in trees},
+        config=saved.meta.get("config", {}),
     )
     if which is not None:
         name = select(weights.origins, weights.decays, which, path, weights.notes)
@@ -231,6 +232,8 @@ def write_official(path: Path, weights: Weights, config: Any) -> None:
         )
     else:
         weights.notes.append("no optimizer state: the official code can sample from the file, not resume from it")
+    if weights.class_names:
+        weights.notes.append("the names of the classes cannot be stored in an official .pth and are left out")
     if weights.epoch is not None:
         result["epoch"] = weights.epoch
     result["args"] = weights.args if weights.args is not None else official_args(weights, config)
