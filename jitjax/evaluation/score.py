@@ -29,6 +29,17 @@ from jitjax.evaluation.statistics import (
 )
 
 PAPER_IMAGES = 50_000
+# Guidance of the published evaluations, inside times 0.1 to 1.0 (official README; G: paper). No value for 64 px is published.
+PUBLISHED_INTERVAL = (0.1, 1.0)
+PUBLISHED_CFG_SCALE = {
+    "JiT-B/16": 3.0,
+    "JiT-B/32": 3.0,
+    "JiT-L/16": 2.4,
+    "JiT-L/32": 2.5,
+    "JiT-H/16": 2.2,
+    "JiT-H/32": 2.3,
+    "JiT-G/16": 2.2,
+}
 REFERENCE_FEATURES = 10_000  # ADM's number of reference images for precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
 _UPDATE = 2048  # images whose covariance is added at once: adding D x D matrices costs as much as multiplying 256 rows
