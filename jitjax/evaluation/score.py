@@ -62,7 +62,12 @@ def class_balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def open_reference(
-    reference: str | os.PathLike | DataSet | Statistics, extractor: Extractor, image_size: int, *, cache: bool = True
+    reference: str | os.PathLike | DataSet | Statistics,
+    extractor: Extractor,
+    image_size: int,
+    *,
+    cache: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Statistics, list[str]]:
     """What to score against, and notes about it.
 
@@ -71,6 +76,7 @@ def open_reference(
         (`arr_0`), a folder of images or prepared directory, an open data set, or statistics.
       image_size: of the scored images, in pixels; folders are read at this size, as training reads them.
       cache: save statistics of data sets in the cache folder and use them again; the key holds the data set's fingerprint.
+      progress: called with the number of reference images done, where features must be extracted.
 
     Raises:
       UserError: nothing usable, damaged, or of another extractor, resize rule or size.
@@ -83,7 +89,8 @@ def open_reference(
         elif path.suffix == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)
-            return make_statistics(images, extractor, source=str(path), image_size=image_size), notes
+            made = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
+            return made, notes
         else:
             reference = read_statistics(path)
             notes += reference.check(
@@ -92,12 +99,12 @@ def open_reference(
             if reference.features is None and path.suffix == ".npz" and "arr_0" in npz_names(path):
                 images = npz_images(path)
                 _check_size(str(path), images.image_size, image_size)
-                sample = make_statistics(images, extractor, source=str(path), image_size=image_size)
+                sample = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
                 notes.append(f"{path}: KID, precision, recall and MIND use its {len(images)} images (arr_0)")
                 reference = dataclasses.replace(reference, features=sample.features, image_size=image_size)
     if isinstance(reference, DataSet):
         _check_size(reference.path, reference.image_size, image_size)
-        reference, cached = dataset_statistics(reference, extractor, cache=cache)
+        reference, cached = dataset_statistics(reference, extractor, cache=cache, progress=progress)
         notes += cached
     else:
         reference.check(extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize)
@@ -109,7 +116,9 @@ def _check_size(source: str, found: int, wanted: int) -> None:
         raise UserError(f"{source}: its images have {found} px, the scored ones {wanted} px; a score needs equal sizes")
 
 
-def dataset_statistics(dataset: DataSet, extractor: Extractor, *, cache: bool = True) -> tuple[Statistics, list[str]]:
+def dataset_statistics(
+    dataset: DataSet, extractor: Extractor, *, cache: bool = True, progress: Callable[[int], None] | None = None
+) -> tuple[Statistics, list[str]]:
     """Statistics of a data set, from the cache where it has them, and notes about skipped images and the cache."""
     key = json.dumps(
         [dataset.fingerprint, dataset.image_size, extractor.name, extractor.resize, REFERENCE_FEATURES], sort_keys=True
@@ -125,7 +134,7 @@ def dataset_statistics(dataset: DataSet, extractor: Extractor, *, cache: bool = 
     else:
         unusable = []
     images = DataImages(dataset)
-    made = make_statistics(images, extractor, source=dataset.path, image_size=dataset.image_size)
+    made = make_statistics(images, extractor, source=dataset.path, image_size=dataset.image_size, progress=progress)
     notes = unusable
     if images.skipped:
         notes.append(f"{dataset.path}: {len(images.skipped)} images could not be decoded, the first: {images.skipped[0]}")
