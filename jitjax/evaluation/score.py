@@ -272,6 +272,11 @@ def score(
     if spatial is not None:
         spatial = _gather_statistics(spatial, extractor.spatial_dim)
     notes = list(extractor.notices)
+    if len(x) != PAPER_IMAGES:
+        notes.append(
+            f"N is {len(x)}, not {PAPER_IMAGES}: a Fréchet distance depends on N and compares only with values of the same N; "
+            "to rank models with few images use MIND, which claims the ranking of FID-50K from 5,000 (arXiv 2605.06797)"
+        )
     values = _scores(x, p, spatial, reference, extractor, seed, notes)
     described = {
         "evaluator": f"jitjax {importlib.metadata.version('jitjax')}",
@@ -283,12 +288,6 @@ def score(
         "seed": seed,
         **(about or {}),
     }
-    if len(x) != PAPER_IMAGES:
-        notes.insert(
-            0,
-            f"N is {len(x)}, not {PAPER_IMAGES}: a Fréchet distance depends on N and compares only with values of the same N; "
-            "to rank models with few images use MIND, which claims the ranking of FID-50K from 5,000 (arXiv 2605.06797)",
-        )
     suffix = "; ".join(f"{name} {value}" for name, value in described.items())
     lines = tuple(
         f"{_title(name, extractor)} {_number(name, values)}  ({suffix})" for name in values if not name.endswith("_std")
