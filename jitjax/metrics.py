@@ -120,15 +120,17 @@ def kid(
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    n, dim = x.shape
+    n = len(x)
 
-    def kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        base = left @ right.T / dim + 1
-        return base * base * base  # ten times faster than ** 3
+    def kernel_sum(left: np.ndarray, right: np.ndarray, diagonal: bool) -> float:
+        base = left @ right.T
+        base /= x.shape[1]
+        base += 1
+        cubes = np.vdot(base * base, base)  # many times faster than (base**3).sum()
+        return cubes if diagonal else cubes - (np.diagonal(base) ** 3).sum()
 
-    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
-    return float(within / (n * (n - 1)) - 2 * xy.mean())
+    within = kernel_sum(x, x, diagonal=False) + kernel_sum(y, y, diagonal=False)
+    return float(within / (n * (n - 1)) - 2 * kernel_sum(x, y, diagonal=True) / n**2)
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True, seed: int = 2020) -> tuple[float, float]:
@@ -207,8 +209,11 @@ def _squared_radii(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    squares = np.einsum("nd,nd->n", x, x)[:, None] + np.einsum("nd,nd->n", y, y)
-    return np.maximum(squares - 2 * (x @ y.T), 0)
+    distances = x @ y.T  # in place from here on: at 50,000 rows the array takes 400 MB
+    distances *= -2
+    distances += np.einsum("nd,nd->n", x, x)[:, None]
+    distances += np.einsum("nd,nd->n", y, y)
+    return np.maximum(distances, 0, out=distances)
 
 
 def mind(generated: np.ndarray, reference: np.ndarray, seed: int = 2020) -> float:

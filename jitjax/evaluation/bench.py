@@ -46,7 +46,7 @@ def bench(
         "image_size": image_size,
         "batch_size": made.batch_size,
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-        "precision": made.precision,
+        "precision": extractor.PRECISION.name.lower(),
         "images_per_second": round(count / (time.perf_counter() - start), 1),
     }
 

@@ -17,8 +17,10 @@ from jitjax.errors import UserError
 from jitjax.evaluation import efficientnet, inception, layers
 from jitjax.evaluation.statistics import FID_DIM, FID_EXTRACTOR, SPATIAL_DIM
 
-GPU_BATCH, CPU_BATCH = 256, 16  # images: per device, in all
-PRECISION = jax.lax.Precision[os.environ.get("PREC", "HIGHEST")]
+GPU_BATCH, CPU_BATCH = 512, 16  # images: per device, in all
+# Full float32. TF32 is 5 times as fast on an H200 and moves features by 6e-4 (Inception) and 5e-3 (EfficientNet-Lite0) of
+# the largest; at 2,300 images/s extraction is not what an evaluation waits for.
+PRECISION = jax.lax.Precision.HIGHEST
 CHOICES = ("auto", "inception", "efficientnet-lite0")
 
 
@@ -40,7 +42,6 @@ class Extractor:
     batch_size: int
     run: Callable[[np.ndarray], dict[str, Any]]  # (batch_size, S, S, 3) uint8 -> outputs, perhaps not yet computed
     spatial_dim: int = 0
-    precision: str = "float32"
     notices: tuple[str, ...] = ()
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -135,7 +136,6 @@ def inception_from_params(
         batch_size=batch_size,
         run=run,
         spatial_dim=SPATIAL_DIM,
-        precision=PRECISION.name.lower(),
     )
 
 
@@ -165,7 +165,6 @@ def efficientnet_from_params(
         outputs=("features", "logits"),
         batch_size=batch_size,
         run=run,
-        precision=PRECISION.name.lower(),
     )
 
 
@@ -206,7 +205,7 @@ def open_extractor(
       which: "inception", "efficientnet-lite0", the path of an .onnx file, or "auto": Inception where its weights are found,
         else EfficientNet-Lite0, with a notice.
       weights: the Inception's weights file; default: $JITJAX_INCEPTION, then the cache folders of jitjax and torch.
-      batch_size: images per run over all local devices; default 256 per GPU, 16 on CPU.
+      batch_size: images per run over all local devices; default 512 per GPU, 16 on CPU.
       onnx: keyword arguments of `jitjax.evaluation.onnx.onnx_extractor` for an .onnx file.
 
     Raises:

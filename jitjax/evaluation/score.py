@@ -29,6 +29,17 @@ from jitjax.evaluation.statistics import (
 )
 
 PAPER_IMAGES = 50_000
+# Guidance of the published evaluations, inside times 0.1 to 1.0 (official README; G: paper). No value for 64 px is published.
+PUBLISHED_INTERVAL = (0.1, 1.0)
+PUBLISHED_CFG_SCALE = {
+    "JiT-B/16": 3.0,
+    "JiT-B/32": 3.0,
+    "JiT-L/16": 2.4,
+    "JiT-L/32": 2.5,
+    "JiT-H/16": 2.2,
+    "JiT-H/32": 2.3,
+    "JiT-G/16": 2.2,
+}
 REFERENCE_FEATURES = 10_000  # ADM's number of reference images for precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
 _UPDATE = 2048  # images whose covariance is added at once: adding D x D matrices costs as much as multiplying 256 rows
@@ -51,7 +62,12 @@ def class_balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def open_reference(
-    reference: str | os.PathLike | DataSet | Statistics, extractor: Extractor, image_size: int, *, cache: bool = True
+    reference: str | os.PathLike | DataSet | Statistics,
+    extractor: Extractor,
+    image_size: int,
+    *,
+    cache: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Statistics, list[str]]:
     """What to score against, and notes about it.
 
@@ -60,6 +76,7 @@ def open_reference(
         (`arr_0`), a folder of images or prepared directory, an open data set, or statistics.
       image_size: of the scored images, in pixels; folders are read at this size, as training reads them.
       cache: save statistics of data sets in the cache folder and use them again; the key holds the data set's fingerprint.
+      progress: called with the number of reference images done, where features must be extracted.
 
     Raises:
       UserError: nothing usable, damaged, or of another extractor, resize rule or size.
@@ -72,7 +89,8 @@ def open_reference(
         elif path.suffix == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)
-            return make_statistics(images, extractor, source=str(path), image_size=image_size), notes
+            made = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
+            return made, notes
         else:
             reference = read_statistics(path)
             notes += reference.check(
@@ -81,12 +99,12 @@ def open_reference(
             if reference.features is None and path.suffix == ".npz" and "arr_0" in npz_names(path):
                 images = npz_images(path)
                 _check_size(str(path), images.image_size, image_size)
-                sample = make_statistics(images, extractor, source=str(path), image_size=image_size)
+                sample = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
                 notes.append(f"{path}: KID, precision, recall and MIND use its {len(images)} images (arr_0)")
                 reference = dataclasses.replace(reference, features=sample.features, image_size=image_size)
     if isinstance(reference, DataSet):
         _check_size(reference.path, reference.image_size, image_size)
-        reference, cached = dataset_statistics(reference, extractor, cache=cache)
+        reference, cached = dataset_statistics(reference, extractor, cache=cache, progress=progress)
         notes += cached
     else:
         reference.check(extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize)
@@ -98,7 +116,9 @@ def _check_size(source: str, found: int, wanted: int) -> None:
         raise UserError(f"{source}: its images have {found} px, the scored ones {wanted} px; a score needs equal sizes")
 
 
-def dataset_statistics(dataset: DataSet, extractor: Extractor, *, cache: bool = True) -> tuple[Statistics, list[str]]:
+def dataset_statistics(
+    dataset: DataSet, extractor: Extractor, *, cache: bool = True, progress: Callable[[int], None] | None = None
+) -> tuple[Statistics, list[str]]:
     """Statistics of a data set, from the cache where it has them, and notes about skipped images and the cache."""
     key = json.dumps(
         [dataset.fingerprint, dataset.image_size, extractor.name, extractor.resize, REFERENCE_FEATURES], sort_keys=True
@@ -114,7 +134,7 @@ def dataset_statistics(dataset: DataSet, extractor: Extractor, *, cache: bool = 
     else:
         unusable = []
     images = DataImages(dataset)
-    made = make_statistics(images, extractor, source=dataset.path, image_size=dataset.image_size)
+    made = make_statistics(images, extractor, source=dataset.path, image_size=dataset.image_size, progress=progress)
     notes = unusable
     if images.skipped:
         notes.append(f"{dataset.path}: {len(images.skipped)} images could not be decoded, the first: {images.skipped[0]}")
@@ -252,6 +272,11 @@ def score(
     if spatial is not None:
         spatial = _gather_statistics(spatial, extractor.spatial_dim)
     notes = list(extractor.notices)
+    if len(x) != PAPER_IMAGES:
+        notes.append(
+            f"N is {len(x)}, not {PAPER_IMAGES}: a Fréchet distance depends on N and compares only with values of the same N; "
+            "to rank models with few images use MIND, which claims the ranking of FID-50K from 5,000 (arXiv 2605.06797)"
+        )
     values = _scores(x, p, spatial, reference, extractor, seed, notes)
     described = {
         "evaluator": f"jitjax {importlib.metadata.version('jitjax')}",
@@ -263,12 +288,6 @@ def score(
         "seed": seed,
         **(about or {}),
     }
-    if len(x) != PAPER_IMAGES:
-        notes.insert(
-            0,
-            f"N is {len(x)}, not {PAPER_IMAGES}: a Fréchet distance depends on N and compares only with values of the same N; "
-            "to rank models with few images use MIND, which claims the ranking of FID-50K from 5,000 (arXiv 2605.06797)",
-        )
     suffix = "; ".join(f"{name} {value}" for name, value in described.items())
     lines = tuple(
         f"{_title(name, extractor)} {_number(name, values)}  ({suffix})" for name in values if not name.endswith("_std")
