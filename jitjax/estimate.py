@@ -102,7 +102,8 @@ def measured_utilisations(config: Any, geometry: Geometry, card: str) -> tuple[d
     """The utilisation of each entry of `MEASURED` that says something about this model on this card, by the name of its row; if
     there is none, an empty table and the reason in words.
 
-    The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly matters.
+    The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly
+    matters.
     """
     if config.dtype != "bfloat16" or config.kernels == "plain" or config.remat != "none":
         return {}, f"dtype={config.dtype}, kernels={config.kernels}, remat={config.remat} was not measured"

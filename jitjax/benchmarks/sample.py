@@ -107,7 +107,10 @@ def random_inputs(setup: common.Setup) -> tuple[jax.Array, jax.Array]:
 
 
 def make_sampler(setup: common.Setup, way: str) -> Any:
-    """The jitted (params, noise, labels) -> float32 images, sharded as `jitjax.preview` does it."""
+    """The jitted (params, noise, labels) -> float32 images, sharded over all devices.
+
+    The one place here that assembles a sampler: a pipeline's own `sample` can take it for all ways but "published".
+    """
     c, g = setup.config, setup.geometry
     graphdef = model.graphdef_of(g)
     specs = sharding.specs(jax.eval_shape(model.init_fn(g), jax.random.key(0)), setup.mesh)
