@@ -1,4 +1,4 @@
-"""The fused operations beside the plain ones, on this device: how exact they are, and how fast.
+"""The fused operations beside the plain ones on this device, their errors and times: the check of all kernels on a card.
 
     jitjax bench kernels --config configs/h200.py:finetune --config.batch_size=256
 
@@ -6,8 +6,9 @@ One JSON line for each operation and number of tokens that the model has, and on
 
 Errors are relative (norm of the difference over norm of the reference), the largest over all outputs and gradients of an
 operation; the reference is the plain operation in float32 on the same rounded inputs. `as_accurate` means that no fused error
-exceeds 1.3 times the plain one by more than half a unit in the last place of the compute type; where it is false the command
-fails. Errors come from the first `--check_images` images, times (value and gradient, in us, median) from the whole batch.
+exceeds 1.3 times the plain one by more than half a unit in the last place of the compute type; where it is false, or an error
+is not finite, the command exits with code 2. Errors come from the first `--check_images` images, times (value and gradient, in
+us, median) from the whole batch.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def cases(setup: common.Setup) -> Iterator[Case]:
     def residual(ops, x, branch, gate, bias):
         return ops.gated_residual(x, branch, bias, gate)
 
-    def mlp(ops, h, *weights, rate):
+    def mlp(ops, h, *weights, rate=0.0, visible=False):
+        ops = kernels.with_visible_matmuls(ops) if visible else ops
         return ops.mlp(h, *weights, rate, jax.random.split(jax.random.key(0), len(h)))
 
     def attention(ops, qkv, bias, q_weight, k_weight, *, rope, drop=0):
@@ -97,10 +99,13 @@ def cases(setup: common.Setup) -> Iterator[Case]:
             if context or not label:
                 checked, timed = (functools.partial(f, rope=rope, **options) for f in (ordered_attention, attention))
                 yield f"qkv_attention{label}", t, checked, timed, [qkv], weights
-        for label, rate in (("", 0.0), (", dropout", g.proj_dropout)):
-            if rate or not label:
-                weights = [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
-                yield f"mlp{label}", t, functools.partial(mlp, rate=rate), None, [half(t, d)], weights
+        for label, options in (
+            ("", {}),
+            (", dropout", {"rate": g.proj_dropout or 0.1}),
+            (", matmuls left to XLA", {"visible": True}),  # as with remat=dots
+        ):
+            weights = [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
+            yield f"mlp{label}", t, functools.partial(mlp, **options), None, [half(t, d)], weights
         vectors = half(d), half(d), half(d)
         weights = [vector(d), vector(d, 1.0)]
         yield "residual_norm_modulate", t, residual_norm, None, [half(t, d), half(t, d), *vectors], weights
@@ -134,11 +139,11 @@ def judge(reference: Sequence[jax.Array], plain: Sequence[jax.Array], fused: Seq
     """Largest errors of both, and whether fused is as accurate as plain in every single output."""
     plain_errors = [error(p, r) for p, r in zip(plain, reference, strict=True)]
     fused_errors = [error(f, r) for f, r in zip(fused, reference, strict=True)]
-    room = float(jnp.finfo(dtype).eps) / 2
+    rounding = float(jnp.finfo(dtype).eps) / 2
     return {
         "plain_error": round(max(plain_errors), 7),
         "fused_error": round(max(fused_errors), 7),
-        "as_accurate": all(f < 1.3 * p + room for f, p in zip(fused_errors, plain_errors, strict=True)),
+        "as_accurate": all(f < 1.3 * p + rounding for f, p in zip(fused_errors, plain_errors, strict=True)),
     }
 
 

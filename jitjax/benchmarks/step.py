@@ -48,22 +48,29 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.profile) if args.profile else None
         if folder and len(setups) > 1:
             folder = folder / f"{setup.config.kernels}_{setup.config.batch_size}"
-        settings = dict(steps=args.steps, warmup=args.warmup, repeats=args.repeats, max_other=args.max_other)
+        settings = dict(steps=args.steps, warmup=args.warmup, repeats=args.repeats)
         return measure(setup, peak, folder=folder, **settings)
 
-    measure_all(setups, measure_one)
+    records = measure_all(setups, measure_one)
+    shares = [record["profile_other"] for record in records if record.get("profile_other") is not None]
+    if shares and max(shares) > args.max_other:
+        raise UserError(
+            f"{max(shares):.1%} of the profiled time belongs to no part of the program, --max_other={args.max_other:g}: "
+            "put the operations that the table lists under a jax.named_scope of benchmarks/profile.py"
+        )
 
 
-def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Setup], dict[str, Any]]) -> None:
-    """Measure and print each; one that does not fit does not keep the others from running.
+def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Setup], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure and print each, and return the records; one that does not fit does not stop the others.
 
     Raises:
       UserError: at the end, if any was out of memory.
     """
-    too_large = []
+    too_large, records = [], []
     for setup in setups:
         try:
-            common.emit(measure_one(setup))
+            records.append(measure_one(setup))
+            common.emit(records[-1])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
@@ -71,6 +78,7 @@ def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Se
             common.say(f"{too_large[-1]}: out of memory")
     if too_large:
         raise UserError(f"out of memory: {', '.join(too_large)}; use a smaller batch or --config.remat=dots or full")
+    return records
 
 
 def list_variants(config: Settings, kernels: Sequence[str], batch_sizes: str) -> list[Settings]:
@@ -121,8 +129,7 @@ def measure(
     loss = float(metrics["train/loss"])
     if not math.isfinite(loss):
         common.say(f"warning: the loss is {loss}")
-    if folder:
-        state = profile_steps(compiled, state, batch, folder)
+    summary = profile_steps(compiled, state, batch, folder) if folder else None
 
     samples = setup.plan.global_batch / statistics.median(times)
     tflops = samples * flops.train_flops(geometry) / mesh.size / 1e12
@@ -147,6 +154,7 @@ def measure(
         "compile_seconds": round(compile_seconds, 2),
         "compiled_from_cache": hits.count > 0,
         "first_step_seconds": round(first_seconds, 3),
+        "profile_other": summary and round(summary.other, 4),
         "loss": round(loss, 5) if math.isfinite(loss) else None,
         "card": monitor.report(),
         **common.describe(setup),
@@ -172,17 +180,18 @@ def run_steps(compiled: Any, state: step.TrainState, batch: step.Batch, steps: i
     return state, metrics, time.perf_counter() - begun
 
 
-def profile_steps(compiled: Any, state: step.TrainState, batch: step.Batch, folder: Path) -> step.TrainState:
-    """Trace a few steps into `folder`, with the program (hlo.txt) and the table of its kernels (table.txt)."""
+def profile_steps(compiled: Any, state: step.TrainState, batch: step.Batch, folder: Path) -> profile.Summary | None:
+    """Trace a few steps into `folder`, beside the program (hlo.txt) and the table of kernels (table.txt). Donates the state."""
     folder.mkdir(parents=True, exist_ok=True)
     with jax.profiler.trace(str(folder)):
-        state, _, _ = run_steps(compiled, state, batch, profile.STEPS)
+        run_steps(compiled, state, batch, profile.STEPS)
     text = compiled.as_text()
     (folder / "hlo.txt").write_text(text)
-    table = profile.table(profile.read_trace(folder), text, profile.STEPS)
+    summary = profile.summarise(profile.read_trace(folder), text)
+    table = profile.table(summary, profile.STEPS)
     (folder / "table.txt").write_text(table)
     common.say(table)
-    return state
+    return summary
 
 
 def memory(compiled: Any, mesh: jax.sharding.Mesh) -> dict[str, float | None]:
