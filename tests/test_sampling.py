@@ -55,13 +55,14 @@ def run(z=None, labels=None, *, prediction="x", **settings):
 
 
 @functools.lru_cache
-def reference(**settings):
-    return run(steps=1000, method="heun", **settings)
+def reference(grid="power:1.6", **settings):
+    """500 Heun steps: from 1,000 they differ by less than 5e-6."""
+    return run(steps=500, method="heun", grid=grid, **settings)
 
 
-def error(method, steps, grid="uniform", **settings):
-    """Median over the samples of the root-mean-square difference from 1,000 Heun steps."""
-    difference = run(steps=steps, method=method, grid=grid, **settings) - reference(**settings)
+def error(method, steps, grid="uniform", want=None, **settings):
+    """Median over the samples of the root-mean-square difference from the reference."""
+    difference = run(steps=steps, method=method, grid=grid, **settings) - (reference(**settings) if want is None else want)
     return float(jnp.median(jnp.sqrt(jnp.mean(difference**2, axis=(1, 2, 3)))))
 
 
@@ -92,9 +93,10 @@ def test_order_of_convergence(method, order):
 def test_no_polynomial_across_a_guidance_switch():
     """Guidance that begins and ends on the grid costs a multistep solver no more than first-order restarts."""
     settings = dict(cfg_scale=3.0, interval=(0.2 - 1e-6, 0.8 - 1e-6))
-    heun = error("heun", 20, **settings)
+    want = reference(grid="uniform", **settings)
+    heun = error("heun", 20, want=want, **settings)
     for method in sampling.ORDERS:
-        assert error(method, 20, **settings) < heun / 3
+        assert error(method, 20, want=want, **settings) < heun / 3
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -106,7 +108,7 @@ def test_every_prediction_has_the_same_solution(prediction):
 
 
 @pytest.mark.parametrize("method", sampling.METHODS)
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_few_steps_are_finite(method, steps):
     assert jnp.isfinite(run(steps=steps, method=method, cfg_scale=2.0, interval=(0.3, 0.9))).all()
     # One step: the first prediction, but for the clip.
@@ -228,18 +230,14 @@ def test_settings_that_cannot_work_are_refused(settings, line):
 
 
 def table():
-    passes = (5, 9, 15, 25, 33, 49, 99)
-    for title, settings in {
-        "no guidance": {},
-        "guidance 3": dict(cfg_scale=3.0),
-        "guidance 3, t_eps 0.005": dict(cfg_scale=3.0, t_eps=0.005),
-    }.items():
+    passes = (9, 15, 25, 33, 49, 99)
+    for title, cfg_scale in {"no guidance": 1.0, "guidance 3": 3.0}.items():
         print(f"\n{title}\n\n| method | grid |" + "".join(f" {n} |" for n in passes))
         print("|---|---|" + "---|" * len(passes))
         for method in sampling.METHODS:
-            for grid in ("uniform", "power:1.3", "power:1.6", "power:2"):
+            for grid in ("uniform", "power:1.6"):
                 counts = [(n + 1) // 2 if method == "heun" else n for n in passes]
-                cells = "".join(f" {error(method, steps, grid, **settings) * 1e3:.2f} |" for steps in counts)
+                cells = "".join(f" {error(method, steps, grid, cfg_scale=cfg_scale) * 1e3:.2f} |" for steps in counts)
                 print(f"| {method} | {grid} |{cells}", flush=True)
 
 
