@@ -6,6 +6,7 @@
                                  meta            JSON: resolved config, geometry, position in the data, versions
                                  checksums.json  size and digest of every file, the step, the run (`jitjax.manifest`)
     <workdir>/run.json                           the run's identity, and the last step that was saved
+    <workdir>/best.json                          which checkpoint has the best score; <workdir>/checkpoints/best means it
 
 The position in the data is a number, the examples seen: the order of data is a function of (seed, example index) alone, so
 nothing of the input pipeline needs saving, and a run may resume on another machine shape.
@@ -47,6 +48,7 @@ from jitjax.step import TrainState
 
 DIRECTORY = "checkpoints"
 RUN_FILE = "run.json"
+BEST, BEST_FILE = "best", "best.json"
 ITEMS = ("params", "ema", "optimizer", "meta")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is being written
 _MAX_FAILURES = 5  # saves in a row that may fail before the run stops
@@ -78,6 +80,7 @@ class Checkpoints:
         self._error: BaseException | None = None  # of the write that ended last
         self._failures, self._failed_at = 0, 0.0  # in a row; `time.monotonic()` of the last one
         self._run: dict[str, Any] = {}
+        self._best: dict[str, Any] | None = None  # of the save that is under way
         had_folder = self._folder.is_dir()
         if self._is_main:
             with _one_line(self._workdir):
@@ -226,19 +229,29 @@ class Checkpoints:
         if reason := self._lacks_space(state):
             raise UserError(f"--workdir={self._workdir}: {reason} (earlier checkpoints are intact)")
 
-    def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "metric", "value"} of the checkpoint that was saved as the best; None where there is none."""
+        return read_best(self._workdir)
+
+    def save(self, state: TrainState, step: int, meta: Mapping[str, Any], *, best: Mapping[str, Any] | None = None) -> None:
         """Begin to copy the state to the host and return; the state may be donated at once. With one process everything else
         happens in a thread, which waits for the copy too.
 
         A save that fails, here or in the background, is reported in one line and training may go on: `retry_due` says
         when to try again. `wait` raises where the last save failed.
 
+        Args:
+          best: {"metric", "value"}: from now on this is the best checkpoint. It stays until there is a better one, and
+            <workdir>/checkpoints/best means it.
+
         Raises:
           UserError: the weights, EMAs or moments are not finite (nothing is written), or too many saves failed in a row.
         """
         self._settle()
         self._check_limit()
+        self._best = None if best is None else {"step": step, **best}
         if step in self._whole:
+            self._mark_best()
             return
         if group := not_finite(state):
             raise UserError(
@@ -329,7 +342,13 @@ class Checkpoints:
             self._failed(step, error)
             return
         if self._is_main:
+            self._mark_best()
             self._rotate()
+
+    def _mark_best(self) -> None:
+        if self._best is not None and self._is_main:
+            _write_json(self._workdir / BEST_FILE, self._best)
+        self._best = None
 
     def _settle(self) -> None:
         """Wait for the write in the background."""
@@ -378,6 +397,7 @@ class Checkpoints:
         others = [step for step in steps if step not in keep and step < max(known)]
         spare = self._keep_last - len(keep)
         keep.update(others[len(others) - spare :] if spare > 0 else [])
+        keep.add((self.best() or {}).get("step"))
         for step in others:
             if step in keep or (self._keep_every and step % self._keep_every == 0):
                 continue
@@ -651,7 +671,8 @@ class Weights:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """Workdir and step that `path` means: a workdir (its newest whole checkpoint), its `checkpoints` folder or one checkpoint.
+    """Workdir and step that `path` means: a workdir (its newest whole checkpoint), its `checkpoints` folder, one checkpoint,
+    or `best`.
 
     Every byte of the checkpoint is read and verified; newer ones that are not whole are named in a warning.
 
@@ -659,6 +680,12 @@ def find(path: str | Path) -> tuple[Path, int]:
       UserError: there is no whole checkpoint, or the one that `path` names is not.
     """
     path = Path(path).expanduser().absolute()
+    if path.name == BEST:
+        workdir = path.parent.parent if path.parent.name == DIRECTORY else path.parent
+        best = read_best(workdir)
+        if best is None:
+            raise UserError(f"{path}: no checkpoint of this run was scored, so none is the best (--config.eval.every_epochs)")
+        path = workdir / DIRECTORY / str(best["step"])
     if path.name.isdecimal() and path.parent.name == DIRECTORY:
         workdir, step = path.parent.parent, int(path.name)
     else:
@@ -680,6 +707,17 @@ def find(path: str | Path) -> tuple[Path, int]:
             )
         _skipped(folder / str(candidate), reason)
     raise UserError(f"none of the checkpoints in {folder} ({', '.join(map(str, steps))}) is whole: restore one from a copy")
+
+
+def read_best(workdir: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((workdir / BEST_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{workdir / BEST_FILE} is unreadable ({error}): delete it to go on without a best checkpoint"
+        ) from None
 
 
 def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Weights:

@@ -1,15 +1,4 @@
-"""Weights between jitjax, the official PyTorch code, safetensors and Diffusers; exact in every direction.
-
-    python -m jitjax.convert --from checkpoint-last.pth --to runs/imported        any file of weights -> jitjax
-    python -m jitjax.convert --from runs/a --to a.pth                             jitjax -> official .pth
-    python -m jitjax.convert --from runs/a --to a.safetensors --which model_ema1  one set of weights
-    python -m jitjax.convert --from runs/a --to folder --format diffusers         a folder for Diffusers' JiTPipeline
-
---from takes what `jitjax.interop.weights.read_weights` reads: a .pth (.pt, .pth.tar, .ckpt, .bin), a .safetensors, a hub or
-Diffusers folder, a jitjax workdir or one of its checkpoints. A workdir made from a file is for `--config.init_from`,
-sampling and evaluation; if the .pth has the state of AdamW, that comes along, and training the workdir further continues
-the official run. Whatever a file cannot hold, and whatever was assumed, is printed. Nothing in a .pth is executed.
-"""
+"""Weights between jitjax, the official PyTorch code, safetensors and Diffusers; exact in every direction."""
 
 from __future__ import annotations
 
@@ -20,25 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
+from jitjax import checkpoint, cli, settings
+from jitjax.errors import UserError
+from jitjax.interop import diffusers, sources, weights, workdir
 
-from jitjax import checkpoint
-from jitjax.config import from_dict
-from jitjax.errors import UserError, cli
-from jitjax.interop import diffusers, weights, workdir
-
-FORMATS = ("jitjax", "pth", "safetensors", "diffusers")
 PTH_ENDINGS = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", required=True, help="file or folder of weights, or a jitjax workdir")
-    parser.add_argument("--to", required=True, help="file or new folder to write")
-    parser.add_argument("--format", choices=FORMATS, help="what to write; default by the ending of --to, a workdir without one")
-    parser.add_argument(
-        "--which", help="set for .safetensors and Diffusers: model, model_ema1 (default), model_ema2 or a decay"
-    )
-    parser.add_argument("--context_start", type=int, help="first block with context tokens, for unpublished sizes")
 
 
 def format_of(path: str) -> str:
@@ -56,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint.quiet()
     source, target = Path(args.source).expanduser(), Path(args.to).expanduser()
     kind = args.format or format_of(args.to)
-    from_workdir = source.is_dir() and weights.is_workdir(source)
+    from_workdir = source.is_dir() and sources.is_workdir(source)
     if from_workdir and kind == "jitjax":
         raise UserError(
             f"--from={source} and --to={target} are both jitjax workdirs: end --to in .pth or .safetensors, or add --format"
@@ -78,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         workdir.write_run(target, found)
     elif kind == "pth":
         if from_workdir:
-            config = from_dict(checkpoint.load_weights(source).meta.get("config", {}))
+            config = settings.from_mapping(checkpoint.load_weights(source).meta.get("config", {}), ignore_unknown=True)
         else:
             config = workdir.config_of(found)
         workdir.write_official(target, found, config)
@@ -97,17 +72,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line.
+    """The command line of `jitjax convert`, for scripts.
 
     Raises:
       UserError: see `run`.
     """
-    parser = argparse.ArgumentParser("jitjax.convert", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add_arguments(parser)
+    from jitjax.cli import convert
+
+    parser = cli.Parser(prog="jitjax convert", description=convert.__doc__)
+    convert.add_arguments(parser)
     run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed, only moved
-    raise SystemExit(cli(lambda: main(sys.argv[1:])))
+    sys.exit(cli.main(["convert", *sys.argv[1:]]))

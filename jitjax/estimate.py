@@ -1,20 +1,4 @@
-"""How long, how many epochs, how many GPU-hours: a table from a config and token counts. Needs no GPU.
-
-    jitjax estimate --config configs/h200.py --tokens 10e9,1e12 --devices 8
-    jitjax estimate --from runs/a --tokens 1e12 --devices 8
-
-Also `python -m jitjax.estimate`. Each row is a speed, for every token count. A token is an image patch; in-context class tokens
-do not count. The utilisation is the share of the datasheet's dense bf16 operations that training uses (`jitjax.flops` has the
-formula of the operations).
-
-- "JiT-B/4, batch 64" and so on: this program, measured on one card of that kind (commands and conditions: docs/speed.md), times
-  the number of cards. They exist for the sizes and cards that were measured: B, L and H at 256 tokens with the fused
-  kernels in bfloat16. On eight cards the exchange of gradients is expected to take 3 to 20% of that.
-- "conservative", "middle", "optimistic": the PyTorch guide's plan of 240, 400 and 640 thousand tokens/s on eight H200 for
-  JiT-B/4 at 64 px; another model gets the tokens/s that the same utilisation yields.
-- "this run", with --from: the utilisation of a run of your own, which is the one to believe. It must have run on the same kind
-  of card.
-"""
+"""How long a run takes: tables of tokens, epochs, days and GPU-hours from measured utilisations. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -27,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitjax import config as config_lib
-from jitjax.benchmarks import arguments
-from jitjax.benchmarks.arguments import at_least
-from jitjax.errors import UserError, cli
+from jitjax import cli
+from jitjax import settings as settings_lib
+from jitjax.cli import arguments
+from jitjax.errors import UserError
 from jitjax.flops import CARDS, IMAGENET_IMAGES, card_of, forward_macs, train_flops
-from jitjax.model import Geometry, geometry_from_config, make_geometry
+from jitjax.model import Geometry, geometry_of, make_geometry
+from jitjax.settings import Settings
 
 GUIDE_TOKENS_PER_SECOND = {"conservative": 240e3, "middle": 400e3, "optimistic": 640e3}
 GUIDE_DEVICES = 8
@@ -98,11 +83,12 @@ def guide_utilisations(geometry: Geometry) -> dict[str, float]:
     return {name: rate * flops_per_token / peak for name, rate in GUIDE_TOKENS_PER_SECOND.items()}
 
 
-def measured_utilisations(config: Any, geometry: Geometry, card: str) -> tuple[dict[str, float], str]:
+def measured_utilisations(config: Settings, geometry: Geometry, card: str) -> tuple[dict[str, float], str]:
     """The utilisation of each entry of `MEASURED` that says something about this model on this card, by the name of its row; if
     there is none, an empty table and the reason in words.
 
-    The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly matters.
+    The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly
+    matters.
     """
     if config.dtype != "bfloat16" or config.kernels == "plain" or config.remat != "none":
         return {}, f"dtype={config.dtype}, kernels={config.kernels}, remat={config.remat} was not measured"
@@ -247,16 +233,9 @@ def _parse_tokens(text: str) -> list[float]:
     raise UserError(f"--tokens={text}: give positive numbers, e.g. 10e9,1e12")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
-    arguments.add(parser)
-    parser.add_argument("--tokens", default="10e9,1e12", metavar="N,M", help="image tokens to train on (default 10e9,1e12)")
-    parser.add_argument("--devices", type=at_least(1), default=8, metavar="N", help="number of cards (default 8)")
-    parser.add_argument("--card", choices=list(CARDS), help="kind of card; default that of the run, else h200")
-    parser.add_argument("--from", dest="run_from", metavar="WORKDIR", help="a run of your own: adds a row with its speed")
-    parser.add_argument("--run_devices", type=at_least(1), metavar="N", help="cards of that run, if it did not record them")
-    parser.add_argument("--run_card", choices=list(CARDS), help="kind of card of that run, if it did not record it")
-    parser.add_argument("--images_per_epoch", type=at_least(1), metavar="N", help="images in the data set; default ImageNet's")
+def geometry_of_settings(settings: Settings) -> Geometry:
+    """The model's shapes; ImageNet's number of classes where the data set decides it."""
+    return geometry_of(settings.model, settings.data.image_size, settings.model.num_classes or 1000)
 
 
 def run_card(run: Run, path: str, given: str | None, wanted: str | None) -> str:
@@ -289,16 +268,18 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       UserError: flags that cannot be used.
     """
-    config = arguments.load(args.config_arguments)
-    if config is None and not args.run_from:
+    config = None
+    if args.config_arguments:
+        config = arguments.load(args.config_arguments, run_length=False).settings
+    elif not args.run_from:
         raise UserError("--config is missing: give a config file (--config configs/h200.py) or a run (--from runs/a)")
     tokens, devices, card = _parse_tokens(args.tokens), args.devices, args.card
     own = read_run(args.run_from) if args.run_from else None
     if own is not None:
         card = run_card(own, args.run_from, args.run_card, card)
     card = card or "h200"
-    config = config_lib.from_dict(own.config) if config is None else config
-    geometry = geometry_from_config(config, config.model.num_classes or 1000)
+    config = settings_lib.from_mapping(own.config, ignore_unknown=True) if config is None else config
+    geometry = geometry_of_settings(config)
     utilisations, reason = measured_utilisations(config, geometry, card)
     utilisations |= guide_utilisations(geometry)
     images_per_epoch = args.images_per_epoch or (own and own.images_per_epoch) or IMAGENET_IMAGES
@@ -312,8 +293,7 @@ def run(args: argparse.Namespace) -> None:
     if reason:
         print(f"no row of this program's own speed: {reason}")
     if own is not None:
-        run_config = config_lib.from_dict(own.config)
-        run_geometry = geometry_from_config(run_config, run_config.model.num_classes or 1000)
+        run_geometry = geometry_of_settings(settings_lib.from_mapping(own.config, ignore_unknown=True))
         run_devices = args.run_devices or own.devices
         if not run_devices:
             raise UserError(f"--from={args.run_from}: config.json does not say how many devices: add --run_devices=N")
@@ -327,15 +307,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line, program name first; prints the table.
+    """The command line of `jitjax estimate`, for scripts; prints the table.
 
     Raises:
       UserError: flags that cannot be used.
     """
-    parser = arguments.Parser(prog="python -m jitjax.estimate", description=__doc__)
-    add_arguments(parser)
-    run(arguments.parse(parser, list(sys.argv if argv is None else argv)[1:]))
+    cli.dispatch(["estimate", *(sys.argv[1:] if argv is None else argv[1:])])
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    sys.exit(cli.main(["estimate", *sys.argv[1:]]))

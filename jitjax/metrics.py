@@ -40,19 +40,21 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     for name, features in (("the first set", a), ("the second set", b)):
         if len(features) < 2:
             raise UserError(f"frechet_distance: {name} has {len(features)} image(s); a covariance needs at least 2")
-    warn_if_singular(min(len(a), len(b)), a.shape[1])
+    note = singular_covariance(min(len(a), len(b)), a.shape[1])
+    if note:
+        warnings.warn(note, stacklevel=2)
     return frechet_of_moments(*_moments(a), *_moments(b))
 
 
-def warn_if_singular(count: int, dim: int) -> None:
-    """Warns that the covariance of `count` images in `dim` dimensions is singular, if it is."""
-    if count <= dim:
-        warnings.warn(
-            f"Fréchet distance of {count} images with {dim} features: a covariance of so few is singular (rank at most "
-            f"{count - 1}), so the Gaussian fit is undefined in the other directions and the value is biased upwards; use "
-            f"more than {dim} images, or MIND or KID, which are defined for few",
-            stacklevel=3,
-        )
+def singular_covariance(count: int, dim: int) -> str | None:
+    """What is undefined about the Fréchet distance of `count` images with `dim` features, or None if nothing is."""
+    if count > dim:
+        return None
+    return (
+        f"Fréchet distance of {count} images with {dim} features: a covariance of so few is singular (rank at most "
+        f"{count - 1}), so the Gaussian fit is undefined in the other directions and the value is biased upwards; use more "
+        f"than {dim} images, or MIND or KID, which are defined for few"
+    )
 
 
 def frechet_of_moments(mu_a: np.ndarray, sigma_a: np.ndarray, mu_b: np.ndarray, sigma_b: np.ndarray) -> float:

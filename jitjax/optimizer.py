@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jitjax.config import Plan
+from jitjax.plan import Plan
+from jitjax.settings import Optimizer
 
 Params = dict[str, jax.Array]
 
@@ -28,39 +29,37 @@ def learning_rate(step: Any, *, peak: float, min_lr: float, warmup: float, total
     return jnp.where(step < warmup, peak * step / max(warmup, 1e-9), after)
 
 
-def make_schedule(config: Any, plan: Plan):
+def make_schedule(optim: Optimizer, plan: Plan):
     """The run's learning rate as a function of the optimizer step."""
     return lambda step: learning_rate(
         step,
         peak=plan.peak_lr,
-        min_lr=config.optim.min_lr,
+        min_lr=optim.min_lr,
         warmup=plan.warmup_steps,
         total=plan.total_steps,
-        schedule=config.optim.schedule,
+        schedule=optim.schedule,
     )
 
 
 def decay_mask(params: Params) -> dict[str, bool]:
-    """Weight decay acts on matrices, the label table and the context positions, not on biases and norm weights."""
+    """Weight decay acts on matrices, the class embedding and the context positions, not on biases and norm weights."""
     return {name: value.ndim > 1 for name, value in params.items()}
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
+def make_optimizer(optim: Optimizer) -> optax.GradientTransformation:
     """AdamW with learning rate 1: the step multiplies its update by the learning rate of the optimizer step.
 
     So the rate follows the step counter, also after steps that were skipped because of a non-finite gradient; inside
     AdamW decay and update share the one factor, as they must for decoupled decay.
     """
-    o = config.optim
+    o = optim
     return optax.adamw(1.0, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
 
 
 def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:
     """ema = decay * ema + (1 - decay) * params for every decay (the dictionary's keys). No bias correction."""
 
-    def moved(average, value, decay):
-        return average + (1 - decay) * (value - average)
+    def moved(ema, value, decay):
+        return ema + (1 - decay) * (value - ema)
 
-    return {
-        decay: {name: moved(average[name], params[name], float(decay)) for name in average} for decay, average in ema.items()
-    }
+    return {decay: {name: moved(tree[name], params[name], float(decay)) for name in tree} for decay, tree in ema.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from pathlib import Path
 
 # Applied unless the user's XLA_FLAGS name the same flag.
 XLA_FLAGS = {
-    # Without fused kernels cuBLAS beats Triton's matrix products here by 5-8% of a step; with them it only shortens
+    # Without fused kernels cuBLAS beats Triton's matmuls here by 5-8% of a step; with them it only shortens
     # compilation (measured on an H200).
     "--xla_gpu_enable_triton_gemm": "false",
     # Emulated devices on a busy machine may reach an all-reduce minutes apart; the default gives up after 40 seconds.
@@ -39,6 +40,8 @@ def set_environment() -> None:
     os.environ["XLA_FLAGS"] = " ".join([*ours, mine]).strip()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # JAX reports at every start on a machine without a TPU that there is none.
+    logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "'tpu'" not in record.getMessage())
 
 
 def start_distributed() -> None:

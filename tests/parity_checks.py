@@ -27,10 +27,12 @@ from PIL import Image  # noqa: E402
 
 import jitjax  # noqa: E402
 from jitjax import config as config_lib  # noqa: E402
-from jitjax import diffusion, kernels, optimizer, sampling, sharding, step  # noqa: E402
+from jitjax import diffusion, kernels, optimizer, sampling, settings, sharding, step  # noqa: E402
 from jitjax import model as jit_model  # noqa: E402
 from jitjax.interop import official  # noqa: E402
 from jitjax.kernels import attention  # noqa: E402
+from jitjax.plan import make_plan  # noqa: E402
+from jitjax.train import make_loss, make_step  # noqa: E402
 
 # ---------------------------------------------------------------- model
 
@@ -274,12 +276,12 @@ def expected_init(key: str, shape: tuple[int, ...]) -> tuple[str, float, float |
 # ---------------------------------------------------------------- training
 
 
-def training_config(**overrides) -> config_lib.ConfigDict:
+def training_config(**overrides) -> settings.Settings:
     config = config_lib.default_config()
     config.dtype, config.kernels, config.total_steps = "float32", "plain", 30
     config.model.class_conditional = True
     config.update_from_flattened_dict(overrides)
-    return config
+    return settings.from_mapping(config)
 
 
 @contextlib.contextmanager
@@ -308,7 +310,7 @@ def gradients() -> list[Row]:
     """Loss and gradient of every parameter, through the training step's own loss."""
     f, name = load("tiny_grads.npz"), "tiny_grads"
     g, params = geometry_of(f["config"]), small_params(str(f["config"]), int(f["weight_seed"]))
-    loss = step.make_loss(g, training_config(), kernels.get_ops("plain"))
+    loss = make_loss(training_config(), g, kernels.get_ops("plain"))
     images, dropped = jnp.asarray(nhwc(f["x_uint8"])), f["y"] == g.num_classes
     labels = jnp.asarray(np.where(dropped, 0, f["y"]), jnp.int32)
     with recorded_randomness(f["t"][None], nhwc(f["e"])[None], dropped[None]):
@@ -339,11 +341,9 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
         "optim.warmup_steps": 2 * per_epoch if scheduled else 0, "optim.schedule": "cosine" if scheduled else "constant",
         "optim.min_lr": 1e-5 if scheduled else 0.0, "optim.weight_decay": 0.05 if scheduled else 0.0,
     })  # fmt: skip
-    plan = config_lib.make_plan(
-        config, images=4 * per_epoch, folder_classes=g.num_classes, tokens_per_image=g.tokens, devices=1
-    )
+    plan = make_plan(config, images=4 * per_epoch, tokens_per_image=g.tokens, devices=1)
     params = {k: jnp.array(v) for k, v in small_params(str(f["config"]), int(f["weight_seed"])).items()}
-    state = step.fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in decays}, config)
+    state = step.fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in decays}, config.optim, config.dtype)
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     state = jax.device_put(state, sharding.shardings(state, mesh))  # as after a step, so that one compilation serves all
     dropped, losses, rates = f["y"] == g.num_classes, [], []
@@ -362,7 +362,7 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
         recorded_randomness(f["t"], nhwc(f["e"]), dropped),
         mock.patch.object(step, "local_gradients", source),
     ):
-        train_step = step.make_train_step(g, config, plan, mesh, kernels.get_ops("plain"))
+        train_step = make_step(config, g, plan, mesh, kernels.get_ops("plain"))
         for i in range(len(f["losses"])):
             batch = {"image": nhwc(f["x_uint8"][i]), "label": np.where(dropped[i], 0, f["y"][i]).astype(np.int32)}
             if replay:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, small_settings
 
 from jitjax import bench, kernels, model, sampling, step
 from jitjax.benchmarks import card, checkpoint, common, profile, sample
@@ -21,6 +21,7 @@ from jitjax.benchmarks import step as step_bench
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.flops import train_flops
+from jitjax.train import make_loss, make_step
 
 CONFIG = f"""
 import sys
@@ -73,7 +74,7 @@ def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
     small, large = map(json.loads, result.stdout.splitlines())
     for record, batch in ((small, 1), (large, 3)):
         assert (record["batch_size"], record["global_batch"], record["kernels"]) == (batch, 2 * batch, "plain")
-        geometry = model.geometry_from_config(small_config(), 1000)
+        geometry = model.geometry_of(small_settings().model, 8, 1000)
         assert record["samples_per_second"] == pytest.approx(2 * batch / record["ms"] * 1e3, rel=1e-2)
         assert record["tokens_per_second"] == pytest.approx(4 * record["samples_per_second"], rel=1e-2)
         tflops = record["samples_per_second"] * train_flops(geometry) / 1e12
@@ -119,7 +120,7 @@ def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatc
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         return {"batch_size": setup.config.batch_size}
 
-    setups = [common.prepare(small_config(batch_size=size)) for size in (2, 4, 8)]
+    setups = [common.prepare(small_settings(batch_size=size)) for size in (2, 4, 8)]
     with pytest.raises(UserError, match="batch_size=4 .*remat"):
         step_bench.measure_all(setups, measure)
     assert [json.loads(line)["batch_size"] for line in capsys.readouterr().out.splitlines()] == [2, 8]
@@ -127,9 +128,9 @@ def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatc
 
 def test_no_backward_product_multiplies_zeros():
     """A fresh model's gradient is zero but for the last layer; with the benchmark's weights that of every matrix is dense."""
-    config = small_config(model__depth=1, model__context_start=0)
-    geometry = model.geometry_from_config(config, 5)
-    loss = step.make_loss(geometry, config, kernels.get_ops("plain"))
+    config = small_settings(model__depth=1, model__context_start=0)
+    geometry = model.geometry_of(config.model, config.data.image_size, 5)
+    loss = make_loss(config, geometry, kernels.get_ops("plain"))
     images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
     labels = jnp.arange(2)
 
@@ -160,7 +161,7 @@ def sampled(way, network, *, method="heun", steps=10, interval=(0.1, 0.7)):
     run = sample.published if way == "published" else sampling.sample_fn
     noise, labels = jax.random.normal(jax.random.key(0), (3, 4, 4, 3)), jnp.arange(3)
     settings = dict(null_label=5, steps=steps, method=method, interval=interval, t_eps=0.05, prediction="x")
-    return run(network, noise, labels, cfg_scale=sample.scale_of(small_config(), way), **settings)
+    return run(network, noise, labels, cfg_scale=sample.scale_of(small_settings(), way), **settings)
 
 
 @pytest.mark.parametrize("method", ["heun", "euler"])
@@ -174,7 +175,7 @@ def test_the_published_way_gives_the_same_images(method):
 
 
 def test_sampler_is_measured_in_every_way(capsys):
-    config = small_config(preview__num_images=9, preview__steps=2, preview__interval=(0.4, 0.9))
+    config = small_settings(preview__num_images=9, preview__steps=2, preview__interval=(0.4, 0.9))
     guided, unguided, published = sample.measure(common.prepare(config), ["guided", "unguided", "published"], 1)
     assert guided["num_images"] == 16  # a whole number on each of 8 devices
     assert guided["images_per_second"] == pytest.approx(16 / guided["seconds"], rel=1e-2)
@@ -186,7 +187,7 @@ def test_sampler_is_measured_in_every_way(capsys):
 @pytest.mark.parametrize("method", ["heun", "euler"])
 @pytest.mark.parametrize("way", ["guided", "unguided", "published"])
 def test_network_passes_are_those_that_run(method, way):
-    config = small_config(preview__steps=10, preview__method=method, preview__interval=(0.1, 0.7))
+    config = small_settings(preview__steps=10, preview__method=method, preview__interval=(0.1, 0.7))
     passes = []
 
     def network(z, t, y):
@@ -203,7 +204,7 @@ def test_network_passes_are_those_that_run(method, way):
 
 
 def test_checkpoint_is_whole_and_not_compressed_away(tmp_path, capsys):
-    record = checkpoint.measure(common.prepare(small_config(model__width=128, model__num_classes=5)), tmp_path, 1)
+    record = checkpoint.measure(common.prepare(small_settings(model__width=128, model__num_classes=5)), tmp_path, 1)
     assert record["restored_equals_saved"]
     values = record["state_bytes"] / 4 / record["parameters"]
     assert 5 <= values < 5.01  # parameters, two moments, two averages
@@ -257,11 +258,11 @@ def test_groups_of_kernels(group, name, origin):
 
 def test_source_lines_of_a_compiled_step_tell_its_fusions_apart():
     """XLA names a fusion after its arithmetic; only the source line says whether it is a norm or the optimizer."""
-    setup = common.prepare(small_config(dtype="bfloat16"))
-    state = jax.eval_shape(lambda: step.init_state(setup.geometry, setup.config, jax.random.key(0)))
+    setup = common.prepare(small_settings(dtype="bfloat16"))
+    state = jax.eval_shape(lambda: step.init_state(setup.geometry, setup.config.optim, setup.config.dtype, jax.random.key(0)))
     count = setup.plan.global_batch
     shapes = {"image": jax.ShapeDtypeStruct((count, 8, 8, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((count,), int)}
-    train_step = step.make_train_step(setup.geometry, setup.config, setup.plan, setup.mesh, setup.ops)
+    train_step = make_step(setup.config, setup.geometry, setup.plan, setup.mesh, setup.ops)
     found = profile.origins(train_step.lower(state, shapes).compile().as_text())
     groups = {profile.group_of("loop_fusion", origin) for name, origin in found.items() if "fusion" in name}
     expected = {"attention", "norm and modulation", "RoPE and qk-norm", "SwiGLU", "optimizer and EMA", "other"}
@@ -307,7 +308,7 @@ ENTRY %main {
 
 def test_input_measures_both_stages(tmp_path):
     path = draw_dataset(tmp_path / "shapes", image_size=16, per_class=8)
-    config = small_config(data__path=str(path), data__image_size=16)
+    config = small_settings(data__path=str(path), data__image_size=16)
     result = json.loads(json.dumps(input_bench.measure(config, seconds=0.2)))
     assert (result["kind"], result["images"], result["global_batch"]) == ("folder", 64, 16)
     assert result["host_images_per_second"] > 0 and result["device_images_per_second"] > 0

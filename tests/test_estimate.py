@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jitjax import cli
 from jitjax import estimate as estimate_lib
-from jitjax.config import default_config, to_dict
-from jitjax.errors import UserError, cli
+from jitjax.errors import UserError
 from jitjax.flops import CARDS, datasheet_flops, forward_macs, train_flops
 from jitjax.model import JiT, graphdef_of, init_fn, make_geometry, merge
+from jitjax.settings import Model, Settings, to_dict
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "from jitjax.config import default_config\ndef get_config():\n  return default_config()\n"  # JiT-B/4, 64 px
@@ -171,8 +172,7 @@ def test_rows_of_measured_speeds_are_those_of_the_same_shapes_on_the_same_card(o
 
 
 def make_run(folder, *, devices=None, device_kind="NVIDIA H200", speeds=(100.0, 630e3, 626e3, 610e3)):
-    config = default_config()
-    config.model.class_conditional = True
+    config = Settings(model=Model(class_conditional=True))
     facts = {"devices": devices, "device_kind": device_kind}
     saved = to_dict(config) | {name: value for name, value in facts.items() if value}
     (folder / "config.json").write_text(json.dumps(saved))
@@ -247,6 +247,6 @@ def test_the_card_of_the_run_is_that_of_the_estimate(tmp_path, capsys):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, says, tmp_path, config_file, capsys):
     argv = [arg.replace("CONFIG", str(config_file)).replace("EMPTY", str(tmp_path)) for arg in argv]
-    assert cli(lambda: estimate_lib.main(["estimate", *argv])) == 2
+    assert cli.guarded(lambda: estimate_lib.main(["estimate", *argv])) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and says in captured.err

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import shared, small_config
+from conftest import shared, small_settings
 
 import jitjax
-from jitjax import checkpoint, convert, model, step
-from jitjax.config import to_dict
-from jitjax.errors import UserError, cli
+from jitjax import checkpoint, cli, convert, model, settings, step
+from jitjax.errors import UserError
 from jitjax.interop import official
 from jitjax.interop.pth import BadFile, PthFile, write_pth
 from jitjax.interop.weights import read_weights
@@ -107,13 +106,13 @@ def test_safetensors_there_and_back(tiny, imported, tmp_path):
 
 def test_a_run_of_ours_to_pth(tmp_path):
     """Our own checkpoint, its averages in the configured order, and every weight back bit for bit."""
-    config = small_config(optim__ema_decays=(0.5, 0.9))
-    geometry = model.geometry_from_config(config, 5)
-    state = jax.jit(functools.partial(step.init_state, geometry, config))(jax.random.key(0))
+    config = small_settings(optim__ema_decays=(0.5, 0.9))
+    geometry = model.geometry_of(config.model, config.data.image_size, 5)
+    state = jax.jit(functools.partial(step.init_state, geometry, config.optim, config.dtype))(jax.random.key(0))
     ema = {"0.9": jax.tree.map(lambda a: a + 9, state.params), "0.5": jax.tree.map(lambda a: a + 5, state.params)}
     saved = checkpoint.Checkpoints(tmp_path / "run")
-    meta = checkpoint.describe(geometry, ema, config=to_dict(config), data={"count": 80}, examples=8)
-    saved.save(step.fresh_state(state.params, ema, config), 2, meta)
+    meta = checkpoint.describe(geometry, ema, config=settings.to_dict(config), data={"count": 80}, examples=8)
+    saved.save(step.fresh_state(state.params, ema, config.optim, config.dtype), 2, meta)
     saved.close()
     convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "a.pth")])
     content = read(tmp_path / "a.pth")
@@ -287,7 +286,7 @@ def test_hostile_and_damaged_files_cost_one_line_and_run_nothing(tmp_path, tiny,
     made, marker = files(tmp_path, tiny)
     for kind, path in made.items():
         command = ["--from", str(path), "--to", str(tmp_path / "out"), "--context_start", "1"]
-        code = cli(lambda command=command: convert.main(command))
+        code = cli.guarded(lambda command=command: convert.main(command))
         lines = capsys.readouterr().err.splitlines()
         assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (kind, code, lines)
         assert len(lines[0]) < 400, (kind, lines)
@@ -319,7 +318,7 @@ def test_an_average_that_is_not_in_the_file_is_named(tiny):
 
 def test_convert_overwrites_no_checkpoint(tiny, imported, capsys):
     arguments = ["--from", str(tiny), "--to", str(imported), "--context_start", "1"]
-    assert cli(lambda: convert.main(arguments)) == 2
+    assert cli.guarded(lambda: convert.main(arguments)) == 2
     assert "has checkpoints already" in capsys.readouterr().err
 
 

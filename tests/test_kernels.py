@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_settings
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -274,8 +274,8 @@ def test_fused_is_as_accurate_as_plain(dtype):
 
 def test_whole_model_with_fused_kernels():
     """The loss gradient of every parameter of a small JiT with context tokens and with nothing left at zero."""
-    config = small_config(model__depth=2, model__width=32)
-    geometry = jit_model.geometry_from_config(config, 4)
+    config = small_settings(model__depth=2, model__width=32)
+    geometry = jit_model.geometry_of(config.model, config.data.image_size, 4)
     normal = draws(1)
     params = {name: p + 0.1 * normal(*p.shape) for name, p in jit_model.init_fn(geometry)(jax.random.key(0)).items()}
     z, target = normal(2, 8, 8, 3), normal(2, 8, 8, 3)

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from jitjax.errors import UserError
-from jitjax.monitor import LateLog, Monitor, StopWhenNonFinite, Throughput, save_animation, save_grid, save_strip
+from jitjax.monitor import LateLog, Monitor, StopWhenNonFinite, Throughput, print_status, save_animation, save_grid, save_strip
 from jitjax.monitor import images as grids
 from jitjax.monitor.console import Console
 from jitjax.monitor.metrics import MetricsFile
@@ -43,7 +43,7 @@ def run_python(script, **env):
         text=True,
         timeout=120,
     )
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
@@ -292,6 +292,29 @@ def test_a_closed_terminal_does_not_stop_the_run():
     console.status(2, {})
 
 
+def test_the_status_of_a_run_started_elsewhere_comes_from_its_files_also_while_it_writes(tmp_path):
+    monitor = Monitor(tmp_path, total_steps=1000)
+    for step in range(1, 301):
+        speed = {"time/step": 2.0, "time/paused": 50.0, "train/tokens_per_second": 626_123.4} if step % 100 == 0 else {}
+        monitor.write(step, {"train/loss": 0.5, "train/learning_rate": 2e-4, **speed})
+    monitor.write(301, {"train/loss": 0.5, "train/learning_rate": 2e-4})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 302, "train/lo')  # a line under way
+    for folder in ("checkpoints/100", "checkpoints/300", "checkpoints/400.partial-1", "samples"):
+        (tmp_path / folder).mkdir(parents=True)
+    save_grid(tmp_path / "samples" / "step_00000200.png", np.zeros((1, 8, 8, 3), np.uint8))
+    stream = io.StringIO()
+    print_status(tmp_path, total_steps=1000, steps_per_epoch=100, title="runs/a", stream=stream)
+    shown = " ".join(stream.getvalue().split())
+    assert shown.startswith("runs/a ━") and " 301/1,000 (30%) " in shown
+    for field in ("epoch 3.01", "left 0:29:10", "loss 0.5000", "lr 2.00e-04", "tokens/s 626,123"):
+        assert field in shown  # 700 steps of 2.5 s
+    assert "last checkpoint step 300 last preview step 200" in shown and "last step written 0:00:0" in shown
+    monitor.close()
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        print_status(tmp_path / "samples", total_steps=1000)
+
+
 # ---------------------------------------------------------------- metrics that come late
 
 
@@ -428,8 +451,8 @@ def test_an_unreachable_wandb_server_leaves_offline_files_and_no_trace_of_the_ke
         WANDB_API_KEY=key,
         WANDB_BASE_URL="http://127.0.0.1:9",  # nobody listens there
     )
-    first, second = output.splitlines()
-    assert "going on offline" in first and "wandb sync" in second
+    connecting, failed, offline = output.splitlines()
+    assert "connecting" in connecting and "going on offline" in failed and "wandb sync" in offline
     (path,) = tmp_path.glob("wandb/offline-*/*.wandb")
     assert wandb_history(wandb_records(path))[1]["train/loss"] == 0.5
     assert key not in output
@@ -533,18 +556,19 @@ def test_captions_that_fit_stand_above_their_images(tmp_path):
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 256])
+@pytest.mark.parametrize("by_column", [True, False])
 @pytest.mark.parametrize("names", [["star", "golden retriever"], ["Schäferhund", "Жираф"], ["中国の犬", "狐"]])
-def test_every_size_and_script_shows_which_class_is_which(tmp_path, size, names):
-    """Each image has a caption above it, drawn whole: the name, or a number that the legend below or the text file
-    explains; never the box that stands for a missing glyph."""
+def test_every_size_and_script_shows_which_class_is_which(tmp_path, size, names, by_column):
+    """Each image has a caption above it, or above its column: the name, or a number that the legend below or the text
+    file explains; never the box that stands for a missing glyph."""
     colour = (250, 150, 200)  # unlike any shade of the text
     images = np.broadcast_to(np.array(colour, np.uint8), (4, size, size, 3))
-    path = save_grid(tmp_path / "g.png", images, columns=2, captions=names * 2)
+    path = save_grid(tmp_path / "g.png", images, columns=2, captions=names + names[:: 1 if by_column else -1])
     grid = np.asarray(Image.open(path))
     solid = (grid == colour).all(axis=-1)
     rows, columns = np.flatnonzero(solid.sum(1) >= 2 * size), np.flatnonzero(solid.sum(0) >= 2 * size)
     assert len(rows) == len(columns) == 2 * size and solid.sum() == 4 * size * size  # every pixel of all four images
-    for top in (rows[0], rows[size]):
+    for top in (rows[0],) if by_column else (rows[0], rows[size]):
         for left in (columns[0], columns[size]):
             assert has_ink(grid[top - grids.LINE : top, left : left + size])
     legend = grid[rows[-1] + 1 :]

@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 
-from jitjax.data import open_dataset, pool
-from jitjax.errors import UserError, cli
+from jitjax import cli
+from jitjax.data import open_dataset
+from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
 
 SIZE = 32
@@ -87,7 +88,7 @@ def test_killed_it_looks_unfinished_and_continues_to_the_same_bytes(folder, prep
         "import time\n"
         "from jitjax.data import shards\n"
         "decode = shards.decode\n"
-        "shards.decode = lambda *a: (time.sleep(0.03), decode(*a))[1]\n"
+        "shards.decode = lambda *a, **k: (time.sleep(0.03), decode(*a, **k))[1]\n"
         "from jitjax.prepare import main\n"
         f"if __name__ == '__main__':\n    main(['--data_path', {str(folder)!r}, '--output', {str(output)!r},"
         f" '--image_size', '{SIZE}', '--shards', '4', '--workers', '1'])\n"
@@ -127,10 +128,10 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_done(folder, prepare
 
 
 def test_interrupted_by_the_keyboard_it_stops_soon_and_can_go_on(folder, prepared, tmp_path, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool._ProgressLine, "show", interrupt)
+    monkeypatch.setattr("rich.progress.Progress.update", interrupt)
     arguments = [
         "--data_path",
         str(folder),
@@ -141,9 +142,9 @@ def test_interrupted_by_the_keyboard_it_stops_soon_and_can_go_on(folder, prepare
         "--shards",
         "4",
     ]
-    assert cli(lambda: main(arguments)) == 130
+    assert cli.guarded(lambda: main(arguments)) == 130
     monkeypatch.undo()
-    assert cli(lambda: main(arguments)) == 0
+    assert cli.guarded(lambda: main(arguments)) == 0
     assert contents(tmp_path / "out") == contents(prepared)
 
 
@@ -348,7 +349,7 @@ def test_parquet_that_cannot_be_used_is_named(folder, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match):
             prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out"), SIZE, workers=1, **options)
 
-    refused("--image_column", {"photo": [data]})
+    refused("--image_column", {"one": [data], "two": [data]})
     refused("not image bytes", {"image": ["a.jpg"]})
     refused("row 1: -3 is not a class number", {"image": [data] * 2, "label": [0, -3]})
     refused("--label_column=kind is not a column", {"image": [data]}, label_column="kind")
@@ -431,7 +432,7 @@ def test_the_prepared_size_must_be_the_configured_one(prepared):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
     replaced = [a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    assert cli(lambda: main(replaced)) == 2
+    assert cli.guarded(lambda: main(replaced)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()

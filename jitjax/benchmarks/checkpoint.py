@@ -22,8 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jitjax import checkpoint, sharding, step
-from jitjax import config as config_lib
+from jitjax import checkpoint, settings, sharding, step
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
@@ -50,7 +49,7 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
     """Save 1 + `repeats` times into `folder`, restore the last. Times in seconds, sizes in bytes."""
     state = common.random_state(setup)
     like = sharding.abstract(jax.eval_shape(lambda: state), setup.mesh)
-    meta = checkpoint.describe(setup.geometry, state.ema, config=config_lib.to_dict(setup.config))
+    meta = checkpoint.describe(setup.geometry, state.ema, config=settings.to_dict(setup.config))
     # As after a train step: new arrays in the memory of the old ones, of which the host has no copy yet.
     advance = jax.jit(_advanced, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
     saved = checkpoint.Checkpoints(folder, keep_last=1)

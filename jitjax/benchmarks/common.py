@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from jitjax import checkpoint, kernels, model, runtime, sharding, step, workdir
-from jitjax import config as config_lib
-from jitjax.benchmarks import arguments
-from jitjax.errors import UserError
+from jitjax.cli import arguments
 from jitjax.flops import IMAGENET_IMAGES
+from jitjax.plan import Plan, make_plan
+from jitjax.settings import Settings
 
 CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
 
@@ -31,9 +30,9 @@ CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
 class Setup:
     """The parts of a run that `jitjax.train` makes from a config and a data set, here from the config alone."""
 
-    config: ConfigDict
+    config: Settings
     geometry: model.Geometry
-    plan: config_lib.Plan
+    plan: Plan
     mesh: Mesh
     kernels: str
     kernels_reason: str
@@ -43,41 +42,29 @@ class Setup:
         return kernels.get_ops(self.kernels)
 
 
-def load(args: argparse.Namespace) -> ConfigDict:
-    """The config that the command line describes. A run length is not needed and does not matter.
+def load(args: argparse.Namespace) -> Settings:
+    """The settings that the command line describes. A run length is not needed and does not matter.
 
     Raises:
-      UserError: none, or a mistake in it.
+      UserError: no config, or a mistake in it.
     """
-    config = arguments.load(args.config_arguments)
-    if config is None:
-        raise UserError("--config is missing: name a config file, e.g. --config=configs/h200.py")
-    for length in config_lib.RUN_LENGTHS:
-        config[length] = None
-    config.total_steps = 1_000_000
     checkpoint.quiet()
-    return config
+    return arguments.load(args.config_arguments, run_length=False).settings
 
 
-def prepare(config: ConfigDict) -> Setup:
+def prepare(config: Settings) -> Setup:
     """Check the config and choose mesh and kernels as a run does. ImageNet's size stands in for a data set's.
 
     Raises:
       UserError: a mistake in the config.
     """
-    config_lib.validate(config)
     runtime.use_compilation_cache(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     classes = config.model.num_classes or (CLASSES if config.model.class_conditional else 0)
-    geometry = model.geometry_from_config(config, classes)
+    geometry = model.geometry_of(config.model, config.data.image_size, classes)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
-    plan = config_lib.make_plan(
-        config,
-        images=max(IMAGENET_IMAGES, global_batch),
-        folder_classes=classes,
-        tokens_per_image=geometry.tokens,
-        devices=mesh.size,
-    )
+    images = max(IMAGENET_IMAGES, global_batch)
+    plan = make_plan(config, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
     kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, geometry=geometry)
     return Setup(config, geometry, plan, mesh, kind, reason)
 
@@ -103,7 +90,8 @@ def random_state(setup: Setup) -> step.TrainState:
 
     def init(key):
         params = random_params(setup.geometry, key)
-        return step.fresh_state(params, {str(d): params for d in setup.config.optim.ema_decays}, setup.config)
+        optim = setup.config.optim
+        return step.fresh_state(params, {str(d): params for d in optim.ema_decays}, optim, setup.config.dtype)
 
     key = jax.random.key(setup.config.seed)
     placed = sharding.shardings(jax.eval_shape(init, key), setup.mesh)

@@ -16,21 +16,20 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jitjax.benchmarks import arguments
+from jitjax.cli import arguments
 from jitjax.data import make_iterator, open_dataset, to_device
 from jitjax.data.pool import available_cpus
-from jitjax.errors import UserError
+from jitjax.settings import Settings, check_data
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure the data set and input settings of a config, with the flags of `jitjax.bench`."""
-    config = arguments.load(args.config_arguments)
-    if config is None:
-        raise UserError("--config is missing: name a config file, e.g. --config=configs/h200.py")
+    config = arguments.load(args.config_arguments, run_length=False).settings
+    check_data(config.data)
     print(json.dumps(measure(config, args.seconds)), flush=True)
 
 
-def measure(config: Any, seconds: float) -> dict[str, Any]:
+def measure(config: Settings, seconds: float) -> dict[str, Any]:
     """Runs the pipeline twice, to host and to device, after a warm-up that fills its buffers.
 
     Returns:
@@ -41,7 +40,7 @@ def measure(config: Any, seconds: float) -> dict[str, Any]:
 
     from jitjax.sharding import BATCH, make_mesh
 
-    dataset = open_dataset(config.data.path, config.data.image_size, exif_rotate=config.data.exif_rotate)
+    dataset = open_dataset(config.data.path, config.data.image_size, **config.data.reading())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
     workers = config.data.num_workers

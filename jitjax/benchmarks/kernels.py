@@ -13,6 +13,7 @@ fails. Errors come from the first `--check_images` images, times (value and grad
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jitjax import kernels, model, step
+from jitjax import kernels, model, train
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
@@ -178,9 +179,8 @@ def compare_models(setup: common.Setup, images: int) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(2), len(batch["label"]))
 
     def gradients(dtype, kind):
-        config = setup.config.copy_and_resolve_references()
-        config.dtype = str(dtype)
-        loss = step.make_loss(setup.geometry, config, kernels.get_ops(kind))
+        config = dataclasses.replace(setup.config, dtype=str(dtype))
+        loss = train.make_loss(config, setup.geometry, kernels.get_ops(kind))
 
         @jax.jit
         def run(params):

@@ -10,6 +10,7 @@ passes, also where guidance is off. Both give the same images, of random weights
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from jitjax import diffusion, flops, model, sampling, sharding
+from jitjax import diffusion, flops, sampling, settings, sharding
 from jitjax.benchmarks import card, common
 from jitjax.errors import UserError
+from jitjax.pipeline import Sampler
+from jitjax.settings import Settings
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """
     config = common.load(args)
     if args.num_images:
-        config.preview.num_images = args.num_images
+        config = dataclasses.replace(config, preview=dataclasses.replace(config.preview, num_images=args.num_images))
     ways = ["unguided"]
     if config.model.class_conditional:
         ways = ["guided", "unguided"] + ["published"] * args.baseline
@@ -48,18 +50,19 @@ def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict
     draw = functools.partial(common.random_params, setup.geometry)
     abstract = jax.eval_shape(draw, jax.random.key(0))
     params = jax.jit(draw, out_shardings=sharding.shardings(abstract, setup.mesh))(jax.random.key(0))
-    noise, labels = random_inputs(setup)
-    count = labels.shape[0]
+    count = setup.config.preview.num_images
     programs, compile_seconds = {}, {}
     for way in ways:
-        lowered = make_sampler(setup, way).lower(params, noise, labels)
-        programs[way], compile_seconds[way] = common.timed(lowered.compile)
-        jax.block_until_ready(programs[way](params, noise, labels))
+        sampler = make_sampler(setup, way)
+        inputs = (params, *sampler.arguments(1, range(count), labels_of(setup, count)))
+        count = inputs[-1].size  # rounded up to the devices
+        programs[way], compile_seconds[way] = common.timed(sampler.program.lower(*inputs).compile)
+        jax.block_until_ready(programs[way](*inputs))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with card.CardMonitor() as monitor:
         for _ in range(repeats):
             for way in ways:
-                seconds[way].append(common.timed(lambda way=way: programs[way](params, noise, labels))[1])
+                seconds[way].append(common.timed(lambda way=way: programs[way](*inputs))[1])
 
     p = setup.config.preview
     records = []
@@ -94,35 +97,26 @@ def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict
     return records
 
 
-def random_inputs(setup: common.Setup) -> tuple[jax.Array, jax.Array]:
-    """Noise (B, S, S, 3) and labels (B,), split over the devices; B is `preview.num_images` rounded up to them."""
-    g, devices = setup.geometry, setup.mesh.size
-    count = -(-setup.config.preview.num_images // devices) * devices
-
-    def draw(key):
-        noise = setup.config.diffusion.noise_scale * jax.random.normal(key, (count, g.image_size, g.image_size, model.CHANNELS))
-        return noise, jnp.arange(count, dtype=jnp.int32) % max(1, g.num_classes)
-
-    return jax.jit(draw, out_shardings=NamedSharding(setup.mesh, sharding.BATCH))(jax.random.key(1))
+def labels_of(setup: common.Setup, count: int) -> Sequence[int]:
+    """A label for each image; the null label where the model is unconditional."""
+    classes = setup.geometry.num_classes
+    return [i % classes if setup.config.model.class_conditional else classes for i in range(count)]
 
 
-def make_sampler(setup: common.Setup, way: str) -> Any:
-    """The jitted (params, noise, labels) -> float32 images, sharded as `jitjax.preview` does it."""
-    c, g = setup.config, setup.geometry
-    graphdef = model.graphdef_of(g)
-    specs = sharding.specs(jax.eval_shape(model.init_fn(g), jax.random.key(0)), setup.mesh)
-    settings = dict(null_label=g.num_classes, steps=c.preview.steps, method=c.preview.method, cfg_scale=scale_of(c, way))
-    settings |= dict(interval=tuple(c.preview.interval), t_eps=c.preview.t_eps, prediction=c.prediction)
-    integrate = published if way == "published" else sampling.sample_fn
-
-    def sample(params, noise, labels):
-        params = sharding.gather(params, specs, setup.mesh, jnp.dtype(c.mesh.comm_dtype))
-        network = functools.partial(model.merge(graphdef, params), dtype=jnp.dtype(c.dtype), ops=setup.ops)
-        y = labels if c.model.class_conditional else jnp.full_like(labels, g.num_classes)
-        return integrate(network, noise, y, **settings)
-
-    specs_in = (specs, sharding.BATCH, sharding.BATCH)
-    return jax.jit(jax.shard_map(sample, mesh=setup.mesh, in_specs=specs_in, out_specs=sharding.BATCH, check_vma=False))
+def make_sampler(setup: common.Setup, way: str) -> Sampler:
+    """The sampler that previews and `Pipeline.sample` use, with float32 images as its result."""
+    options = dataclasses.replace(setup.config.preview.sampler(), cfg_scale=scale_of(setup.config, way))
+    return Sampler(
+        setup.geometry,
+        diffusion.from_config(settings.to_dict(setup.config)),
+        options,
+        setup.mesh,
+        dtype=setup.config.dtype,
+        ops=setup.ops,
+        comm_dtype=setup.config.mesh.comm_dtype,
+        integrate=published if way == "published" else sampling.sample_fn,
+        finish=lambda images: images,
+    )
 
 
 def published(network, noise, labels, *, null_label, steps, method, cfg_scale, interval, t_eps, prediction) -> jax.Array:
@@ -140,12 +134,12 @@ def published(network, noise, labels, *, null_label, steps, method, cfg_scale, i
     return sampling.integrate(velocity, noise, steps=steps, method=method, interval=interval)
 
 
-def scale_of(config: Any, way: str) -> float:
+def scale_of(config: Settings, way: str) -> float:
     """The guidance scale of a way to sample; 1 is off."""
     return 1.0 if way == "unguided" else float(config.preview.cfg_scale)
 
 
-def network_passes(config: Any, way: str) -> int:
+def network_passes(config: Settings, way: str) -> int:
     """Forward passes of the network for one image."""
     p = config.preview
     on = sampling.guided(sampling.time_grid(p.steps), tuple(p.interval)) & (scale_of(config, way) != 1.0)

@@ -16,6 +16,7 @@ datasheet's. Memory: `temporary_gib` is what XLA lays out for activations, `prog
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
 import time
@@ -24,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from jitjax import flops, step
+from jitjax import flops, settings, step, train
 from jitjax.benchmarks import card, common, profile
 from jitjax.errors import UserError
+from jitjax.settings import Settings
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,8 +73,8 @@ def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Se
         raise UserError(f"out of memory: {', '.join(too_large)}; use a smaller batch or --config.remat=dots or full")
 
 
-def list_variants(config: ConfigDict, kernels: Sequence[str], batch_sizes: str) -> list[ConfigDict]:
-    """A copy of the config for each pair of kernels and batch size; an empty list stands for the config's own value."""
+def list_variants(config: Settings, kernels: Sequence[str], batch_sizes: str) -> list[Settings]:
+    """The settings for each pair of kernels and batch size; an empty list stands for the config's own value."""
     try:
         sizes = [int(size) for size in batch_sizes.split(",")] if batch_sizes else [config.batch_size]
     except ValueError as error:
@@ -81,9 +82,8 @@ def list_variants(config: ConfigDict, kernels: Sequence[str], batch_sizes: str) 
     variants = []
     for size in sizes:
         for kind in kernels or [config.kernels]:
-            variant = config.copy_and_resolve_references()
-            variant.batch_size, variant.kernels = size, kind
-            variants.append(variant)
+            checked = {name: settings.fields()[name].check(value) for name, value in (("batch_size", size), ("kernels", kind))}
+            variants.append(dataclasses.replace(config, **checked))
     return variants
 
 
@@ -103,7 +103,7 @@ def measure(
     config, geometry, mesh = setup.config, setup.geometry, setup.mesh
     state, init_seconds = common.timed(lambda: common.random_state(setup))
     batch = common.random_batch(setup)
-    train_step = step.make_train_step(geometry, config, setup.plan, mesh, setup.ops)
+    train_step = train.make_step(config, geometry, setup.plan, mesh, setup.ops)
     begun = time.perf_counter()
     lowered = train_step.lower(state, batch)
     lower_seconds = time.perf_counter() - begun

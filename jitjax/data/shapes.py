@@ -32,6 +32,7 @@ COLOURS = {
 }
 CLASSES = tuple(COLOURS)
 
+PER_CLASS = 64
 GROUND = 112  # grey of the background
 AREA = 0.26  # of the image that a shape of average size covers
 SUPERSAMPLING = 4
@@ -44,7 +45,7 @@ def draw_dataset(
     root: str | os.PathLike,
     *,
     image_size: int = 32,
-    per_class: int = 64,
+    per_class: int = PER_CLASS,
     seed: int = 0,
     classes: Sequence[str] = CLASSES,
 ) -> Path:

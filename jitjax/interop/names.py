@@ -29,7 +29,8 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 BUFFERS = re.compile(r"rope|freqs|(^|\.)(inv_freq|num_batches_tracked|num_updates|n_averaged|decay|position_ids)$")
 # Branches of a checkpoint that hold no weights, though their tensors may be named like weights.
 NOT_WEIGHTS = re.compile(r"^(opt|optim|scaler|lr_|sched|amp|rng|random|loops|callbacks|args|config|hparams|hyper)", re.I)
-EMA = re.compile(r"(^|[^a-z])ema|ema([^a-z]|$)|averag|(^|[^a-z])avg([^a-z]|$)|shadow|(^|[^a-z])swa|teacher", re.I)
+EMA = re.compile(r"(^|[^a-z])ema|ema([^a-z]|$)|averag|(^|[^a-z])avg([^a-z]|$)|shadow|(^|[^a-z])swa", re.I)
+NOT_EMA = re.compile(r"online|student", re.I)  # ema_pytorch saves the trained model beside its EMA
 PARTS = {**dict.fromkeys(("to_q", "q_proj"), 0), **dict.fromkeys(("to_k", "k_proj"), 1), **dict.fromkeys(("to_v", "v_proj"), 2)}
 MAX_DEPTH = 5
 
@@ -54,6 +55,10 @@ class Joined:
 
     def numpy(self) -> np.ndarray:
         return np.concatenate([p.numpy() for p in self._parts])
+
+
+def is_ema(label: str) -> bool:
+    return bool(EMA.search(label)) and not NOT_EMA.search(label.split(".", 1)[-1])
 
 
 def is_tensor(value: Any) -> bool:
@@ -100,8 +105,10 @@ def join_qkv(tensors: Tensors) -> Tensors:
     return result
 
 
-def find_sets(content: Any, path: Any, notes: list[str]) -> list[Found]:
-    """The sets of weights in a loaded file, in the file's order. What is left out on the way is added to `notes`.
+def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> list[Found]:
+    """The sets of weights in a loaded file, in the file's order.
+
+    What is left out on the way is added to `notes`, and what seems to be an EMA among it to `unread`.
 
     Raises:
       BadFile: no JiT in it, or a network with tensors that a JiT does not have.
@@ -116,20 +123,20 @@ def find_sets(content: Any, path: Any, notes: list[str]) -> list[Found]:
         if not isinstance(value, Mapping) or len(keys) > MAX_DEPTH:
             return
         tensors = {k: v for k, v in value.items() if isinstance(k, str) and is_tensor(v)}
-        for origin, group in _groups(tensors, path, notes).items():
+        for origin, group in _groups(tensors, path, notes, unread).items():
             label = ".".join([*keys, origin] if origin else keys)
             decay = _number(value.get("decay", parent.get("decay") if keys else None))
-            found.append(Found(label, group, bool(EMA.search(label)), decay))
+            found.append(Found(label, group, is_ema(label), decay))
         seen.extend(tensors)
         for key, item in value.items():
             if isinstance(key, str) and not (NOT_WEIGHTS.search(key) and not keys):
-                if item is None and not keys and re.match("model|state_dict|net", key) | bool(EMA.search(key)):
+                if item is None and not keys and (is_ema(key) or key in ("model", "state_dict", "net")):
                     notes.append(f"{key} is None in the file")
                 walk(item, (*keys, key), value)
 
     walk(content, (), {})
     for label, values, parent in lists:
-        if EMA.search(label):
+        if is_ema(label):
             found.append(Found(label, {}, True, _number(parent.get("decay")), listed=values))
     if not any(f.tensors for f in found):
         what = type(content).__name__ if not isinstance(content, Mapping) else some(seen or [str(k) for k in content])
@@ -137,7 +144,7 @@ def find_sets(content: Any, path: Any, notes: list[str]) -> list[Found]:
     return found
 
 
-def _groups(tensors: Tensors, path: Any, notes: list[str]) -> dict[str, Tensors]:
+def _groups(tensors: Tensors, path: Any, notes: list[str], unread: list[str]) -> dict[str, Tensors]:
     """{origin: tensors by official name} of one flat state dict."""
     groups: dict[str, Tensors] = {}
     others: list[str] = []
@@ -151,12 +158,13 @@ def _groups(tensors: Tensors, path: Any, notes: list[str]) -> dict[str, Tensors]
         if inside in group:
             raise BadFile(f"{path}: two tensors are called {origin}.{inside} once wrappers are dropped, one is {name[:80]}")
         group[inside] = value
+    others = _undotted(groups, others, tensors)
     groups = {origin: join_qkv(group) for origin, group in groups.items() if "x_embedder.proj1.weight" in group}
     if not groups:
         return {}
     left: list[str] = []
     for origin, group in groups.items():
-        unused = [name for name, value in group.items() if BUFFERS.search(name) or _counts(value)]
+        unused = [name for name, value in group.items() if BUFFERS.search(name) or not tuple(value.shape)]
         left += unused
         groups[origin] = {name: value for name, value in group.items() if name not in unused}
     outside: list[str] = []
@@ -172,8 +180,27 @@ def _groups(tensors: Tensors, path: Any, notes: list[str]) -> dict[str, Tensors]
     if left:
         notes.append(f"left out: {some(left)}, which follow from the geometry or only count")
     if outside:
+        unread.extend(o for o in {name.rpartition(".")[0] for name in outside} if is_ema(o))
         notes.append(f"left out: {some(outside)}, which are outside of the network ({', '.join(groups)})")
     return groups
+
+
+def _undotted(groups: dict[str, Tensors], others: list[str], tensors: Tensors) -> list[str]:
+    """Adds EMAs whose names have lost their dots, as LitEma (CompVis) registers them; returns the rest of `others`."""
+    short: dict[str, str] = {}
+    for origin, group in list(groups.items()):
+        outer = origin.split(".") if origin else []
+        for name in group:
+            inner = name.replace(".", "")
+            short |= {"".join(outer[i:]) + inner: name for i in range(len(outer) + 1)}
+    rest = []
+    for name in others:
+        before, _, last = name.rpartition(".")
+        if last in short and is_ema(before):
+            groups.setdefault(before, {})[short[last]] = tensors[name]
+        else:
+            rest.append(name)
+    return rest
 
 
 def name_list(values: list[Any], reference: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> Tensors | None:
@@ -203,7 +230,7 @@ def decay_in(label: str) -> float | None:
 
 def order_in(label: str) -> int | None:
     """The number that ends the name of an EMA, e.g. 2 of model_ema2."""
-    match = re.search(r"(?:ema|params|avg|shadow)_?(\d{1,2})(?![\d.])", label, re.I)
+    match = re.search(r"(?:ema|params|avg|shadow)_?(\d{1,2})(?!\.?\d)", label, re.I)
     return int(match[1]) if match else None
 
 

@@ -243,6 +243,8 @@ def positions_delta(state_dict: Arrays, geometry: Geometry) -> np.ndarray | None
     ours = position_table(geometry.width, geometry.grid)[None]
     if np.array_equal(theirs.view(np.uint32), ours.view(np.uint32)):
         return None
+    if not np.isfinite(theirs).all():
+        raise UserError("pos_embed has values that are not finite: the run had diverged, or the file is damaged")
     error = np.abs(theirs - ours).max()
     coarse = rounded_to(tensor)
     # Values lie in [-1, 1], where rounding moves them by at most a quarter of the type's epsilon.

@@ -9,13 +9,12 @@ What a file holds is found by looking into it, not by its ending. Nothing in a f
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,16 @@ import safetensors.numpy
 
 from jitjax.errors import UserError
 from jitjax.interop import adamw, diffusers, names, official
-from jitjax.interop.pickles import BadFile
-from jitjax.interop.pth import PthFile
+from jitjax.interop.sources import Source, is_workdir, open_source
 from jitjax.model import SIZES, Geometry, JiT, graphdef_of, merge, position_table
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_DECAYS = (0.9999, 0.9996)  # the official defaults
 Params = dict[str, np.ndarray]
-FACTS = ("prediction", "noise_scale", "t_eps", "class_names")
+FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names")
+FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
 PREDICTIONS = {"x": "x", "x0": "x", "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "v": "v", "velocity": "v"}
-WEIGHT_FILES = (  # in a folder, in this order
-    *("model.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors.index.json"),
-    *("diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin", "diffusion_pytorch_model.bin"),
-)
-WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 
 
 @dataclasses.dataclass
@@ -53,7 +47,7 @@ class Weights:
       sets: "model" and the EMAs "model_ema1", "model_ema2", ...: our flat parameters, float32.
       decays: of the EMAs, in that order.
       prediction: what the network outputs: "x", "epsilon" or "v".
-      noise_scale, t_eps: standard deviation of the noise; lower clip of 1 - t in training.
+      noise_scale, t_eps, sample_t_eps: standard deviation of the noise; lower clip of 1 - t in training and in sampling.
       class_names: by label.
       step, epoch: optimizer steps made; last finished epoch, counted as the official code does.
       args: the plain ones of the official arguments.
@@ -69,6 +63,7 @@ class Weights:
     prediction: str | None = None
     noise_scale: float | None = None
     t_eps: float | None = None
+    sample_t_eps: float | None = None
     class_names: tuple[str, ...] | None = None
     step: int | None = None
     epoch: int | None = None
@@ -107,8 +102,12 @@ def read_weights(
         found = workdir.read_run(path, which=which, moments=moments)
         _check_values(found, path)
         return found
-    with _open(path) as source:
-        return _read(source, which, context_start, moments)
+    with open_source(path) as source:
+        try:
+            return _read(source, which, context_start, moments)
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if str(source.path) in text else f"{source.path}: {text}") from None
 
 
 def load_official(path: Any, which: str = "model_ema1", *, context_start: int | None = None) -> JiT:
@@ -138,8 +137,20 @@ def published_noise_scale(image_size: int) -> float:
     return max(1.0, image_size / 256)
 
 
-def select(origins: Mapping[str, str], decays: tuple[float, ...], which: str, path: Any, notes: list[str]) -> str:
+def select(
+    origins: Mapping[str, str],
+    decays: tuple[float, ...],
+    which: str,
+    path: Any,
+    notes: list[str],
+    unread: Sequence[str] = (),
+) -> str:
     """The name, among the keys of `origins`, of the set that `which` means.
+
+    Args:
+      origins: what the file calls each set.
+      decays: of the EMAs among the sets, in order.
+      unread: EMAs that the file has and that could not be read, so that no other set stands in for them.
 
     Raises:
       UserError: none; names what is there.
@@ -155,173 +166,37 @@ def select(origins: Mapping[str, str], decays: tuple[float, ...], which: str, pa
         return (by_origin or by_decay)[0]
     if which == "ema" and len(emas) == 1:
         return emas[0]
-    if len(origins) == 1 and (which in official.SETS or which == "ema"):
+    if len(origins) == 1 and not unread and (which in official.SETS or which == "ema"):
         (only,) = origins
         notes.append(f"the file has one set of weights ({origins[only] or only}): it is used as {which}")
         return only
     known = [name if origin in ("", name) else f"{name} (called {origin})" for name, origin in origins.items()]
-    raise UserError(f"{path}: which={which!r} is not in the file: use one of {', '.join(known)}")
-
-
-# ---------------------------------------------------------------- files and folders
-
-
-@dataclasses.dataclass
-class _Source:
-    """An open file: its content with unread tensors, and what stands beside it."""
-
-    path: Path
-    content: Any
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # "geometry" and "facts" of our own files
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of config.json
-    labels: Any = None
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def is_workdir(path: Path) -> bool:
-    """Whether a folder is a run of ours, its folder of checkpoints, or one checkpoint."""
-    return "checkpoints" in (path.name, path.parent.name) or (path / "checkpoints").is_dir()
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[_Source]:
-    folder, notes = None, []
-    if path.is_dir():
-        folder, path = path, _weights_file(path, notes)
-    elif path.name.endswith(".safetensors"):
-        folder = path.parent  # a config.json beside the file belongs to it
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise BadFile(f"{path}: {error.strerror or error}; expected a file or folder with the weights of a JiT") from None
-    with contextlib.ExitStack() as stack:
-        if path.name.endswith(".index.json"):
-            parts = [path.parent / name for name in _shards(path)]
-            source = _Source(path, {})
-            for part in parts:
-                source.content |= _open_safetensors(part, stack) if _is_safetensors(part) else _open_pth(part, stack, notes)
-        elif head[8:9] == b"{" or path.name.endswith(".safetensors"):
-            source = _Source(path, _open_safetensors(path, stack))
-            source.metadata = _metadata(path)
-        else:
-            source = _Source(path, _open_pth(path, stack, notes))
-        source.notes = notes
-        if folder is not None:
-            source.config = _json(path.parent / "config.json")
-            index = _json(path.parent / "model_index.json") or _json(path.parent.parent / "model_index.json")
-            source.labels = index.get("id2label") or source.config.get("id2label")
-        yield source
-
-
-def _weights_file(folder: Path, notes: list[str]) -> Path:
-    """The weights in a folder. Raises: UserError: none, or more than one and none with a known name."""
-    for place in (folder, folder / "transformer"):
-        for name in WEIGHT_FILES:
-            if (place / name).is_file():
-                return place / name
-    found = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.lower().endswith(WEIGHT_ENDINGS)]
-    if len(found) == 1:
-        notes.append(f"{found[0].name} is the only file of weights in the folder")
-        return found[0]
-    below = [f.name for f in sorted(folder.iterdir()) if f.is_dir() and ((f / "transformer").is_dir() or _named_in(f))]
-    hint = f"{len(found)} files of weights ({', '.join(f.name for f in found[:4])})" if found else "no file of weights"
-    hint += f"; give one of its folders {', '.join(below[:6])}" if below else "; give one file, or a folder with one"
-    raise UserError(f"{folder}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[1]} or a jitjax workdir, found {hint}")
-
-
-def _named_in(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in WEIGHT_FILES)
-
-
-def _shards(index: Path) -> list[str]:
-    table = _json(index).get("weight_map")
-    files = sorted({str(name) for name in table.values()}) if isinstance(table, Mapping) else []
-    if not files or any(Path(name).name != name for name in files):
-        raise BadFile(f"{index}: expected weight_map with the names of files in the same folder")
-    missing = [name for name in files if not (index.parent / name).is_file()]
-    if missing:
-        raise BadFile(f"{index}: {names.some(missing)} of {len(files)} files are missing beside it")
-    return files
-
-
-def _is_safetensors(path: Path) -> bool:
-    return path.name.endswith(".safetensors")
-
-
-def _open_pth(path: Path, stack: contextlib.ExitStack, notes: list[str]) -> Any:
-    file = stack.enter_context(PthFile(path))
-    if file.strays:
-        notes.append(f"left out: values of {', '.join(file.strays[:6])}, which are not weights (nothing was executed)")
-    return file.content
-
-
-class _Slice:
-    """A tensor of an open .safetensors file."""
-
-    def __init__(self, file: Any, name: str):
-        self._file, self._name = file, name
-        view = file.get_slice(name)
-        self.shape = tuple(view.get_shape())
-        self.dtype = _SAFETENSORS_TYPES.get(view.get_dtype(), np.dtype(np.void))
-
-    def numpy(self) -> np.ndarray:
-        return self._file.get_tensor(self._name)
-
-
-_SAFETENSORS_TYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8), "I16": np.dtype(np.int16), "BOOL": np.dtype(np.bool_),
-}  # fmt: skip
-
-
-def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Slice]:
-    try:
-        file = stack.enter_context(safetensors.safe_open(path, "numpy"))
-        return {name: _Slice(file, name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise BadFile(f"{path}: expected a .safetensors file, found: {error}") from None
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    with safetensors.safe_open(path, "numpy") as file:
-        saved = file.metadata() or {}
-    result = {}
-    for key in ("geometry", "facts"):
-        with contextlib.suppress(ValueError):
-            value = json.loads(saved.get(key, "null"))
-            if isinstance(value, dict):
-                result[key] = value
-    return result
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+    hint = f" (not readable: {', '.join(unread)})" if unread else ""
+    raise UserError(f"{path}: which={which!r} is not in the file: use one of {', '.join(known)}{hint}")
 
 
 # ---------------------------------------------------------------- from content to weights
 
 
-def _read(source: _Source, which: str | None, context_start: int | None, moments: bool) -> Weights:
+def _read(source: Source, which: str | None, context_start: int | None, moments: bool) -> Weights:
     path, notes = source.path, source.notes
     content = source.content if isinstance(source.content, Mapping) else {}
     args, stray = names.plain(content["args"]) if isinstance(content.get("args"), Mapping) else (None, [])
     if stray:
         notes.append(f"left out of args: {', '.join(stray[:8])}")
     config = diffusers.describe(source.config, path.parent / "config.json")
-    sets, origins, decays = _name_sets(names.find_sets(source.content, path, notes), args or {}, source, notes)
+    unread: list[str] = []  # EMAs that the file has and that cannot be read
+    found = names.find_sets(source.content, path, notes, unread)
+    sets, origins, decays = _name_sets(found, args or {}, source, notes, unread)
     if which is not None:
-        chosen = select(origins, decays, which, path, notes)
+        chosen = select(origins, decays, which, path, notes, unread)
         emas = [name for name in origins if name != "model"]
         decays = tuple(d for name, d in zip(emas, decays, strict=True) if name == chosen)
         sets, origins = {chosen: sets[chosen]}, {chosen: origins[chosen]}
+    for name, tensors in sets.items():
+        other = [f"{key} {t.dtype}" for key, t in tensors.items() if t.dtype not in FLOATS]
+        if other:
+            raise UserError(f"{path}: {name} has {names.some(other)}: only {', '.join(map(str, FLOATS))} are read")
 
     known = {**config.get("geometry", {}), **source.metadata.get("geometry", {})}
     if context_start is None:
@@ -363,11 +238,17 @@ def _read(source: _Source, which: str | None, context_start: int | None, moments
 
 
 def _name_sets(
-    found: list[names.Found], args: Mapping[str, Any], source: _Source, notes: list[str]
+    found: list[names.Found], args: Mapping[str, Any], source: Source, notes: list[str], unread: list[str]
 ) -> tuple[dict[str, names.Tensors], dict[str, str], tuple[float, ...]]:
     """Sets by our names, what the file calls them, and the decays of the EMAs in order."""
     raw = sorted((f for f in found if not f.is_ema), key=lambda f: not re.match(r"(model|net|state_dict)?($|\.)", f.origin))
-    emas = sorted((f for f in found if f.is_ema), key=lambda f: names.order_in(f.origin) or 0)
+    ours = source.metadata.get("sets") or []  # of a file that we wrote, which lists names by the alphabet
+
+    def order(ema: names.Found) -> tuple[int, int]:
+        decay = str(names.decay_in(ema.origin))
+        return names.order_in(ema.origin) or 0, ours.index(decay) if decay in ours else 0
+
+    emas = sorted((f for f in found if f.is_ema), key=order)
     if raw[1:]:
         others = ", ".join(f.origin for f in raw[1:])
         notes.append(f"the file has several models: {raw[0].origin or 'the one without a prefix'} is read, not {others}")
@@ -376,7 +257,6 @@ def _name_sets(
     sets, origins, decays = {}, {}, []
     if raw:
         sets["model"], origins["model"] = raw[0].tensors, raw[0].origin
-    saved_decays = source.metadata.get("facts", {}).get("ema_decays") or []
     for ema in emas:
         if ema.listed is not None:
             reference = next((f.tensors for f in [*raw, *emas] if f.tensors), {})
@@ -384,25 +264,29 @@ def _name_sets(
             listed = names.name_list(ema.listed, reference, shapes)
             if listed is None:
                 notes.append(f"left out: {ema.origin}, a list of {len(ema.listed)} tensors that does not fit the model")
+                unread.append(ema.origin)
                 continue
             ema.tensors = listed
             notes.append(f"{ema.origin} is a list: its tensors were named in the order of the model's parameters")
         number = len(decays) + 1
         decay = names.decay_in(ema.origin) or ema.decay or _decay_of(args, number, len(emas))
-        if decay is None and number <= len(saved_decays):
-            decay = float(saved_decays[number - 1])
         if decay is None and number <= len(DEFAULT_DECAYS):
             decay = DEFAULT_DECAYS[number - 1]
             if args or ema.origin.split(".")[0] not in official.SETS:
                 notes.append(f"the file does not give the decay of {ema.origin}: {decay} is assumed, the official default")
         if decay is None or decay in decays:
             notes.append(f"left out: {ema.origin}, an EMA of unknown or repeated decay")
+            unread.append(ema.origin)
             continue
         name = f"model_ema{number}"
         sets[name], origins[name] = ema.tensors, ema.origin
         decays.append(decay)
     if source.config.get("format") != "jitjax":
         notes += [f"{name} is what the file calls {origin}" for name, origin in origins.items() if origin not in ("", name)]
+    constant = next((t[official.POSITIONS] for t in sets.values() if official.POSITIONS in t), None)
+    for tensors in sets.values():
+        if constant is not None:
+            tensors.setdefault(official.POSITIONS, constant)
     return sets, origins, tuple(decays)
 
 
@@ -459,7 +343,7 @@ def _compare(geometry: Geometry, known: Mapping, args: Mapping, path: Path, note
             notes.append(f"args say {key}={args[key]}, the tensors {actual[ours]}: the tensors' is used")
 
 
-def _facts(source: _Source, args: Any, config: Mapping, geometry: Geometry, notes: list[str]) -> dict[str, Any]:
+def _facts(source: Source, args: Any, config: Mapping, geometry: Geometry, notes: list[str]) -> dict[str, Any]:
     """prediction, noise_scale, t_eps and class_names where the file gives them."""
     facts: dict[str, Any] = {name: config[name] for name in FACTS if name in config}
     if args and {"P_mean", "noise_scale"} & set(args):
@@ -542,9 +426,10 @@ def write_safetensors(path: Any, params: Mapping[str, Any], geometry: Geometry, 
     _save(path, official.to_state_dict(params, geometry), geometry, facts or {})
 
 
-def _save(path: Any, tensors: Mapping[str, np.ndarray], geometry: Geometry, facts: Mapping[str, Any]) -> None:
+def _save(path: Any, tensors: Mapping[str, np.ndarray], geometry: Geometry, facts: Mapping[str, Any], **more: Any) -> None:
     path = Path(path).expanduser()
-    metadata = {"format": "pt", "geometry": json.dumps(dataclasses.asdict(geometry)), "facts": json.dumps(dict(facts))}
+    described = {"geometry": dataclasses.asdict(geometry), "facts": dict(facts), **more}
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in described.items()}}
     partial = path.with_name(path.name + ".partial")
     try:
         safetensors.numpy.save_file(dict(tensors), partial, metadata)
@@ -581,4 +466,4 @@ def write_folder(
         (folder / "config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    _save(folder / "model.safetensors", tensors, geometry, facts)
+    _save(folder / "model.safetensors", tensors, geometry, facts, sets=list(sets))

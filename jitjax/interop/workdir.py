@@ -20,8 +20,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from jitjax import checkpoint, step
-from jitjax.config import default_config, from_dict, to_dict
+from jitjax import checkpoint, settings, step
+from jitjax.config import default_config
 from jitjax.errors import UserError
 from jitjax.interop import adamw, official
 from jitjax.interop.pth import write_pth
@@ -49,7 +49,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
       UserError: nothing complete there, or no such set in it.
     """
     saved = checkpoint.load_weights(path)
-    config = from_dict(saved.meta.get("config", {}))
+    config = settings.from_mapping(saved.meta.get("config", {}), ignore_unknown=True)
     decays = [d for d in map(str, config.optim.ema_decays) if d in saved.ema]  # the configured order is ema1, ema2
     decays += [d for d in sorted(saved.ema) if d not in decays]
     trees = {"model": saved.params, **{f"model_ema{i}": saved.ema[d] for i, d in enumerate(decays, 1)}}
@@ -59,8 +59,9 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         sets={},
         decays=tuple(map(float, decays)),
         prediction=config.prediction,
-        noise_scale=float(config.diffusion.noise_scale),
-        t_eps=float(config.diffusion.t_eps),
+        noise_scale=config.diffusion.noise_scale,
+        t_eps=config.diffusion.t_eps,
+        sample_t_eps=config.preview.t_eps,
         class_names=tuple(saved.meta["class_names"]) if saved.meta.get("class_names") else None,
         step=saved.step,
         args=imported.get("args"),
@@ -97,7 +98,7 @@ def _finished_epochs(meta: Mapping[str, Any], step_number: int, notes: list[str]
 def _saved_moments(path: Path, geometry: Geometry, config: Any) -> dict[str, dict[str, np.ndarray]] | None:
     """AdamW's moments in a jitjax checkpoint; None where no step was made. Reads only, so the run may be alive."""
     workdir, number = checkpoint.find(path)
-    init = functools.partial(step.init_state, geometry, config)
+    init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
     state = jax.eval_shape(init, jax.random.key(0))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
@@ -135,11 +136,11 @@ def write_run(workdir: Path, weights: Weights) -> None:
     if not ema:
         ema = {str(config.optim.ema_decays[0]): params}
         weights.notes.append("the file has one set of weights: its EMA starts as a copy of it")
-    state = step.fresh_state(params, ema, config)
+    state = step.fresh_state(params, ema, config.optim, config.dtype)
     if weights.moments:
         count = jnp.int32(weights.step)
         trees = {name: {k: jnp.asarray(v) for k, v in tree.items()} for name, tree in weights.moments.items()}
-        opt_state = optax.tree_utils.tree_set(make_optimizer(config).init(params), count=count, **trees)
+        opt_state = optax.tree_utils.tree_set(make_optimizer(config.optim).init(params), count=count, **trees)
         state = dataclasses.replace(state, step=count, opt_state=opt_state)
     else:
         weights.notes.append(f"no optimizer state: start from it with --config.init_from={workdir}")
@@ -151,7 +152,7 @@ def write_run(workdir: Path, weights: Weights) -> None:
         "pos_embed": {name: _pack(positions) for name, positions in weights.positions.items()},
     }
     more = {"class_names": list(weights.class_names)} if weights.class_names else {}
-    meta = checkpoint.describe(weights.geometry, ema, config=to_dict(config), official=imported, **more)
+    meta = checkpoint.describe(weights.geometry, ema, config=settings.to_dict(config), official=imported, **more)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -161,8 +162,8 @@ def write_run(workdir: Path, weights: Weights) -> None:
     saved.close()
 
 
-def config_of(weights: Weights) -> Any:
-    """Our configuration of the run that the file describes, as far as it does."""
+def config_of(weights: Weights) -> settings.Settings:
+    """The settings of the run that the file describes, as far as it does."""
     config, g, args = default_config(), weights.geometry, weights.args or {}
     size = next((n for n, s in SIZES.items() if (s["depth"], s["width"]) == (g.depth, g.width)), "B")
     config.model.name = f"JiT-{size}/{g.patch_size}"
@@ -189,7 +190,7 @@ def config_of(weights: Weights) -> Any:
     config.diffusion.noise_scale = noise_scale
     if weights.prediction is None:
         weights.notes.append("the file does not say what the network predicts: x is assumed, as in the published models")
-    return config
+    return settings.from_mapping(config)
 
 
 def _set(config: Any, dotted: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from jitjax.monitor.images import draw_grid, save_animation, save_grid, save_strip
 from jitjax.monitor.late import LateLog, StopWhenNonFinite
 from jitjax.monitor.monitor import Monitor
+from jitjax.monitor.status import print_status
 from jitjax.monitor.throughput import Throughput
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "StopWhenNonFinite",
     "Throughput",
     "draw_grid",
+    "print_status",
     "save_animation",
     "save_grid",
     "save_strip",

@@ -29,10 +29,10 @@ def save_grid(
 ) -> Path:
     """Writes images side by side, row by row, as PNG. A reader never sees half a file.
 
-    Captions that fit stand above their images. Otherwise each distinct caption gets a number, which stands above its
-    images, and a legend below the grid says what the numbers mean. A name for which this machine has no font, or that is
-    too long, is written to a text file beside the picture (`NAME.txt` for `NAME.png`: number, tab, name), and the legend
-    says so.
+    Captions that fit stand above their images, or once above each column that has a single one. Otherwise each distinct
+    caption gets a number, which stands there instead, and a legend below the grid says what the numbers mean. A name for
+    which this machine has no font, or that is too long, is written to a text file beside the picture (`NAME.txt` for
+    `NAME.png`: number, tab, name), and the legend says so.
 
     Args:
       path: the PNG file; its folder is made when absent.
@@ -127,9 +127,11 @@ def draw_grid(
             header = [str(numbers[text]) for text in header]
     # An image narrower than the number above it stands in the middle of a wider cell.
     cell_width = max([width, *map(_width, header)]) + SEPARATOR
-    top = LINE if header else 0
-    cell_height = top + height + SEPARATOR
-    grid_width, grid_height = columns * cell_width - SEPARATOR, rows * cell_height - SEPARATOR
+    # One header is enough where each column has one caption.
+    headers = 0 if not header else 1 if all(text == header[i % columns] for i, text in enumerate(header)) else rows
+    cell_height = height + SEPARATOR
+    tops = [min(row + 1, headers) * LINE + row * cell_height for row in range(rows)]  # of the images
+    grid_width, grid_height = columns * cell_width - SEPARATOR, tops[-1] + height
     entry_width = max(map(_width, legend), default=0) + GAP
     sheet_width = max(grid_width, entry_width - GAP)
     legend_columns = max((sheet_width + GAP) // entry_width, 1) if legend else 1
@@ -137,10 +139,11 @@ def draw_grid(
     sheet = Image.new("RGB", (sheet_width, grid_height + legend_rows * LINE + (SEPARATOR if legend else 0)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = i % columns * cell_width, i // columns * cell_height
-        if header:
-            draw.text((x, y + BASELINE), header[i], fill=INK, font=_font(header[i]), anchor="ls")
-        sheet.paste(Image.fromarray(image), (x + (cell_width - SEPARATOR - width) // 2, y + top))
+        row, column = divmod(i, columns)
+        x, y = column * cell_width, tops[row]
+        if row < headers:
+            draw.text((x, y - LINE + BASELINE), header[i], fill=INK, font=_font(header[i]), anchor="ls")
+        sheet.paste(Image.fromarray(image), (x + (cell_width - SEPARATOR - width) // 2, y))
     for i, entry in enumerate(legend):  # read downwards, column by column
         column, row = divmod(i, legend_rows)
         at = column * entry_width, grid_height + SEPARATOR + row * LINE + BASELINE

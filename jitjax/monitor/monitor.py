@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jitjax.errors import UserError
-from jitjax.monitor.console import Console, duration
+from jitjax.monitor.console import Console
 from jitjax.monitor.metrics import MetricsFile
 from jitjax.monitor.tensorboard import TensorBoardRun
+from jitjax.monitor.view import duration
 from jitjax.monitor.wandb_run import SCORE_STEP, WandbRun
 
 

@@ -74,6 +74,8 @@ class WandbRun:
         self._run: Any = None
         if mode == "online" and os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
             mode = "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
+        if mode == "online":
+            report("connecting to W&B ...")
         options = dict(project=project, name=name, group=group, tags=list(tags) or None, config=dict(config))
         try:
             self._run_id = _run_id(self._workdir / RUN_ID_FILE)
@@ -168,7 +170,7 @@ class WandbRun:
             try:
                 return self._init("online", options), "online"
             except Exception as error:
-                self._report(f"W&B cannot be reached, going on offline ({_one_line(error)})")
+                self._report(f"W&B cannot be used online, going on offline ({_one_line(error)})")
                 with _deadline(self._answer_timeout):
                     _teardown(1)  # W&B's process still holds the run id and would refuse it
             mode = "offline"
@@ -178,6 +180,7 @@ class WandbRun:
         import wandb
 
         with _deadline(self._init_timeout + self._answer_timeout):
+            wandb.setup(wandb.Settings(silent=True))  # login prints otherwise
             # Never ask for a key: nobody may be sitting there, and the question would tear the live view.
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 raise RuntimeError("no API key: run `wandb login`, or set --config.wandb.mode=offline")
