@@ -159,7 +159,7 @@ class Anomalies:
             return
         file = self._workdir / FILE
         try:
-            temporary = file.with_suffix(".tmp")
+            temporary = file.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(dataclasses.asdict(self.skipped)) + "\n")
             os.replace(temporary, file)
         except OSError:  # the checkpoint will report the disk

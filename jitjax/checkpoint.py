@@ -20,6 +20,7 @@ fails, and it removes old steps by number, whatever state the newer ones are in.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -216,7 +217,8 @@ class Checkpoints:
 
         def allocate() -> None:
             sizes = [(leaf.shape, leaf.dtype, _one_replica(leaf.sharding)) for leaf in jax.tree.leaves(like)]
-            jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
+            with contextlib.suppress(Exception):  # the first save will say it
+                jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
 
         threading.Thread(target=allocate, name="checkpoint_reserve", daemon=True).start()
 
@@ -260,8 +262,13 @@ class Checkpoints:
         if _any_process(problem is not None):
             self._failed(step, UserError(problem or "process 0 cannot write"))
             return
-        alone = jax.process_count() == 1
-        copy = _to_host(state) if alone else state
+        copy, alone = state, jax.process_count() == 1
+        if alone:
+            try:
+                copy = _to_host(state)
+            except Exception as error:  # no room for it in page-locked memory: Orbax copies, and training waits
+                _log.warning("no copy of the state fits into page-locked host memory (%s): this save is slower", _reason(error))
+                alone = False
         args = dict(
             params=ocp.args.StandardSave(copy.params),
             ema=ocp.args.StandardSave(copy.ema),

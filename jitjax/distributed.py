@@ -26,6 +26,8 @@ START_SECONDS = 45.0  # to find each other
 SILENCE_SECONDS = 30.0  # without a word from a process after which it is given up
 _BEAT_SECONDS = 2.0
 _JAX_START_SECONDS = 60
+_REASON_SECONDS = 3.0
+_LAST_WORD_SECONDS = 0.2  # so that the others read it before this process's end tells them something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,11 +206,19 @@ class Peers:
             return self._results.pop(number, value)
 
     def failed(self, message: str) -> None:
-        """Tell the others that this process ends because of `message` (one line). They end as well."""
-        line = f"process {self.rank} stopped: {' '.join(message.split())[:300]}"
+        """Tell the others that this process ends because of `message` (one line). They end as well.
+
+        A collective fails where another process died: for a moment this one waits for the better reason, with which it ends.
+        """
+        if self.count == 1:
+            return
+        if self._closed.wait(_REASON_SECONDS):
+            time.sleep(_REASON_SECONDS)  # it is being said
         self._closed.set()
+        line = f"process {self.rank} stopped: {' '.join(message.split())[:300]}"
         for other in self._links:
             self._send(other, {"gone": line})
+        time.sleep(_LAST_WORD_SECONDS)
 
     def close(self, seconds: float = 60.0) -> None:
         """This process has done its work; waits until all have, at most `seconds`."""
@@ -248,7 +258,7 @@ class Peers:
         except (OSError, ValueError) as error:
             reason = str(error) or reason
         if other not in self._done and not self._closed.is_set():
-            time.sleep(0.2)  # a last word may be under way by another thread
+            time.sleep(_LAST_WORD_SECONDS)  # process 0 may be telling of an earlier death
             if not self._closed.is_set():
                 self._gone(f"process {other} died ({reason}; last: {self._known[other]})")
 
@@ -288,7 +298,7 @@ class Peers:
         self._closed.set()
         for other in self._links:
             self._send(other, {"gone": line})
-        time.sleep(0.2)  # the others read it before this process's end tells them something else
+        time.sleep(_LAST_WORD_SECONDS)
         self._leave(signals.NOT_SAVED, f"{line}; the run stops, the same command continues it from the last checkpoint")
 
 

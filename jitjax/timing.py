@@ -88,7 +88,7 @@ class TimeAccount:
             return
         content = {"starts": self.starts, "step": self._step, "unsaved": self._unsaved, "seconds": self.seconds}
         with contextlib.suppress(OSError):
-            temporary = self._file.with_suffix(".tmp")
+            temporary = self._file.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n")
             os.replace(temporary, self._file)
 

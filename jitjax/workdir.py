@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, its configuration, what it says about itself. Nothing here deletes anything."""
+"""The folder of one run: its lock, its configuration, what it says about itself. Nothing of a run is deleted here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jitjax import leftovers, paths
 from jitjax.errors import UserError
 from jitjax.settings import Settings, differing_fields, to_dict
 
@@ -24,12 +25,13 @@ class Workdir:
     """An open workdir: locked against a second live run, and known to hold this configuration or none yet."""
 
     def __init__(self, path: str | Path, *, is_main: bool = True):
-        """Creates the folder and takes its lock (which the system lets go of when the process ends, however it ends).
+        """Creates the folder, takes its lock (which the system releases when the process ends, however it ends) and removes
+        what a killed run left half written.
 
         Raises:
-          UserError: no permission, no space, not a folder, or in use by a live run.
+          UserError: no permission, no space, not a local folder, inside a checkpoint, or in use by a live run.
         """
-        self.path, self.is_main = Path(path).expanduser().absolute(), is_main
+        self.path, self.is_main = paths.workdir(path), is_main
         self._lock = None
         if not is_main:
             return
@@ -41,6 +43,8 @@ class Workdir:
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._lock.flush()
+            leftovers.remove_partial(self.path)
+            leftovers.remove_segments()
         except BlockingIOError as error:
             self._lock.seek(0)
             raise UserError(
