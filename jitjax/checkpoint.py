@@ -679,17 +679,13 @@ def find(path: str | Path) -> tuple[Path, int]:
     Raises:
       UserError: there is no whole checkpoint, or the one that `path` names is not.
     """
-    path = Path(path).expanduser().absolute()
+    path, workdir = Path(path).expanduser().absolute(), workdir_of(path)
     if path.name == BEST:
-        workdir = path.parent.parent if path.parent.name == DIRECTORY else path.parent
         best = read_best(workdir)
         if best is None:
             raise UserError(f"{path}: no checkpoint of this run was scored, so none is the best (--config.eval.every_epochs)")
         path = workdir / DIRECTORY / str(best["step"])
-    if path.name.isdecimal() and path.parent.name == DIRECTORY:
-        workdir, step = path.parent.parent, int(path.name)
-    else:
-        workdir, step = path.parent if path.name == DIRECTORY else path, None
+    step = int(path.name) if path.name.isdecimal() and path.parent.name == DIRECTORY else None
     folder = workdir / DIRECTORY
     steps = steps_in(folder)
     if not steps or (step is not None and step not in steps):
@@ -707,6 +703,14 @@ def find(path: str | Path) -> tuple[Path, int]:
             )
         _skipped(folder / str(candidate), reason)
     raise UserError(f"none of the checkpoints in {folder} ({', '.join(map(str, steps))}) is whole: restore one from a copy")
+
+
+def workdir_of(path: str | Path) -> Path:
+    """The workdir that a path to it, to its folder of checkpoints, to one of them or to `best` lies in."""
+    path = Path(path).expanduser().absolute()
+    if path.parent.name == DIRECTORY and (path.name.isdecimal() or path.name == BEST):
+        return path.parent.parent
+    return path.parent if path.name in (DIRECTORY, BEST) else path
 
 
 def read_best(workdir: Path) -> dict[str, Any] | None:
@@ -763,14 +767,15 @@ def load_model(path: str | Path, which: str = "") -> jit_model.JiT:
     return jit_model.merge(jit_model.graphdef_of(weights.geometry), choices[which])
 
 
-def check_fits(meta: Mapping[str, Any], geometry: jit_model.Geometry, decays: Iterable[float], workdir: Path) -> None:
+def check_fits(meta: Mapping[str, Any], geometry: jit_model.Geometry, names: Iterable[str], workdir: Path) -> None:
     """Raises:
     UserError: the checkpoint's model has other shapes than `geometry`, or other EMAs; names what differs.
     """
     wanted = dataclasses.asdict(geometry)
     differing = [f"{k}: {v} -> {wanted[k]}" for k, v in meta["geometry"].items() if "dropout" not in k and v != wanted[k]]
-    if sorted(meta["ema_decays"]) != sorted(map(str, decays)):
-        differing.append(f"optim.ema_decays: ({','.join(meta['ema_decays'])}) -> ({','.join(map(str, decays))})")
+    names = tuple(names)
+    if sorted(meta["ema_decays"]) != sorted(names):
+        differing.append(f"optim.ema_decays: ({','.join(meta['ema_decays'])}) -> ({','.join(names)})")
     if differing:
         raise UserError(
             f"--workdir={workdir} holds checkpoints of another model ({'; '.join(differing)}): set these fields to the "

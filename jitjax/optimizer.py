@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jitjax.ema import POWER, power_ema_rate
 from jitjax.plan import Plan
 from jitjax.settings import Optimizer
 
@@ -56,10 +57,23 @@ def make_optimizer(optim: Optimizer) -> optax.GradientTransformation:
     return optax.adamw(1.0, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
 
 
-def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:
-    """ema = decay * ema + (1 - decay) * params for every decay (the dictionary's keys). No bias correction."""
+def ema_names(optim: Optimizer) -> tuple[str, ...]:
+    """Names of the EMAs of a run: fixed decays by their decay, e.g. "0.9999", power functions as "power:0.05"."""
+    return (*map(str, optim.ema_decays), *(f"{POWER}{sigma_rel:g}" for sigma_rel in optim.power_emas))
 
-    def moved(ema, value, decay):
-        return ema + (1 - decay) * (value - ema)
 
-    return {decay: {name: moved(tree[name], params[name], float(decay)) for name in tree} for decay, tree in ema.items()}
+def update_ema(ema: dict[str, Params], params: Params, step: jax.Array) -> dict[str, Params]:
+    """ema + rate * (params - ema) for every EMA, by its name: rate 1 - decay, without bias correction, as published, or that
+    of a power function (`jitjax.ema`).
+
+    Args:
+      step: the optimizer step that made `params`, from 1.
+    """
+
+    def rate(name):
+        return power_ema_rate(step, float(name.removeprefix(POWER))) if name.startswith(POWER) else 1 - float(name)
+
+    def moved(ema, value, rate):
+        return ema + rate * (value - ema)
+
+    return {name: {key: moved(tree[key], params[key], rate(name)) for key in tree} for name, tree in ema.items()}

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jitjax import diffusion, kernels, sampling, settings, sharding
+from jitjax import diffusion, ema, kernels, sampling, settings, sharding
 from jitjax import model as jit_model
 from jitjax.diffusion import Diffusion
 from jitjax.errors import UserError
@@ -141,6 +141,7 @@ class Pipeline:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what was guessed or left out while loading
     step: int | None = None  # optimizer steps behind the weights, where known
+    snapshots: Path | None = None  # folder of the run's EMA snapshots
 
     def __post_init__(self):
         if self.class_names and len(self.class_names) != self.geometry.num_classes:
@@ -159,12 +160,23 @@ class Pipeline:
 
     def using(self, which: str | None) -> Pipeline:
         """The same pipeline with another set of weights in use: "model" (or "params"), an EMA's decay, "model_ema1" or
-        "model_ema2" (first and second EMA); None: the EMA that is first.
+        "model_ema2" (first and second EMA); None: the EMA that is first. "power:0.07" is rebuilt from the run's snapshots.
 
         Raises:
           UserError: there is no such set; the line names those that are there.
         """
+        if str(which).startswith(ema.POWER) and which not in self.weights and self.snapshots:
+            return self._rebuilt(str(which))
         return dataclasses.replace(self, which=choose(self.weights, which))
+
+    def _rebuilt(self, which: str) -> Pipeline:
+        try:
+            target = ema.Target(self.step, sigma_rel=float(which.removeprefix(ema.POWER)))
+        except ValueError:
+            raise UserError(f"EMA {which!r}: give a number after {ema.POWER}, e.g. {ema.POWER}0.07") from None
+        params, found = ema.reconstruct(ema.find_snapshots(self.snapshots), target)
+        note = f"EMA {which} rebuilt from snapshots in {self.snapshots}: its profile is {found.residual:.1%} off"
+        return dataclasses.replace(self, weights=self.weights | {which: params}, which=which, notes=(*self.notes, note))
 
     def model(self) -> jit_model.JiT:
         """The network as an `nnx` module: `model(z, t, y)` with NHWC floats, t in [0, 1], y up to num_classes (= null)."""
@@ -298,7 +310,8 @@ class Pipeline:
     # ------------------------------------------------------------ storage
 
     def save(self, folder: str | Path) -> Path:
-        """Write `model.safetensors` (all sets of weights) and `config.json`, which `jitjax.load` reads.
+        """Write `model.safetensors` (all sets of weights) and `config.json`, which `jitjax.load` reads. Power-function EMAs
+        are left out, unless one is in use: then it is the only set, as "model".
 
         Raises:
           UserError: the folder cannot be written.
@@ -306,7 +319,9 @@ class Pipeline:
         from jitjax.interop.weights import write_folder
 
         facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
-        write_folder(folder, {name: jax.device_get(params) for name, params in self.weights.items()}, self.geometry, facts)
+        sets = {name: params for name, params in self.weights.items() if not name.startswith(ema.POWER)}
+        sets = {RAW: self.params} if self.which.startswith(ema.POWER) else sets
+        write_folder(folder, jax.device_get(sets), self.geometry, facts)
         return Path(folder)
 
 
@@ -358,8 +373,8 @@ def _whole(name: str, value: Any, low: int) -> int:
 
 
 def load(path: str | Path, which: str | None = None) -> Pipeline:
-    """A pipeline from a workdir (its newest checkpoint), one checkpoint or `runs/a/checkpoints/best`, an exported folder, an official .pth or a
-    .safetensors file.
+    """A pipeline from a workdir (its newest checkpoint), one checkpoint or `runs/a/checkpoints/best`, an exported folder, an
+    official .pth or a .safetensors file.
 
     Args:
       which: the set of weights to use; default the first EMA, see `Pipeline.using`.
@@ -372,12 +387,10 @@ def load(path: str | Path, which: str | None = None) -> Pipeline:
     from jitjax.interop import weights as weight_files
 
     path = Path(path).expanduser()
-    if path.name == checkpoint.BEST and not path.exists():
-        return from_checkpoint(checkpoint.load_weights(path)).using(which)
-    if not path.exists():
+    if not path.exists() and path.name != checkpoint.BEST:
         raise UserError(f"{path}: no such file or folder; give a workdir, a checkpoint, an exported folder or a weights file")
-    if path.is_dir() and sources.is_workdir(path):
-        pipe = from_checkpoint(checkpoint.load_weights(path))
+    if path.name == checkpoint.BEST or (path.is_dir() and sources.is_workdir(path)):
+        pipe = from_checkpoint(checkpoint.load_weights(path), checkpoint.workdir_of(path))
     else:
         pipe = from_weights(weight_files.read_weights(path))
     return pipe.using(which)
@@ -406,7 +419,7 @@ def from_weights(found: Any) -> Pipeline:
     )
 
 
-def from_checkpoint(saved: Any) -> Pipeline:
+def from_checkpoint(saved: Any, workdir: Path | None = None) -> Pipeline:
     """A pipeline from `checkpoint.load_weights`. EMAs come in the order of the run's configuration."""
     meta, config = saved.meta, saved.meta.get("config") or {}
     order = [str(decay) for decay in (config.get("optim") or {}).get("ema_decays") or ()]
@@ -418,6 +431,7 @@ def from_checkpoint(saved: Any) -> Pipeline:
         which=emas[0] if emas else RAW,
         class_names=_names(meta.get("class_names"), saved.geometry.num_classes),
         step=saved.step,
+        snapshots=workdir / ema.FOLDER if workdir is not None and (workdir / ema.FOLDER).is_dir() else None,
     )
 
 

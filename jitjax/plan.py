@@ -21,6 +21,7 @@ class Plan:
     checkpoint_steps: int | None
     preview_steps: int | None
     eval_steps: int | None
+    snapshot_steps: int | None  # of power-function EMAs
 
 
 def make_plan(settings: Settings, *, images: int, tokens_per_image: int, devices: int) -> Plan:
@@ -59,15 +60,17 @@ def make_plan(settings: Settings, *, images: int, tokens_per_image: int, devices
         return every_steps or (max(1, round(every_epochs * per_epoch)) if every_epochs else None)
 
     optim = settings.optim
+    whole_steps = max(1, math.ceil(total_steps - 1e-9))
     return Plan(
         global_batch=global_batch,
         steps_per_epoch=per_epoch,
-        total_steps=max(1, math.ceil(total_steps - 1e-9)),
+        total_steps=whole_steps,
         warmup_steps=optim.warmup_epochs * per_epoch if optim.warmup_steps is None else optim.warmup_steps,
         peak_lr=optim.lr if optim.lr is not None else optim.blr * global_batch / 256,
         checkpoint_steps=steps(settings.checkpoint.every_steps, settings.checkpoint.every_epochs),
         preview_steps=steps(settings.preview.every_steps, settings.preview.every_epochs),
         eval_steps=steps(settings.eval.every_steps, settings.eval.every_epochs),
+        snapshot_steps=(settings.checkpoint.ema_every_steps or max(1, whole_steps // 32)) if optim.power_emas else None,
     )
 
 

@@ -122,6 +122,8 @@ class Optimizer:
     eps: float = setting(1e-8, "AdamW's epsilon.", high=1, **POSITIVE)
     clip_norm: float = setting(0.0, "Clip the gradient's global norm; 0: no clipping.", low=0, high=1e9)
     ema_decays: tuple[float, ...] = setting((0.9999, 0.9996), "Decays of the EMAs of the weights.", low=0, high=1)
+    power_emas: tuple[float, ...] = setting((), "Power-function EMAs by sigma_rel, e.g. (0.05,0.1), for any EMA length after training.",
+                                            low=0, high=0.288, open_low=True)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Checkpoint:
     every_minutes: float | None = free(15.0, "Save after so much time; unset: never by time.", high=1e7, **POSITIVE)
     keep_last: int = free(3, "Newest checkpoints that are retained.", low=1, high=10**6)
     keep_every: int | None = free(None, "Checkpoints at multiples of this step are retained for good.", **STEPS)
+    ema_every_steps: int | None = free(None, "Snapshots of optim.power_emas; unset: 32 over the run.", **STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +304,7 @@ class Field:
             return None
         if self.type is tuple:
             items = value if isinstance(value, tuple | list) else (value,)
-            if self.rule.length not in (None, len(items)) or not items:
+            if self.rule.length not in (None, len(items)) or (not items and self.default):
                 self._refuse(shown, flag)
             return tuple(self._number(item, float, shown, flag) for item in items)
         if self.type in (int, float):

@@ -75,6 +75,15 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def replicated(tree: Any) -> Any:
+    """Whole arrays on the host of every process. All processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 # ---------------------------------------------------------------- collectives, for use inside shard_map
 
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jitjax import diffusion, kernels, sharding
 from jitjax import model as jit_model
-from jitjax.optimizer import make_optimizer, update_ema
+from jitjax.optimizer import ema_names, make_optimizer, update_ema
 from jitjax.settings import Diffusion, Optimizer
 
 Params = dict[str, jax.Array]
@@ -38,7 +38,7 @@ class TrainState:
     step: jax.Array  # optimizer steps done, int32
     params: Params
     opt_state: Any
-    ema: dict[str, Params]  # by decay, e.g. "0.9999"
+    ema: dict[str, Params]  # by name, e.g. "0.9999" or "power:0.05"
     loss_scale: dict[str, jax.Array]  # float16: "scale" and "finite_steps" since it last changed
 
 
@@ -49,7 +49,7 @@ def init_state(geometry: jit_model.Geometry, optim: Optimizer, dtype: str, key: 
       dtype: compute type; float16 starts with a loss scale.
     """
     params = jit_model.init_fn(geometry)(key)
-    return fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in optim.ema_decays}, optim, dtype)
+    return fresh_state(params, {name: jax.tree.map(jnp.copy, params) for name in ema_names(optim)}, optim, dtype)
 
 
 def fresh_state(params: Params, ema: dict[str, Params], optim: Optimizer, dtype: str) -> TrainState:
@@ -217,7 +217,7 @@ def make_train_step(
         rate = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
-        ema = update_ema(state.ema, new_params)
+        ema = update_ema(state.ema, new_params, state.step + 1)
         new_params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(usable, new, old),
             (new_params, opt_state, ema),

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jitjax import checkpoint, data, diffusion, flops, kernels, model, pipeline, runtime, sharding, step, transfer
+from jitjax import checkpoint, data, diffusion, ema, flops, kernels, model, pipeline, runtime, sharding, step, transfer
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
 from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
-from jitjax.optimizer import make_schedule
+from jitjax.optimizer import ema_names, make_schedule
 from jitjax.plan import Plan, make_plan, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
@@ -116,7 +116,7 @@ def build(
     def check_saved(meta: dict[str, Any]) -> None:
         if meta.get("data"):  # a checkpoint imported from elsewhere has seen none of ours
             data.check_fingerprint(meta["data"], dataset, allow_changed=settings.data.allow_changed)
-        checkpoint.check_fits(meta, geometry, settings.optim.ema_decays, folder.path)
+        checkpoint.check_fits(meta, geometry, ema_names(settings.optim), folder.path)
 
     start = 0
     if (resumed := saved.resume(like, check_saved)) is not None:
@@ -318,13 +318,16 @@ def loop(run: Run, stop: StopRequest) -> int:
         show = run.preview is not None and (done == plan.total_steps or done % plan.preview_steps == 0)
         timely = bool(every_minutes) and at_log and agree(time.monotonic() - last_save >= 60 * every_minutes)
         regular = bool(plan.checkpoint_steps) and done % plan.checkpoint_steps == 0
+        snapshot = bool(plan.snapshot_steps) and (done == plan.total_steps or done % plan.snapshot_steps == 0)
         score = run.evaluation is not None and (done == plan.total_steps or done % plan.eval_steps == 0)
-        if show or timely or regular or score:
+        if show or timely or regular or score or snapshot:
             log.flush()
             pause = time.perf_counter()
             if show:
                 path = run.preview(state.ema[run.preview_ema], run.folder.path / "samples" / f"step_{done:08d}.png")
                 monitor.image(done, "samples", path)
+            if snapshot:
+                save_snapshots(run, state, done)
             scores, best = (evaluate(run, state, done) if score else None), None
             if scores:
                 best = run.evaluation.best(scores, run.checkpoints.best())
@@ -345,6 +348,15 @@ def loop(run: Run, stop: StopRequest) -> int:
         monitor.note(f"stopped by {signal.Signals(stop.signal).name} at step {done:,}; the same command continues from there")
         return 128 + stop.signal
     return 0
+
+
+def save_snapshots(run: Run, state: step.TrainState, done: int) -> None:
+    """The power-function EMAs as small files, from which `jitjax.ema` rebuilds an EMA of any length."""
+    for name in state.ema:
+        if name.startswith(ema.POWER):
+            whole = sharding.replicated(state.ema[name])
+            if jax.process_index() == 0:
+                ema.write_snapshot(run.folder.path / ema.FOLDER, done, float(name.removeprefix(ema.POWER)), whole)
 
 
 def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:

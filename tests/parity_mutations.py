@@ -121,11 +121,13 @@ MUTATIONS = [
     Mutation(
         "EMA before the step",
         "step:make_train_step",
-        "update_ema(state.ema, new_params)",
-        "update_ema(state.ema, state.params)",
+        "update_ema(state.ema, new_params, state.step + 1)",
+        "update_ema(state.ema, state.params, state.step + 1)",
         "step",
     ),
-    Mutation("EMA with decay and 1 - decay swapped", "optimizer:update_ema", "(1 - decay) * (value", "decay * (value", "step"),
+    Mutation(
+        "EMA with decay and 1 - decay swapped", "optimizer:update_ema", "else 1 - float(name)", "else float(name)", "step"
+    ),
     Mutation(
         "learning rate one step early", "step:make_train_step", "schedule(state.step)", "schedule(state.step + 1)", "step"
     ),

@@ -119,7 +119,7 @@ def make_sampler(setup: common.Setup, way: str) -> Sampler:
     )
 
 
-def published(network, noise, labels, *, null_label, steps, method, cfg_scale, interval, t_eps, prediction) -> jax.Array:
+def published(network, noise, labels, *, null_label, steps, method, cfg_scale, interval, t_eps, prediction, grid) -> jax.Array:
     """`sampling.sample_fn` as the published sampler computes it: two passes always, and outside the interval the scale is 1."""
 
     def velocity(z, t, _):
@@ -131,7 +131,7 @@ def published(network, noise, labels, *, null_label, steps, method, cfg_scale, i
         v, v_null = forward(labels), forward(jnp.full_like(labels, null_label))
         return v_null + jnp.where(sampling.guided(t, interval), cfg_scale, 1.0) * (v - v_null)
 
-    return sampling.integrate(velocity, noise, steps=steps, method=method, interval=interval)
+    return sampling.integrate(velocity, noise, steps=steps, method=method, interval=interval, grid=grid, t_eps=t_eps)
 
 
 def scale_of(config: Settings, way: str) -> float:
@@ -142,7 +142,7 @@ def scale_of(config: Settings, way: str) -> float:
 def network_passes(config: Settings, way: str) -> int:
     """Forward passes of the network for one image."""
     p = config.preview
-    on = sampling.guided(sampling.time_grid(p.steps), tuple(p.interval)) & (scale_of(config, way) != 1.0)
+    on = sampling.guided(sampling.time_grid(p.steps, p.grid), tuple(p.interval)) & (scale_of(config, way) != 1.0)
     each = 1 + (on | (way == "published")).astype(int)
     second = each[1:-1].sum() if p.method == "heun" else 0  # Heun's second evaluation; its last step is Euler's
     return int(each[:-1].sum() + second)

@@ -37,7 +37,7 @@ def add_extractor(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that scores."""
     parser.add_argument("--reference", metavar="PATH", help="folder, prepared set, .npz of images, or file of statistics")
     parser.add_argument("--extractor", default="auto", metavar="NAME",
-                        help="inception, efficientnet-lite0 or FILE.onnx; default inception if its weights are there")  # fmt: skip
+                        help="inception, efficientnet-lite0 or FILE.onnx; default: inception if it is found")  # fmt: skip
     parser.add_argument("--inception", metavar="FILE", help="the FID Inception's weights; default: the cache")
 
 

@@ -73,10 +73,10 @@ def evaluate(
                 about=about,
                 progress=_steps(advance),
             )
-    for line in report_lines(result):
-        say(line)
     for note in dict.fromkeys([*notes, *result.scores.notes]):
         say(f"note: {note}")
+    for line in report_lines(result):
+        say(line)
     if json_file and jax.process_index() == 0:
         draw.write_text(Path(json_file), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
     return 0

@@ -51,7 +51,8 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
     saved = checkpoint.load_weights(path)
     config = settings.from_mapping(saved.meta.get("config", {}), ignore_unknown=True)
     decays = [d for d in map(str, config.optim.ema_decays) if d in saved.ema]  # the configured order is ema1, ema2
-    decays += [d for d in sorted(saved.ema) if d not in decays]
+    power = [name for name in saved.ema if name.startswith("power:")]
+    decays += [d for d in sorted(saved.ema) if d not in decays and d not in power]
     trees = {"model": saved.params, **{f"model_ema{i}": saved.ema[d] for i, d in enumerate(decays, 1)}}
     imported = saved.meta.get("official") or {}
     weights = Weights(
@@ -68,6 +69,8 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         origins={name: "" for name in trees},
         config=saved.meta.get("config", {}),
     )
+    if power:
+        weights.notes.append(f"power-function EMAs have no place in other formats: {', '.join(power)} left out")
     if which is not None:
         name = select(weights.origins, weights.decays, which, path, weights.notes)
         weights.decays = tuple(d for i, d in enumerate(weights.decays, 1) if name == f"model_ema{i}")
