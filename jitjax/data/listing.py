@@ -158,7 +158,9 @@ def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str]:
         is_split = rules.split_of(name)
         chosen = name if is_split else chosen
         left += left_here + [f"{root}{other}/{_count(tree, root + other)}" for other in beside]
-        others = collections.Counter([*map(rules.ending, here.others), *here.system])
+        role = is_split.role if is_split else "train"
+        unread = (file for file in here.others if not rules.is_label_file(file, role))  # those are read, or a note says why not
+        others = collections.Counter([*map(rules.ending, unread), *here.system])
         if here.pictures:
             others["images"] = len(here.pictures)
         left += [f"{count:,} {kind} beside {root}{name}/" for kind, count in sorted(others.items())]
