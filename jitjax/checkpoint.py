@@ -255,7 +255,7 @@ class Checkpoints:
             return
         if group := not_finite(state):
             raise UserError(
-                f"the {group} are not finite at step {step:,}, so they are not saved; {self._last_good()}. "
+                f"the {group} are not finite at step {step:,}, so they are not saved; {self.last_good()}. "
                 "Lower --config.optim.lr, or set --config.optim.clip_norm=1"
             )
         problem = (self._lacks_space(state) or self._lacks_permission()) if self._is_main else None
@@ -366,7 +366,7 @@ class Checkpoints:
                 _reason(error),
                 self._failures,
                 _MAX_FAILURES,
-                self._last_good(),
+                self.last_good(),
             )
         if self._is_main:
             shutil.rmtree(self._folder / f"{step}{_TEMPORARY}", ignore_errors=True)  # it may hold the space that is lacking
@@ -374,11 +374,12 @@ class Checkpoints:
     def _as_user_error(self) -> UserError:
         times = f"{self._failures} saves in a row" if self._failures > 1 else "the last save"
         return UserError(
-            f"--workdir={self._workdir}: {times} failed ({_reason(self._error)}); {self._last_good()}. "
+            f"--workdir={self._workdir}: {times} failed ({_reason(self._error)}); {self.last_good()}. "
             "Mend that and run the same command again"
         )
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """For messages: which checkpoint the run would continue from. Looks at nothing on disk."""
         good = max(self._whole, default=None)
         return "no checkpoint was saved before" if good is None else f"the last good checkpoint is step {good:,}"
 
