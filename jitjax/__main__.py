@@ -1,8 +1,7 @@
 """`python -m jitjax VERB ...`: the same program as `jitjax VERB ...`."""
 
-import sys
-
+from jitjax import signals
 from jitjax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.end(main())

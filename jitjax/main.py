@@ -5,7 +5,7 @@ Trains, or continues the run in that workdir: the same as `jitjax train` with th
 
 import sys
 
-from jitjax import cli
+from jitjax import cli, signals
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    signals.end(cli.main(["train", *sys.argv[1:]]))  # whatever threads do

@@ -28,12 +28,11 @@ from flax import nnx
 
 from jitjax import kernels
 from jitjax.errors import UserError
+from jitjax.flops import CHANNELS, TIME_FEATURES
 from jitjax.settings import Model
 
 Params = dict[str, jax.Array]  # {"blocks.0.attn.qkv.kernel": array, ...}
-TIME_FEATURES = 256
 LARGEST = 1e10  # depth x width^2, nearly a hundred times JiT-G's
-CHANNELS = 3
 
 # depth, width, heads, bottleneck, context tokens, first block that sees them. B to G are published (arXiv 2511.13720,
 # Tables 8 and 9); S and below are ours, for laptops, tests and small data.
@@ -391,7 +390,7 @@ class JiT(nnx.Module):
         g = self.geometry
         ops = ops or kernels.get_ops("plain")
         if remat == "dots":
-            ops = kernels.with_visible_products(ops)
+            ops = kernels.with_visible_matmuls(ops)
 
         def apply_block(block, *arguments, drop):
             apply = functools.partial(_apply_block, ops=ops, drop=drop)
@@ -403,17 +402,19 @@ class JiT(nnx.Module):
         if dropout_keys is not None and (g.attn_dropout or g.proj_dropout):
             keys = jax.vmap(lambda key: jax.random.split(key, (g.depth, 3)))(dropout_keys)  # (B, depth, 3)
 
-        y_BD = self.y_embedder(y)
-        c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
-        x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
-        x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
+        with jax.named_scope("embed"):
+            y_BD = self.y_embedder(y)
+            c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
+            x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
+            x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
         rope, context, pending = rope_tables(g.head_dim, g.grid, 0), 0, None
         for i, block in enumerate(self.blocks):
             if g.context_length and i == g.context_start:
                 if pending is not None:
                     x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
-                context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype)
-                x_BTD = jnp.concatenate([context_BTD, x_BTD], axis=1)
+                with jax.named_scope("embed"):
+                    context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype)
+                    x_BTD = jnp.concatenate([context_BTD, x_BTD], axis=1)
                 context, rope = g.context_length, rope_tables(g.head_dim, g.grid, g.context_length)
             # Only image tokens become pixels: in the last block context tokens are attended to and go no further.
             drop = context if i == g.depth - 1 else 0

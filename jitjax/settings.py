@@ -18,7 +18,9 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jitjax import paths
 from jitjax.errors import UserError
+from jitjax.signals import StopAfter
 
 SPACES = ("x", "epsilon", "v")
 HIGH_DEPTH = ("clip", "range", "picture")
@@ -59,6 +61,7 @@ def group(kind: type) -> Any:
 
 POSITIVE = dict(low=0, open_low=True)
 STEPS = dict(low=1, high=INT32, unit="optimizer steps")
+SIGMA_REL = dict(low=0, high=0.288, open_low=True)
 EPOCHS = dict(POSITIVE, high=1e9, unit="epochs")
 
 
@@ -122,8 +125,7 @@ class Optimizer:
     eps: float = setting(1e-8, "AdamW's epsilon.", high=1, **POSITIVE)
     clip_norm: float = setting(0.0, "Clip the gradient's global norm; 0: no clipping.", low=0, high=1e9)
     ema_decays: tuple[float, ...] = setting((0.9999, 0.9996), "Decays of the EMAs of the weights.", low=0, high=1)
-    power_emas: tuple[float, ...] = setting((), "Power-function EMAs by sigma_rel, e.g. (0.05,0.1), for any EMA length after training.",
-                                            low=0, high=0.288, open_low=True)  # fmt: skip
+    power_emas: tuple[float, ...] = setting((), "sigma_rel of power-function EMAs, e.g. (0.05,0.1).", **SIGMA_REL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Checkpoint:
     keep_last: int = free(3, "Newest checkpoints that are retained.", low=1, high=10**6)
     keep_every: int | None = free(None, "Checkpoints at multiples of this step are retained for good.", **STEPS)
     ema_every_steps: int | None = free(None, "Snapshots of optim.power_emas; unset: 32 over the run.", **STEPS)
+    grace_seconds: float = free(60.0, "From a signal to the end; saving must fit in.", high=1e5, unit="s", **POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +232,10 @@ class Settings:
     init_from: str = setting("", "Weights to start from: workdir, checkpoint, exported folder, .pth or .safetensors.")
     prediction: str = setting("x", "What the network outputs.", choices=SPACES)
     loss: str = setting("v", "Space in which the error is measured.", choices=SPACES)
+    nan_policy: str = free("skip", "A step whose loss or gradient is not finite changes nothing.", choices=("skip", "stop"))
+    nan_limit: int = free(20, "Such steps in a row that end the run.", low=1, high=10**6)
+    stop_after: str = free("", "End this invocation after a time or steps, saved: 2h, 90min, 500steps; '': never.")
+    hang_factor: float = free(30.0, "A step this many times the usual, and 300 s, is a hang.", low=2, high=1e6)
     compilation_cache: str = free("auto", "Directory of compiled programs; auto: the user's cache, on GPU; '': none.")
     data: Data = group(Data)
     model: Model = group(Model)
@@ -422,6 +429,8 @@ def check(settings: Settings) -> None:
     Raises:
       UserError: one line that names the flags, their values and what is allowed.
     """
+    check_paths(settings)
+    StopAfter.parse(settings.stop_after)
     lengths = [name for name in RUN_LENGTHS if getattr(settings, name) is not None]
     if len(lengths) != 1:
         given = ", ".join(f"--config.{name}={getattr(settings, name)}" for name in lengths) or "none is set"
@@ -433,6 +442,15 @@ def check(settings: Settings) -> None:
         if part.ema_decay is not None and part.ema_decay not in decays:
             raise UserError(f"--config.{name}.ema_decay={part.ema_decay}: not among optim.ema_decays {decays}")
         check_interval(part.interval, f"--config.{name}.interval")
+
+
+def check_paths(settings: Settings) -> None:
+    """Raises:
+    UserError: an address such as gs:// where a local path is needed.
+    """
+    for name in ("data.path", "init_from", "eval.reference", "eval.held_out", "eval.inception", "compilation_cache"):
+        if value := get(settings, name):
+            paths.local(value, f"--config.{name}")
 
 
 def check_data(data: Data) -> None:

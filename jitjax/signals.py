@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -175,18 +176,20 @@ def leave(code: int, line: str = "") -> None:
 
 
 def end(code: int, patience: float = 10.0) -> None:
-    """End the process with `code` after the work of its threads, but at the latest after `patience` seconds.
+    """End the process with `code` after its exit handlers, but at the latest after `patience` seconds.
 
     Python waits for every non-daemon thread at exit: Orbax's held the process for 300 s after an error, and W&B's process may
-    not answer at all. Call it last, when everything that matters is on disk. Never returns.
+    not answer at all. And it tears daemon threads out of native code, which may abort. Call it last, when everything that
+    matters is on disk. Never returns.
     """
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
 
     def enforce() -> None:
         time.sleep(patience)
         os._exit(code)
 
     threading.Thread(target=enforce, name="end", daemon=True).start()
-    raise SystemExit(code)
+    atexit._run_exitfuncs()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

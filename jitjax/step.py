@@ -90,22 +90,18 @@ def make_loss(
                 key_dropout,
             )
 
-        t, e, dropped, dropout_keys = jax.vmap(draw)(keys)
-        if class_conditional:
-            y = jnp.where(dropped, geometry.num_classes, labels)
-        else:
-            y = jnp.full_like(labels, geometry.num_classes)
-        x = diffusion.to_float(images)
-        output = jit_model.merge(graphdef, params)(
-            diffusion.noised(x, e, t),
-            t,
-            y,
-            dtype=jnp.dtype(dtype),
-            ops=ops,
-            remat=remat,
-            dropout_keys=dropout_keys,
-        )
-        return diffusion.loss_per_image(output, x, e, t, prediction, loss, d.t_eps)
+        with jax.named_scope("loss"):
+            t, e, dropped, dropout_keys = jax.vmap(draw)(keys)
+            if class_conditional:
+                y = jnp.where(dropped, geometry.num_classes, labels)
+            else:
+                y = jnp.full_like(labels, geometry.num_classes)
+            x = diffusion.to_float(images)
+            z = diffusion.noised(x, e, t)
+        network = jit_model.merge(graphdef, params)
+        output = network(z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys)
+        with jax.named_scope("loss"):
+            return diffusion.loss_per_image(output, x, e, t, prediction, loss, d.t_eps)
 
     return loss_of_images
 
@@ -207,22 +203,23 @@ def make_train_step(
 
         grads = sharding.sum_gradients(grads, param_specs, mesh, comm_dtype)
         loss_sum, count = sharding.total((loss_sum, count), mesh)
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
-        norm = sharding.global_norm(grads, param_specs, mesh)
-        usable = jnp.isfinite(norm) & (count > 0)
-        if optim.clip_norm:
-            shrink = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda grad: grad * shrink, grads)
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
+            norm = sharding.global_norm(grads, param_specs, mesh)
+            usable = jnp.isfinite(norm) & (count > 0)
+            if optim.clip_norm:
+                shrink = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(norm, 1e-12))
+                grads = jax.tree.map(lambda grad: grad * shrink, grads)
 
-        rate = schedule(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
-        ema = update_ema(state.ema, new_params, state.step + 1)
-        new_params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(usable, new, old),
-            (new_params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
+            rate = schedule(state.step)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
+            ema = update_ema(state.ema, new_params, state.step + 1)
+            new_params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(usable, new, old),
+                (new_params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
         skipped = mesh.size * micro_batches - jnp.where(usable, count, 0)
         loss_scale = state.loss_scale
         if dynamic_loss_scale:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +21,19 @@ from jax.sharding import NamedSharding
 
 from jitjax import checkpoint, data, diffusion, ema, flops, kernels, model, pipeline, runtime, sharding, step, transfer
 from jitjax import settings as settings_lib
+from jitjax.anomalies import Anomalies
+from jitjax.data.order import ExampleOrder
 from jitjax.data.shapes import draw_dataset
+from jitjax.distributed import Peers
 from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.optimizer import ema_names, make_schedule
 from jitjax.plan import Plan, make_plan, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
+from jitjax.signals import StopAfter, Stopped, StopRequest
+from jitjax.timing import TimeAccount
+from jitjax.watchdog import Watchdog
 from jitjax.workdir import Workdir, parameter_table
 
 
@@ -51,10 +56,20 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     meta: dict[str, Any]  # of every checkpoint
     start: int  # optimizer steps done before this start
+    anomalies: Anomalies
+    account: TimeAccount
+    peers: Peers
     exit_code: int = 1
 
 
-def train(settings: Settings, workdir: str | Path, *, accept_config_changes: bool = False, notes: Sequence[str] = ()) -> int:
+def train(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    accept_config_changes: bool = False,
+    notes: Sequence[str] = (),
+    peers: Peers | None = None,
+) -> int:
     """Train until the configured length, or continue this workdir's run.
 
     Args:
@@ -67,8 +82,14 @@ def train(settings: Settings, workdir: str | Path, *, accept_config_changes: boo
       UserError: a mistake in the settings, the data or the workdir; nothing in the workdir is lost.
     """
     with contextlib.ExitStack() as stack:
-        run = build(settings, workdir, stack, accept_config_changes=accept_config_changes, notes=notes)
-        run.exit_code = loop(run, stack.enter_context(StopRequest()))
+        # First, so that a signal is answered from the start; the grace period ends with everything closed.
+        grace = settings.checkpoint.grace_seconds
+        stop = stack.enter_context(StopRequest(grace_seconds=grace, last_good=lambda: run.checkpoints.last_good()))
+        run = build(
+            settings, workdir, stack, accept_config_changes=accept_config_changes, notes=notes, peers=peers or Peers(0, 1)
+        )
+        dog = stack.enter_context(Watchdog(factor=settings.hang_factor))
+        run.exit_code = loop(run, stop, dog)
         return run.exit_code
 
 
@@ -79,6 +100,7 @@ def build(
     *,
     accept_config_changes: bool,
     notes: Sequence[str],
+    peers: Peers,
 ) -> Run:
     """Open and check everything; what has to be closed again is on `stack`."""
     # ---------------------------------------------------------------- check everything before touching anything
@@ -132,7 +154,14 @@ def build(
         saved.require_space(state)  # now rather than after the first hour
     saved.reserve(like)
     card = jax.devices()[0].device_kind
-    facts = {"devices": mesh.size, "device_kind": card, "effective_batch": plan.global_batch, "images_per_epoch": len(dataset)}
+    facts = {
+        "devices": mesh.size,
+        "device_kind": card,
+        "effective_batch": plan.global_batch,
+        "images_per_epoch": len(dataset),
+        "planned_steps": plan.total_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+    }
     folder.describe_run(settings, facts)
     folder.write("parameters.txt", parameter_table(state.params))
     meta = checkpoint.describe(
@@ -216,7 +245,31 @@ def build(
         flops_per_sample=flops.train_flops(geometry),
         peak_flops=peak and peak * mesh.size,
     )
-    log = LateLog(monitor, meter, samples_per_step=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+    order = ExampleOrder(settings.seed, len(dataset), plan.global_batch)
+
+    def images_of(number: int) -> list[dict[str, Any]]:
+        examples = np.arange((number - 1) * plan.global_batch, number * plan.global_batch)
+        return [{"index": int(i), "file": dataset.name(int(i))} for i in order.images(examples)]
+
+    anomalies = Anomalies(
+        folder.path,
+        policy=settings.nan_policy,
+        limit=settings.nan_limit,
+        dynamic_loss_scale=settings.dtype == "float16",
+        is_main=is_main,
+        last_good=saved.last_good,
+        batch=images_of,
+    )
+
+    def observe(number: int, metrics: Any) -> None:
+        for line in anomalies.add(number, metrics):
+            monitor.note(line)
+
+    log = LateLog(
+        monitor, meter, samples_per_step=plan.global_batch, steps_per_epoch=plan.steps_per_epoch, observers=(observe,)
+    )
+    account = TimeAccount(folder.path, resumed_from=start, is_main=is_main)
+    account.add("startup", time.perf_counter() - begun)
     run = Run(
         settings=settings,
         folder=folder,
@@ -233,7 +286,11 @@ def build(
         checkpoints=saved,
         meta=meta,
         start=start,
+        anomalies=anomalies,
+        account=account,
+        peers=peers,
     )
+    stack.callback(account.persist)
     stack.callback(lambda: monitor.close(run.exit_code))
     stack.callback(log.close)
     monitor.note(
@@ -278,7 +335,7 @@ def make_step(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: ja
     )
 
 
-def loop(run: Run, stop: StopRequest) -> int:
+def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
     """Train to the end or to a stop, save, and return the exit code."""
     settings, plan, state, log, monitor = run.settings, run.plan, run.state, run.log, run.monitor
     run.state = None  # the step donates it
@@ -287,22 +344,39 @@ def loop(run: Run, stop: StopRequest) -> int:
     one_step_in_flight = jax.default_backend() == "cpu"
     begun = last_save = time.monotonic()
     done = run.start
+    saved_step = run.start if run.start else None
+    stop_after = StopAfter.parse(settings.stop_after)
+    alone = run.peers.count == 1
+    compiling = contextlib.ExitStack()  # until the first step is done
+    compiling.enter_context(dog.untimed("compiling, and the first batch"))
+    account, mark, other = run.account, begun, 0.0  # `other`: seconds since `mark` that were not spent on steps
 
     def save(scores: dict[str, float] | None = None, best: dict[str, Any] | None = None) -> None:
         meta = run.meta | {"examples": done * plan.global_batch} | ({"scores": scores} if scores else {})
+        nonlocal saved_step
         run.checkpoints.save(state, done, meta, best=best)
+        saved_step = done
         monitor.checkpoint(done, run.folder.path / checkpoint.DIRECTORY / str(done))
 
     if done < plan.total_steps:
         monitor.stage("compiling, and reading the first batch")
     while done < plan.total_steps:
         waited = run.batches.wait_seconds
+        run.peers.doing(f"step {done + 1}, waiting for input")
         try:
-            batch = next(run.batches)
+            # Alone it may stop here; of several, the others are in the same step already.
+            with dog.phase("input"), stop.interruptible() if alone else contextlib.nullcontext():
+                batch = next(run.batches)
+        except Stopped:
+            break
         except Exception:
-            if stop.requested and jax.process_count() == 1:  # Ctrl-C and a scheduler's SIGTERM reach the workers too
+            if alone and stop.wait(2.0):  # Ctrl-C and a scheduler's SIGTERM reach the workers too
                 break
             raise
+        run.peers.doing(f"step {done + 1}")
+        if done > run.start:  # the first wait runs beside the compilation
+            account.add("input_wait", run.batches.wait_seconds - waited)
+            other += run.batches.wait_seconds - waited
         state, metrics = run.train_step(state, batch)
         done += 1
         log.add(done, metrics, run.batches.wait_seconds - waited)
@@ -310,43 +384,66 @@ def loop(run: Run, stop: StopRequest) -> int:
             jax.block_until_ready(metrics)
         if done == run.start + 1:
             log.first_step_done()
+            compiling.close()
+            mark = time.monotonic()
+            account.add("compile", mark - begun)
             monitor.note(f"first step after {time.monotonic() - begun:.1f} s")
+        dog.step(done)
         at_log = done % settings.log.every_steps == 0
         if at_log:
             log.interval()
+            account.add("step", max(0.0, time.monotonic() - mark - other))
+            mark, other = time.monotonic(), 0.0
+            account.reached(done)
         every_minutes = settings.checkpoint.every_minutes
         show = run.preview is not None and (done == plan.total_steps or done % plan.preview_steps == 0)
-        timely = bool(every_minutes) and at_log and agree(time.monotonic() - last_save >= 60 * every_minutes)
+        timely = bool(every_minutes) and at_log and run.peers.agree(time.monotonic() - last_save >= 60 * every_minutes)
+        timely = run.peers.agree(timely or run.checkpoints.retry_due()) if at_log else False
         regular = bool(plan.checkpoint_steps) and done % plan.checkpoint_steps == 0
         snapshot = bool(plan.snapshot_steps) and (done == plan.total_steps or done % plan.snapshot_steps == 0)
         score = run.evaluation is not None and (done == plan.total_steps or done % plan.eval_steps == 0)
         if show or timely or regular or score or snapshot:
+            quiet = contextlib.ExitStack()
+            quiet.enter_context(dog.untimed("saving, previewing or evaluating"))
             log.flush()
             pause = time.perf_counter()
             if show:
-                path = run.preview(state.ema[run.preview_ema], run.folder.path / "samples" / f"step_{done:08d}.png")
-                monitor.image(done, "samples", path)
+                with account.measure("preview"):
+                    path = run.preview(state.ema[run.preview_ema], run.folder.path / "samples" / f"step_{done:08d}.png")
+                    monitor.image(done, "samples", path)
             if snapshot:
-                save_snapshots(run, state, done)
-            scores, best = (evaluate(run, state, done) if score else None), None
+                with account.measure("save"):
+                    save_snapshots(run, state, done)
+            with account.measure("evaluation"):
+                scores, best = (evaluate(run, state, done) if score else None), None
             if scores:
                 best = run.evaluation.best(scores, run.checkpoints.best())
             if timely or regular or best:
-                save(scores, best)
+                with account.measure("save"):
+                    save(scores, best)
+                account.saved()
                 last_save = time.monotonic()
             log.paused(time.perf_counter() - pause)
-        if (at_log or jax.process_count() == 1) and agree(stop.requested):
-            break
+            other += time.perf_counter() - pause
+            quiet.close()
+        if at_log or alone:
+            stop.request(run.peers.agree(stop.signal))
+            if stop.requested or run.peers.agree(stop_after.reached(done - run.start, time.monotonic() - begun)):
+                break
+    dog.__exit__()  # the grace period takes over
     log.flush()
-    if run.checkpoints.latest() != done:
+    if saved_step != done or run.checkpoints.retry_due():
         save()
     run.checkpoints.wait()
+    account.reached(done)
+    account.saved()
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         monitor.note(f"peak device memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB")
     if done < plan.total_steps:
-        monitor.note(f"stopped by {signal.Signals(stop.signal).name} at step {done:,}; the same command continues from there")
-        return 128 + stop.signal
+        reason = f"by {stop.name}" if stop.requested else f"after {settings.stop_after} (--config.stop_after)"
+        monitor.note(f"stopped {reason} at step {done:,}; the same command continues from there")
+        return stop.exit_code
     return 0
 
 
@@ -365,45 +462,6 @@ def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:
     run.monitor.stage("evaluating")
     scores = run.evaluation(state.ema[run.eval_ema])
     run.monitor.scores(done, scores)
-    shown = ", ".join(f"{name.removeprefix('eval/')} {scores[name]:.4g}" for name in scores if not name.endswith("_std"))
-    run.monitor.note(f"scores at step {done:,} (EMA {run.eval_ema}): {shown}; {time.perf_counter() - begun:.1f} s")
+    run.monitor.note(f"evaluation of EMA {run.eval_ema} took {time.perf_counter() - begun:.1f} s")
     run.folder.append("scores.jsonl", {"step": done, "ema": run.eval_ema, **scores})
     return scores
-
-
-class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can save and leave; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal: int = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._remember)
-            except ValueError:  # not in the main thread: whoever called us handles signals
-                pass
-        return self
-
-    @property
-    def requested(self) -> bool:
-        return bool(self.signal)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def agree(flag: bool) -> bool:
-    """Whether the flag is up in any process, so that all take the same branch. Every process must call it."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

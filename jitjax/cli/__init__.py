@@ -23,6 +23,7 @@ VERBS = {
     "sample": "draw images from a model",
     "evaluate": "score a model or a set of images; make reference statistics",
     "sweep": "find the best guidance and EMA of a run",
+    "status": "where a run stands that was started elsewhere",
     "prepare": "convert a data set once, for faster reading",
     "convert": "exchange weights with the official code, safetensors and Diffusers",
     "estimate": "how long a run takes",

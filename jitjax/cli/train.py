@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.workdir and not args.print_config:
         raise UserError("--workdir is missing: name a folder for this run, e.g. --workdir=runs/a")
     runtime.set_environment()
-    runtime.start_distributed()
+    peers = runtime.start_distributed()
     if args.print_config:
         from jitjax.describe import describe
 
@@ -38,4 +38,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from jitjax.train import train  # only now: it imports JAX, which reads the environment
 
-    return train(loaded.settings, args.workdir, accept_config_changes=args.accept_config_changes, notes=loaded.notes)
+    try:
+        code = train(
+            loaded.settings, args.workdir, accept_config_changes=args.accept_config_changes, notes=loaded.notes, peers=peers
+        )
+    except BaseException as error:
+        peers.failed(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        raise
+    peers.close()
+    return code

@@ -90,9 +90,6 @@ def with_visible_matmuls(ops: Ops) -> Ops:
     return dataclasses.replace(ops, mlp=swiglu.separate_mlp) if ops == FUSED else ops
 
 
-with_visible_products = with_visible_matmuls  # the name that jitjax.model has used so far
-
-
 def get_ops(name: str) -> Ops:
     """The operations by name: "plain" or "fused" (what `resolve` returned).
 
