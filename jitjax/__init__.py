@@ -36,9 +36,12 @@ __all__ = [*_HOMES, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("jitjax")
+        try:
+            return version("jitjax")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "unknown"
     if name in _MODULES:
         return importlib.import_module(f"jitjax.{name}")
     if name not in _HOMES:

@@ -94,6 +94,6 @@ def guarded(call: Callable[[], int | None]) -> int:
 
 
 def _version() -> str:
-    from importlib.metadata import version
+    import jitjax
 
-    return f"jitjax {version('jitjax')}"
+    return f"jitjax {jitjax.__version__}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import jitjax
 from jitjax import metrics
 from jitjax.data.dataset import DataSet, open_dataset
 from jitjax.errors import UserError
@@ -279,7 +279,7 @@ def score(
         )
     values = _scores(x, p, spatial, reference, extractor, seed, notes)
     described = {
-        "evaluator": f"jitjax {importlib.metadata.version('jitjax')}",
+        "evaluator": f"jitjax {jitjax.__version__}",
         "extractor": extractor.name,
         "resize": extractor.resize,
         "reference": reference.source,
