@@ -47,6 +47,7 @@ def command(tmp_path, *argv):
 # ---------------------------------------------------------------- kernels
 
 
+@pytest.mark.slow
 def test_kernels_checks_every_operation_against_float32(tmp_path):
     result = command(tmp_path, "kernels", "--config.dtype=bfloat16", "--check_images=2", "--repeats=1")
     assert result.returncode == 0, result.stderr
@@ -161,7 +162,7 @@ def test_clock_and_power_are_medians_of_the_whole_lines():
 def sampled(way, network, *, method="heun", steps=10, interval=(0.1, 0.7)):
     run = sample.published if way == "published" else sampling.sample_fn
     noise, labels = jax.random.normal(jax.random.key(0), (3, 4, 4, 3)), jnp.arange(3)
-    settings = dict(null_label=5, steps=steps, method=method, interval=interval, t_eps=0.05, prediction="x")
+    settings = dict(null_label=5, steps=steps, method=method, interval=interval, t_eps=0.05, prediction="x", grid="uniform")
     return run(network, noise, labels, cfg_scale=sample.scale_of(small_settings(), way), **settings)
 
 

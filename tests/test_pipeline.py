@@ -107,7 +107,7 @@ def test_the_prediction_type_is_used():
         (dict(labels=[0], steps=0), r"steps=0: must be a whole number in \[1"),
         (dict(labels=[0], steps=2.5), r"steps=2.5: must be"),
         (dict(labels=[0], interval=(0.9, 0.1)), r"interval=\(0.9,0.1\): the first time must be smaller"),
-        (dict(labels=[0], method="rk45"), r"method='rk45': must be one of"),
+        (dict(labels=[0], method="rk45"), r"method=rk45: must be one of"),
         (dict(labels=[0], cfg_scale=float("nan")), r"cfg_scale=nan: must be a number"),
         (dict(labels=[0], guidance=2.0), r"guidance is no option of the sampler"),
         (dict(labels=[0], batch_size=0), r"batch_size=0: must be a whole number"),

@@ -415,7 +415,7 @@ def test_the_prepared_size_must_be_the_configured_one(prepared):
         (["--output", "OUT", "--image_size", "32"], "--data_path is missing"),
         (
             ["--data_path", "FOLDER", "--output", "OUT", "--image_size", "0"],
-            "--image_size: '0' is not a positive number",
+            "argument --image_size: 0 must be 1 or more",
         ),
         (["--data_path", "FOLDER", "--output", "OUT", "--image_size", "32", "--shards", "9999"], "--shards=9999"),
         (

@@ -16,6 +16,7 @@ LOOP = """
 import sys, threading, time, queue, ctypes, signal
 from jitjax.signals import StopRequest, Stopped, end
 mode, grace = sys.argv[1], float(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 with StopRequest(grace_seconds=grace, last_good=lambda: "the last good checkpoint is step 7") as stop:
     print("ready", flush=True)
     if mode == "loop":
