@@ -501,3 +501,27 @@ def reference() -> list[str]:
         unit = f"; {field.rule.unit}" if field.rule.unit else ""
         lines.append(f"  --config.{name}={default.replace(' ', '')}  ({field.allowed()}{unit})\n      {field.rule.help}")
     return lines
+
+
+def reference_page() -> str:
+    """docs/settings.md: every field in Markdown, one table per group. `python -m jitjax.settings > docs/settings.md`."""
+    lines = [
+        "# Settings",
+        "",
+        "Every field of a run, as `--config.<field>=<value>`; `=None` unsets one. Fields marked * may differ between the",
+        "starts of one run. Made by `python -m jitjax.settings > docs/settings.md`.",
+    ]
+    group = None
+    for name, field in fields().items():
+        if (parent := name.rpartition(".")[0]) != group:
+            group = parent
+            lines += ["", f"## {group or 'The run'}", "", "| field | default | allowed | what it does |", "|---|---|---|---|"]
+        default = "unset" if field.default is None else repr(field.default).replace("'", "") or "''"
+        unit = f" {field.rule.unit}" if field.rule.unit else ""
+        cells = [f"`{name}`{'*' if field.rule.free else ''}", default, field.allowed() + unit, field.rule.help]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference_page())

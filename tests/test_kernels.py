@@ -24,6 +24,7 @@ from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, masks, 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
 SIZES = {"B": (768, 12, 2048), "L": (1024, 16, 2730), "H": (1280, 16, 3413), "G": (1664, 16, 4437)}
+SLOW = pytest.param(288, 0, 4, 80, marks=pytest.mark.slow)  # tokens, dropped, heads, features
 
 
 def draws(seed=0):

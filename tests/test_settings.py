@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import small_config, small_settings
+from conftest import ROOT, small_config, small_settings
 
 from jitjax import settings
 from jitjax.config import default_config
@@ -95,3 +95,7 @@ def test_what_may_change_between_starts():
     cosine = settings.to_dict(small_settings(total_steps=10, optim__schedule="cosine"))
     longer = small_settings(total_steps=20, optim__schedule="cosine")
     assert settings.differing_fields(cosine, longer) == ["total_steps: 10 -> 20"]
+
+
+def test_the_reference_page_is_that_of_the_fields():
+    assert (ROOT / "docs/settings.md").read_text() == settings.reference_page() + "\n"

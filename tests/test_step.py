@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,6 +212,14 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale():
     good = {**state.loss_scale, "scale": jax.device_put(jnp.float32(1.0), NamedSharding(mesh, sharding.P()))}
     state, metrics = train_step(step.TrainState(state.step, state.params, state.opt_state, state.ema, good), second)
     assert np.isfinite(metrics["train/grad_norm"]) and int(state.opt_state[0].count) == 1
+
+
+def test_all_steps_share_one_trace(monkeypatch):
+    """A second trace would compile the model again in the middle of a run."""
+    chex.clear_trace_counter()
+    traced_once = chex.assert_max_traces(step.local_gradients, n=1)
+    monkeypatch.setattr(step, "local_gradients", traced_once)
+    run(small_settings(batch_size=1), 4, 2, steps=3)
 
 
 @pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), ("float16", 4e-3)])

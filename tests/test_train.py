@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -29,15 +30,10 @@ def weights(workdir):
 
 
 def assert_same_run(a, b):
-    """Losses, learning rates, norms, parameters and averages equal, bit for bit."""
+    """Losses, learning rates, norms, weights and EMAs equal, bit for bit."""
     keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch_loss")
     assert [[m.get(k) for k in keys] for m in metrics(a)] == [[m.get(k) for k in keys] for m in metrics(b)]
-    for x, y in zip(
-        jax.tree.leaves((weights(a).params, weights(a).ema)),
-        jax.tree.leaves((weights(b).params, weights(b).ema)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal((weights(a).params, weights(a).ema), (weights(b).params, weights(b).ema))
 
 
 CONFIG_FILE = """
