@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jitjax import checkpoint, data, diffusion, ema, flops, kernels, model, pipeline, runtime, sharding, step, transfer
+from jitjax import checkpoint, data, diffusion, ema, flops, kernels, model, pipeline, runtime, saving, sharding, step, transfer
 from jitjax import settings as settings_lib
 from jitjax.anomalies import Anomalies
 from jitjax.data.order import ExampleOrder
@@ -53,7 +53,7 @@ class Run:
     eval_ema: str
     monitor: Monitor
     log: LateLog
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: saving.Checkpoints
     meta: dict[str, Any]  # of every checkpoint
     start: int  # optimizer steps done before this start
     anomalies: Anomalies
@@ -128,7 +128,7 @@ def build(
 
     # ---------------------------------------------------------------- state: fresh, from other weights, or resumed
     keep = settings.checkpoint
-    saved = checkpoint.Checkpoints(folder.path, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    saved = saving.Checkpoints(folder.path, keep_last=keep.keep_last, keep_every=keep.keep_every)
     stack.callback(saved.close)
     init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
     key = jax.random.key(settings.seed)

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 
-from jitjax import checkpoint, manifest, sharding
+from jitjax import checkpoint, manifest, saving, sharding
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
@@ -49,7 +49,7 @@ def assert_is(state: TrainState, step: int) -> None:
 
 
 def write(workdir: Path, *steps: int, **options) -> None:
-    saved = checkpoint.Checkpoints(workdir, **{"keep_last": 9, **options})
+    saved = saving.Checkpoints(workdir, **{"keep_last": 9, **options})
     for step in steps:
         saved.save(a_state(step), step, META)
     saved.close()
@@ -57,7 +57,7 @@ def write(workdir: Path, *steps: int, **options) -> None:
 
 def resumed(workdir: Path) -> int:
     """The step that a run in `workdir` goes on from, whose every number must be that step's."""
-    saved = checkpoint.Checkpoints(workdir, keep_last=9)
+    saved = saving.Checkpoints(workdir, keep_last=9)
     state, step, _ = saved.resume(LIKE)
     saved.close()
     assert_is(state, step)
@@ -147,7 +147,7 @@ def test_none_whole_stops_and_changes_nothing(copy):
     for step in (10, 20, 30):
         truncate(copy / "checkpoints" / str(step) / "meta" / "metadata")
     before = sorted(str(p) for p in copy.rglob("*"))
-    for read in (checkpoint.Checkpoints(copy).latest, lambda: resumed(copy)):
+    for read in (saving.Checkpoints(copy).latest, lambda: resumed(copy)):
         with pytest.raises(UserError, match=r"none of its checkpoints \(10, 20, 30\) is whole"):
             read()
     with pytest.raises(UserError, match=r"none of the checkpoints .* is whole"):
@@ -184,14 +184,14 @@ def test_lost_checkpoints_stop_the_run(copy, lose, old):
     if old:
         (copy / "run.json").unlink()
     with pytest.raises(UserError, match="put it back, or use another workdir"):
-        checkpoint.Checkpoints(copy).latest()
+        saving.Checkpoints(copy).latest()
 
 
 def test_a_run_killed_before_its_first_save_starts_over(tmp_path):
-    saved = checkpoint.Checkpoints(tmp_path)
+    saved = saving.Checkpoints(tmp_path)
     assert saved.latest() is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
-    assert checkpoint.Checkpoints(tmp_path).latest() is None
+    assert saving.Checkpoints(tmp_path).latest() is None
 
 
 def test_checkpoints_of_0_1_0_are_read(tmp_path, caplog):
@@ -230,7 +230,7 @@ def test_what_is_not_finite_is_never_saved(copy, part, value):
     leaves[0] = leaves[0].at[-1].set(value) if leaves[0].ndim else jnp.float32(value)
     bad = dataclasses.replace(state, **{part: jax.tree.unflatten(structure, leaves)})
     for _ in range(3):
-        saved = checkpoint.Checkpoints(copy, keep_last=1)
+        saved = saving.Checkpoints(copy, keep_last=1)
         assert saved.latest() == 30
         with pytest.raises(UserError, match=r"not finite at step 40, .* the last good checkpoint is step 30"):
             saved.save(bad, 40, META)
@@ -243,7 +243,7 @@ def test_what_is_not_finite_is_never_saved(copy, part, value):
 
 def test_the_state_may_be_donated_at_once(tmp_path):
     """What is written are the numbers at the time of the call, though the next step overwrites them right after."""
-    saved = checkpoint.Checkpoints(tmp_path, keep_last=9)
+    saved = saving.Checkpoints(tmp_path, keep_last=9)
     state = a_state(1)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     saved.reserve(LIKE)
@@ -261,7 +261,7 @@ def test_rotation_keeps_the_newest_whole_and_multiples(tmp_path):
 def test_rotation_does_not_count_damaged_ones(copy):
     """30 is damaged and 20 is what the run resumed from: 20 stays until as many newer ones are whole as should stay."""
     DAMAGES["truncated"](copy / "checkpoints" / "30")
-    saved = checkpoint.Checkpoints(copy, keep_last=2)
+    saved = saving.Checkpoints(copy, keep_last=2)
     assert saved.latest() == 20
     saved.save(a_state(25), 25, META)
     saved.wait()
@@ -274,7 +274,7 @@ def test_rotation_does_not_count_damaged_ones(copy):
 def test_a_failed_save_is_noticed_and_loses_nothing(copy, caplog, monkeypatch):
     """The disk refuses in the background: the next look at the checkpoints says so, earlier ones are still known and there
     (Orbax before 0.12.10 forgot them), a later save succeeds, and nothing half written is left."""
-    saved = checkpoint.Checkpoints(copy, keep_last=1)
+    saved = saving.Checkpoints(copy, keep_last=1)
     assert saved.latest() == 30
 
     def refuse(*args, **kwargs):
@@ -290,7 +290,7 @@ def test_a_failed_save_is_noticed_and_loses_nothing(copy, caplog, monkeypatch):
     with pytest.raises(UserError, match="the last good checkpoint is step 30"):
         saved.wait()
     assert saved.latest() == 30 and saved.steps() == [10, 20, 30]
-    monkeypatch.setattr(checkpoint, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "_RETRY_SECONDS", 0.0)
     assert saved.retry_due()
     saved.save(a_state(41), 41, META)
     saved.wait()
@@ -300,7 +300,7 @@ def test_a_failed_save_is_noticed_and_loses_nothing(copy, caplog, monkeypatch):
 
 
 def test_too_many_failed_saves_stop_the_run(copy, monkeypatch):
-    saved = checkpoint.Checkpoints(copy)
+    saved = saving.Checkpoints(copy)
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").write_text("in the way")
     for step in range(40, 45):
@@ -317,7 +317,7 @@ sys.path.insert(0, "tests")
 import conftest
 import test_checkpoint as t
 from jitjax import checkpoint
-saved = checkpoint.Checkpoints(t.Path(sys.argv[1]), keep_last=2)
+saved = saving.Checkpoints(t.Path(sys.argv[1]), keep_last=2)
 found = saved.resume(t.LIKE)
 step = found[1] if found else 0
 print("resumed", step, flush=True)

@@ -16,7 +16,7 @@ import pytest
 from conftest import shared, small_settings
 
 import jitjax
-from jitjax import checkpoint, cli, convert, model, settings, step
+from jitjax import checkpoint, cli, convert, model, saving, settings, step
 from jitjax.errors import UserError
 from jitjax.interop import official
 from jitjax.interop.pth import BadFile, PthFile, write_pth
@@ -110,7 +110,7 @@ def test_a_run_of_ours_to_pth(tmp_path):
     geometry = model.geometry_of(config.model, config.data.image_size, 5)
     state = jax.jit(functools.partial(step.init_state, geometry, config.optim, config.dtype))(jax.random.key(0))
     ema = {"0.9": jax.tree.map(lambda a: a + 9, state.params), "0.5": jax.tree.map(lambda a: a + 5, state.params)}
-    saved = checkpoint.Checkpoints(tmp_path / "run")
+    saved = saving.Checkpoints(tmp_path / "run")
     meta = checkpoint.describe(geometry, ema, config=settings.to_dict(config), data={"count": 80}, examples=8)
     saved.save(step.fresh_state(state.params, ema, config.optim, config.dtype), 2, meta)
     saved.close()

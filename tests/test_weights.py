@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from conftest import small_settings
 
-from jitjax import checkpoint, convert, model, settings, step
+from jitjax import checkpoint, convert, model, saving, settings, step
 from jitjax.errors import UserError, cli
 from jitjax.interop import diffusers, official, pth
 from jitjax.interop.pth import PthFile, write_pth
@@ -509,7 +509,7 @@ def epsilon_run(tmp_path_factory):
     config = small_settings(prediction="epsilon", diffusion__noise_scale=2.0, data__image_size=16, optim__ema_decays=(0.9,))
     device = {k: jax.numpy.asarray(v) for k, v in RAW.items()}
     ema = {"0.9": {k: jax.numpy.asarray(v) for k, v in EMA.items()}}
-    saved = checkpoint.Checkpoints(workdir)
+    saved = saving.Checkpoints(workdir)
     meta = checkpoint.describe(G, ema, config=settings.to_dict(config), class_names=["a", "b", "c"])
     saved.save(step.fresh_state(device, ema, config.optim, config.dtype), 5, meta)
     saved.close()

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jitjax import checkpoint, settings, sharding, step
+from jitjax import checkpoint, saving, settings, sharding, step
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
@@ -52,7 +52,7 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
     meta = checkpoint.describe(setup.geometry, state.ema, config=settings.to_dict(setup.config))
     # As after a train step: new arrays in the memory of the old ones, of which the host has no copy yet.
     advance = jax.jit(_advanced, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
-    saved = checkpoint.Checkpoints(folder, keep_last=1)
+    saved = saving.Checkpoints(folder, keep_last=1)
     stopped, durable = [], []
     for number in range(1, repeats + 2):
         state = jax.block_until_ready(advance(state))

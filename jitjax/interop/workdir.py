@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from jitjax import checkpoint, settings, step
+from jitjax import checkpoint, saving, settings, step
 from jitjax.config import default_config
 from jitjax.errors import UserError
 from jitjax.interop import adamw, official
@@ -161,7 +161,7 @@ def write_run(workdir: Path, weights: Weights) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to={workdir}: cannot be written: {error.strerror}") from None
-    saved = checkpoint.Checkpoints(workdir)
+    saved = saving.Checkpoints(workdir)
     saved.save(state, number, meta)
     saved.close()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jitjax import checkpoint
+from jitjax import checkpoint, saving
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -25,6 +25,6 @@ def test_a_checkpoint_that_0_1_0_wrote(tmp_path, caplog):
     assert weights.step == 3 and len(weights.params) == 28 and weights.geometry.width == 8
     assert total(weights.params) == pytest.approx(283.9866306680269, rel=1e-12)
     assert total(weights.ema["0.9"]) == pytest.approx(282.83767509337264, rel=1e-12)
-    saved = checkpoint.Checkpoints(tmp_path)  # and a run goes on from there
+    saved = saving.Checkpoints(tmp_path)  # and a run goes on from there
     assert saved.latest() == 3
     saved.close()

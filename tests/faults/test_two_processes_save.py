@@ -24,7 +24,7 @@ from jitjax import checkpoint, errors
 checkpoint.quiet()
 from test_checkpoint import LIKE, META, a_state  # eight devices in all, as there
 try:
-    saved = checkpoint.Checkpoints(Path(workdir), keep_last=9)
+    saved = saving.Checkpoints(Path(workdir), keep_last=9)
     found = saved.resume(LIKE)
     print("resumed", found[1] if found else 0, flush=True)
     for step in range(first, last + 1):
