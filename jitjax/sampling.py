@@ -371,12 +371,34 @@ def invert(
                 interval=tuple(map(float, interval)), t_eps=float(t_eps), prediction=prediction)  # fmt: skip
 
 
+def check_labels(labels: Any, count: int, num_classes: int) -> np.ndarray:
+    """Labels as (count,) int32.
+
+    Raises:
+      UserError: another number of labels than images, fractions, or values outside [0, num_classes] (the last is the null
+        class).
+    """
+    values = np.asarray(labels)
+    if values.shape != (count,):
+        raise UserError(f"labels of shape {values.shape} for {count} images: give one label per image")
+    fits = values.dtype.kind in "iu" or (values.dtype.kind == "f" and np.all(values == np.floor(values)))
+    if not fits:
+        raise UserError(f"labels {values[:8].tolist()}: must be whole numbers in [0, {num_classes}]")
+    outside = values[(values < 0) | (values > num_classes)]
+    if outside.size:
+        raise UserError(f"label {outside[0]} is out of range: this model has classes [0, {num_classes}), {num_classes} is null")
+    return values.astype(np.int32)
+
+
 def _run(model, start, labels, dtype, **settings):
+    start = jnp.asarray(start)
+    if not isinstance(labels, jax.core.Tracer):  # inside a jit the caller answers for them
+        labels = check_labels(labels, start.shape[0], model.geometry.num_classes)
     graphdef, params = jit_model.split(model)
     return _sample(
         graphdef,
         params,
-        jnp.asarray(start),
+        start,
         jnp.asarray(labels, jnp.int32),
         dtype=jnp.dtype(dtype),
         ops=kernels.get_ops("plain"),

@@ -115,7 +115,11 @@ def build(
     stack.callback(folder.close)
     path, image_size = settings.data.path, settings.data.image_size
     if settings.data.synthetic == "shapes":
+        if not is_main:
+            peers.agree(0)  # until process 0 has drawn them
         path = str(draw_dataset(folder.path / "shapes", image_size=image_size))
+        if is_main:
+            peers.agree(0)
     dataset = data.open_dataset(path, image_size, **settings.data.reading())
     conditional = settings.model.class_conditional
     num_classes = resolve_num_classes(conditional, settings.model.num_classes, dataset.num_classes)

@@ -243,3 +243,21 @@ def table():
 
 if __name__ == "__main__":
     table()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([6], "label 6 is out of range"),
+        ([999], "label 999 is out of range"),
+        ([-1], "label -1 is out of range"),
+        ([1.9], "must be whole numbers in"),
+        ([True], "must be whole numbers in"),
+        (["cat"], "must be whole numbers in"),
+        ([0, 1], "one label per image"),
+    ],
+)
+def test_labels_that_the_model_does_not_have_are_refused(labels, message):
+    module = model.create_model("JiT-nano/4", image_size=8, num_classes=5, depth=1, width=32, heads=2, context_start=0)
+    with pytest.raises(UserError, match=message):
+        sampling.sample(module, jnp.zeros((1, 8, 8, 3)), labels, steps=1)

@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy
 from conftest import small_settings
 
-from jitjax import checkpoint, convert, model, saving, settings, step
-from jitjax.errors import UserError, cli
+from jitjax import checkpoint, cli, convert, model, saving, settings, step
+from jitjax.errors import UserError
 from jitjax.interop import diffusers, official, pth
 from jitjax.interop.pth import PthFile, write_pth
 from jitjax.interop.weights import read_weights, write_folder, write_safetensors
@@ -170,7 +170,7 @@ def test_hostile_pickles_are_refused_in_one_line(tmp_path, kind, monkeypatch, ca
         write_pth("a.pth", {"model": state(RAW), "extra": pickled})
     else:
         archive("a.pth", pickled)
-    assert cli(lambda: convert.main(["--from", "a.pth", "--to", "run"])) == 2
+    assert cli.guarded(lambda: convert.main(["--from", "a.pth", "--to", "run"])) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.pth"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jitjax.errors import UserError
 from jitjax.evaluation.extractor import Extractor
 from jitjax.evaluation.score import Scores, score
 from jitjax.evaluation.seams import seam_index
@@ -21,16 +22,17 @@ SEAM_IMAGES = 2048  # images whose seam index is measured
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """scores: of `evaluation.score`. seam_index: of the samples. seconds: by stage, "sampling" and "extraction"."""
+    """scores: of `evaluation.score`. seam_index: of the samples, None where it is undefined. seconds: by stage, "sampling"
+    and "extraction". count: images."""
 
     scores: Scores
-    seam_index: float
+    seam_index: float | None
     seconds: dict[str, float]
     count: int
 
     @property
     def values(self) -> dict[str, float]:
-        return self.scores.values | {"seam_index": self.seam_index}
+        return self.scores.values | ({} if self.seam_index is None else {"seam_index": self.seam_index})
 
 
 def evaluate_pipeline(
@@ -99,5 +101,9 @@ def evaluate_batches(
         own_part(), reference, extractor, seed=2020, about={"sampling seed": seed, **(about or {})}, progress=progress
     )
     seconds["extraction"] = time.perf_counter() - begun - seconds["sampling"]
-    seams = seam_index(np.concatenate(kept)[:SEAM_IMAGES], patch)
+    try:
+        seams = seam_index(np.concatenate(kept)[:SEAM_IMAGES], patch)
+    except UserError as error:  # e.g. flat images of a model that has hardly begun
+        seams = None
+        scores = dataclasses.replace(scores, notes=(*scores.notes, f"{error} (left out)"))
     return Evaluation(scores, seams, seconds, count)

@@ -89,7 +89,8 @@ def report_lines(result: Evaluation) -> list[str]:
         f"{stage} {took:.1f} s ({took / total:.0%}, {result.count / max(took, 1e-9):,.0f} images/s)"
         for stage, took in seconds.items()
     )
-    return [*result.scores.lines, f"seam index {result.seam_index:.3f}  (1 where patch borders do not show)", share]
+    seams = [] if result.seam_index is None else [f"seam index {result.seam_index:.3f}  (1 where patch borders do not show)"]
+    return [*result.scores.lines, *seams, share]
 
 
 def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, Any]) -> int:
