@@ -1,7 +1,6 @@
 """`python -m jitjax VERB ...`: the same program as `jitjax VERB ...`."""
 
-from jitjax import signals
-from jitjax.cli import main
+from jitjax import cli
 
 if __name__ == "__main__":
-    signals.end(main())
+    cli.program()

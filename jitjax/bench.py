@@ -18,4 +18,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["bench", *sys.argv[1:]]))
+    cli.program(["bench", *sys.argv[1:]])

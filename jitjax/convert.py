@@ -85,4 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["convert", *sys.argv[1:]]))
+    cli.program(["convert", *sys.argv[1:]])

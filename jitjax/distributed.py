@@ -332,9 +332,9 @@ def _gather(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
             except (OSError, ValueError, KeyError, TypeError):  # something else that knocks at ports
                 continue
             if count != cluster.count:
-                problem = f"process {rank} was told of {count} processes, process 0 of {cluster.count}"
+                problem = f"process {rank} was started as one of {count} processes, process 0 as one of {cluster.count}"
             elif rank in links or not 0 < rank < cluster.count:
-                problem = f"two processes were told that they are process {rank}"
+                problem = f"two processes were started as process {rank}"
             links[rank] = link
     for link in links.values():
         with contextlib.suppress(OSError):

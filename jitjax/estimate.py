@@ -316,4 +316,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["estimate", *sys.argv[1:]]))
+    cli.program(["estimate", *sys.argv[1:]])

@@ -5,7 +5,7 @@ Trains, or continues the run in that workdir: the same as `jitjax train` with th
 
 import sys
 
-from jitjax import cli, signals
+from jitjax import cli
 
 if __name__ == "__main__":
-    signals.end(cli.main(["train", *sys.argv[1:]]))  # whatever threads do
+    cli.program(["train", *sys.argv[1:]])

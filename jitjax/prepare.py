@@ -310,4 +310,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["prepare", *sys.argv[1:]]))
+    cli.program(["prepare", *sys.argv[1:]])

@@ -410,7 +410,7 @@ def test_layouts_of_parquet_files(tmp_path, files, rows):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(table(label=[0, 1, 2, 0]), tmp_path / name)
     assert len(reading(tmp_path)[0]) == rows
-    with pytest.raises(UserError, match="python -m jitjax.prepare"):
+    with pytest.raises(UserError, match="jitjax prepare"):
         open_dataset(tmp_path, 8)
 
 

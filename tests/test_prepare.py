@@ -1,4 +1,4 @@
-"""`python -m jitjax.prepare`: same pixels, same bytes, resumable, checked, and safe against what archives can hold."""
+"""`jitjax prepare`: same pixels, same bytes, resumable, checked, and safe against what archives can hold."""
 
 from __future__ import annotations
 

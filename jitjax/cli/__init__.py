@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from jitjax import runtime
+from jitjax import runtime, signals
 from jitjax.errors import UserError
 
 if runtime.is_worker():  # a data worker re-imports the main module, and with it this one
@@ -45,6 +45,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with the given arguments and return its exit code; 2 for a user's mistake."""
     return guarded(lambda: dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def program(argv: Sequence[str] | None = None) -> None:
+    """`main` as a process: ends it, whatever threads are still doing. Never returns."""
+    signals.end(main(argv))
 
 
 def dispatch(argv: list[str]) -> int:

@@ -122,9 +122,9 @@ def open_dataset(
     all_formats: bool = False,
     high_depth: str = "clip",
 ) -> DataSet:
-    """Opens a folder of images or a directory written by `python -m jitjax.prepare`; which one is found out here.
+    """Opens a folder of images or a directory written by `jitjax prepare`; which one is found out here.
 
-    docs/data.md states how a folder is read; `python -m jitjax.prepare` reads it alike. What is odd about it is logged.
+    docs/data.md states how a folder is read; `jitjax prepare` reads it alike. What is odd about it is logged.
 
     Args:
       image_size: edge in pixels. exif_rotate: turn photographs as their EXIF orientation says (the official loader does
@@ -143,7 +143,7 @@ def open_dataset(
     if not os.path.exists(path):
         raise UserError(f"{where} does not exist; give it a folder of images or a prepared directory")
     if not os.path.isdir(path):
-        raise UserError(f"{where} is a file; unpack it, or turn it into a prepared directory with python -m jitjax.prepare")
+        raise UserError(f"{where} is a file; unpack it, or turn it into a prepared directory with jitjax prepare")
     if high_depth not in HIGH_DEPTH:
         raise UserError(f"--config.data.high_depth={high_depth} must be one of {', '.join(HIGH_DEPTH)}")
     options = {"exif_rotate": exif_rotate, "all_formats": all_formats, "high_depth": high_depth}
@@ -162,7 +162,7 @@ def open_dataset(
     if containers:
         raise UserError(
             f"{where} holds its images in {rules.ending(containers[0])} files, which training does not read directly: turn it "
-            f"into a prepared directory with python -m jitjax.prepare --data_path={path}"
+            f"into a prepared directory with jitjax prepare --data_path={path}"
         )
     with reading(ask):
         listing = list_images(tree, ask, split=split, labels=labels)

@@ -1,4 +1,4 @@
-"""What `python -m jitjax.prepare` reads: folders of images, zip, tar, Parquet, Arrow and .npz files."""
+"""What `jitjax prepare` reads: folders of images, zip, tar, Parquet, Arrow and .npz files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes with a progress bar, for `python -m jitjax.prepare`. They end with their parent and stop when it asks."""
+"""Worker processes with a progress bar, for `jitjax prepare`. They end with their parent and stop when it asks."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def find(path: str, ask: Ask, split: str) -> str | None:
     elif found and split:
         raise UserError(f"{ask.where} is a prepared directory: its split is chosen already; leave {ask.split} unset")
     if found is not None and not os.path.isfile(os.path.join(found, INDEX_FILE)):
-        raise UserError(f"{ask.where} is not completely prepared; run the same python -m jitjax.prepare command again")
+        raise UserError(f"{ask.where} is not completely prepared; run the same jitjax prepare command again")
     return found
 
 
@@ -64,7 +64,7 @@ def read_index(root: str, where: str) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{where}: {INDEX_FILE} is damaged; prepare the data set again") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UserError(f"{where}: {INDEX_FILE} was not written by python -m jitjax.prepare")
+        raise UserError(f"{where}: {INDEX_FILE} was not written by jitjax prepare")
     if index.get("version") != VERSION:
         raise UserError(f"{where} has format version {index.get('version')}, this program reads {VERSION}; prepare it again")
     if index.get("checksum") != index_checksum(index):

@@ -42,7 +42,7 @@ MORE_FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 MORE_ENDINGS = tuple(ending for endings in MORE_FORMATS.values() for ending in endings)
-# Containers of pictures, which `python -m jitjax.prepare` reads.
+# Containers of pictures, which `jitjax prepare` reads.
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TABLE_ENDINGS = (".parquet", ".arrow")
 

@@ -21,7 +21,7 @@ _LISTING_THREADS = 16  # a network disk answers many questions at once, each slo
 
 
 def is_prepared(folder: str) -> bool:
-    """Whether `folder` was written by `python -m jitjax.prepare`, finished or not; such a one beside images is no
+    """Whether `folder` was written by `jitjax prepare`, finished or not; such a one beside images is no
     class.
     """
     if os.path.isfile(os.path.join(folder, INDEX_FILE)):

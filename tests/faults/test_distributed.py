@@ -134,9 +134,9 @@ def test_a_missing_first_process_or_a_wrong_port_is_named():
 def test_two_of_one_rank_and_other_counts_are_named():
     at = free_address()
     texts = meet(Cluster("test", at, 3, 0), Cluster("test", at, 3, 1), Cluster("test", at, 3, 1))
-    assert "two processes were told that they are process 1" in texts[0]
+    assert "two processes were started as process 1" in texts[0]
     texts = meet(Cluster("test", at, 2, 0), Cluster("test", at, 3, 1))
-    assert all("process 1 was told of 3 processes, process 0 of 2" in text for text in texts)
+    assert all("process 1 was started as one of 3 processes, process 0 as one of 2" in text for text in texts)
 
 
 # ---------------------------------------------------------------- none left waiting
