@@ -113,7 +113,14 @@ class Results:
         if not path.exists():
             path.write_text(json.dumps({"setup": setup}) + "\n")
             return
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        texts = path.read_text().splitlines()
+        if texts and not texts[-1].endswith("}"):  # torn by a kill
+            texts.pop()
+            path.write_text("".join(f"{text}\n" for text in texts))
+        try:
+            lines = [json.loads(text) for text in texts]
+        except ValueError as error:
+            raise UserError(f"--out={path} is no file of a sweep ({error}): name another") from None
         before = lines[0].get("setup", {}) if lines else {}
         differing = [f"{k}: {before.get(k)} -> {setup.get(k)}" for k in {**before, **setup} if before.get(k) != setup.get(k)]
         if differing:
