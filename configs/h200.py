@@ -3,8 +3,8 @@
     --config configs/h200.py            pretraining without labels, 100 epochs
     --config configs/h200.py:finetune   fine-tuning with labels, 50 epochs; add --config.init_from=<pretraining workdir>
 
-64 images a card and micro-batch, 2 micro-batches: 1024 images an optimizer step on eight cards. One token is one
-4x4 patch, 256 an image. Speed: see the table in README.md; `python -m jitjax.estimate` turns it into days.
+64 images per card and micro-batch, 2 micro-batches: 1024 images per optimizer step on eight cards. One token is one
+4x4 patch, 256 per image. Speed: docs/speed.md; `jitjax estimate` turns it into days.
 
 Expected: arXiv 2511.13720 reports FID 3.55 for class-conditional JiT-B/4 (x-prediction, v-loss, 200 epochs of
 ImageNet at 64 px, without the later additions to the architecture); it does not publish that run's other settings.

@@ -1,9 +1,9 @@
 """The published ImageNet recipes: `--config configs/imagenet.py:b16`, and b32, l16, l32, h16, h32, g16, g32.
 
-/16 is 256x256, /32 is 512x512; 1024 images an optimizer step (128 on each of eight cards), 600 epochs (g: the paper stops at
+/16 is 256x256, /32 is 512x512; 1024 images per optimizer step (128 on each of eight cards), 600 epochs (g: the paper stops at
 about 320), blr 5e-5, 5 epochs of warm-up, Heun with 50 steps, guidance inside (0.1, 1.0).
 
-Expected FID-50K at the best guidance and average, after 200 / 600 epochs (arXiv 2511.13720, Tables 7 and 8):
+Expected FID-50K at the best guidance and EMA, after 200 / 600 epochs (arXiv 2511.13720, Tables 7 and 8):
     b16 4.37 / 3.66   l16 2.79 / 2.36   h16 2.29 / 1.86   g16 2.15 / 1.82
     b32 4.64 / 4.02   l32 3.06 / 2.53   h32 2.51 / 1.94   g32 2.11 / 1.78
 """

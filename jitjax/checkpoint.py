@@ -1,135 +1,136 @@
-"""Checkpoints by Orbax: asynchronous, complete or absent, readable on any mesh.
+"""Checkpoints by Orbax: where they lie, whether they are whole, and reading them on any mesh. Writing: `jitjax.saving`.
 
-    <workdir>/checkpoints/<step>/params     {name: array}
-                                 ema        {decay: {name: array}}
-                                 optimizer  AdamW's moments and counters, the loss scale
-                                 meta       JSON: resolved config, geometry, place in the data, versions
+    <workdir>/checkpoints/<step>/params          {name: array}
+                                 ema             {decay: {name: array}}
+                                 optimizer       AdamW's moments and counters, the loss scale
+                                 meta            JSON: resolved config, geometry, position in the data, versions
+                                 checksums.json  size and digest of every file, the step, the run (`jitjax.manifest`)
+    <workdir>/run.json                           the run's identity, and the last step that was saved
+    <workdir>/best.json                          which checkpoint has the best score; <workdir>/checkpoints/best means it
 
-The place in the data is a number, the examples seen: the order of data is a function of (seed, example index) alone, so
+The position in the data is a number, the examples seen: the order of data is a function of (seed, example index) alone, so
 nothing of the input pipeline needs saving, and a run may resume on another machine shape.
+
+Every read verifies the checksums first. Where the newest checkpoint is damaged, incomplete or of another run, one line names
+it and the reason, and the one before is taken; where none is whole, the run stops.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import logging
-import shutil
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jitjax import manifest, sharding
 from jitjax import model as jit_model
-from jitjax import sharding
 from jitjax.errors import UserError
-from jitjax.step import TrainState
 
 DIRECTORY = "checkpoints"
+RUN_FILE = "run.json"
+BEST, BEST_FILE = "best", "best.json"
+ITEMS = ("params", "ema", "optimizer", "meta")
+_log = logging.getLogger(__name__)
 
 
-class Checkpoints:
-    """The checkpoints of one workdir."""
-
-    def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int | None = None):
-        """`keep_last` newest are kept, and for good those whose step is a multiple of `keep_every`."""
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            keep_period=keep_every,
-            cleanup_tmp_directories=True,  # what a killed run left half written
-            enable_async_checkpointing=True,
-        )
-        self._workdir = workdir
-        self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options)
-
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
-
-    def require_space(self, state: TrainState) -> None:
-        """Raises:
-        UserError: the disk has not room for one more checkpoint. Orbax would find out half-way, and at length.
-        """
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self._workdir).free
-        if free < needed:
-            raise UserError(
-                f"--workdir={self._workdir}: no space for a checkpoint, which takes {needed / 2**20:,.0f} MiB where "
-                f"{free / 2**20:,.0f} MiB are free; free some and run the same command again (earlier checkpoints are intact)"
-            )
-
-    def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
-        """Copy the state to the host, return, and write behind the caller's back. The state may be donated at once.
-
-        Raises:
-          UserError: no space or no permission (also of the write before, which ended in the background).
-        """
-        self.require_space(state)
-        args = dict(
-            params=ocp.args.StandardSave(state.params),
-            ema=ocp.args.StandardSave(state.ema),
-            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "loss_scale": state.loss_scale}),
-            meta=ocp.args.JsonSave(dict(meta)),
-        )
-        with _disk_errors(self._workdir):
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
-
-    def meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, laid out like `like` (a tree of shape structs with shardings)."""
-        optimizer = {"opt_state": like.opt_state, "loss_scale": like.loss_scale}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                ema=ocp.args.StandardRestore(like.ema),
-                optimizer=ocp.args.StandardRestore(optimizer),
-            ),
-        )
-        # Onto the mesh also what is a scalar: Orbax may return those on one device only.
-        place = jax.tree.map(lambda leaf: leaf.sharding, like.step)
-        return TrainState(
-            step=jax.device_put(np.int32(step), place),
-            params=restored["params"],
-            opt_state=restored["optimizer"]["opt_state"],
-            ema=restored["ema"],
-            loss_scale=restored["optimizer"]["loss_scale"],
-        )
-
-    def wait(self) -> None:
-        """Until everything is on disk."""
-        with _disk_errors(self._workdir):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a folder in `folder`, whole or not, ascending."""
+    try:
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    except FileNotFoundError:
+        return []
 
 
-class _disk_errors:
-    """Turns "no space" and "no permission" into one line that names the workdir."""
+def defect(folder: Path, run: str | None) -> str | None:
+    """Why the checkpoint in `folder` cannot be used, in a few words; None if it is whole. Reads every byte.
 
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
+    Args:
+      folder: <workdir>/checkpoints/<step>.
+      run: identifier of the run that must have written it; None: any.
+    """
+    if missing := [item for item in ITEMS if not (folder / item).is_dir()]:
+        return f"incomplete: no {', '.join(missing)}"
+    try:
+        known = manifest.read(folder)
+        if known is None:
+            meta = read_items(folder, meta=ocp.args.JsonRestore())["meta"]
+            if "checksums" in meta:
+                return f"{manifest.FILE} is missing"
+            if meta.get("examples") and int(folder.name) and meta["examples"] % int(folder.name):
+                return "it is a copy of another step's"
+            _log.warning("checkpoint %s has no checksums (written by jitjax 0.1.0): its bytes cannot be verified", folder.name)
+            return None
+    except ValueError as error:
+        return reason_of(error)
+    except Exception as error:
+        return f"its meta cannot be read ({reason_of(error)})"
+    if known["step"] != int(folder.name):
+        return f"it is a copy of step {known['step']:,}"
+    if run is not None and known["run"] != run:
+        return "it was written by another run"
+    return manifest.defect(folder, known)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, error, trace):
-        text = str(error)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
-            raise UserError(
-                f"--workdir={self._workdir}: no space left for a checkpoint; free some and run the same command again "
-                "(earlier checkpoints are intact)"
-            ) from error
-        if isinstance(error, PermissionError) or "Permission denied" in text:
-            raise UserError(f"--workdir={self._workdir}: no permission to write checkpoints there") from error
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of every float array in `tree` is finite; a bool scalar on the devices, not waited for."""
+    # One small program a shape instead of one of a thousand reductions, which would take seconds to compile.
+    flags = [_finite(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.bool_(True)
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+def report_skipped(folder: Path, reason: str) -> None:
+    _log.warning("checkpoint %s is not used: %s", folder, reason)
+
+
+def read_items(folder: Path, **items: Any) -> Any:
+    """Items of the checkpoint in `folder`, by Orbax."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+def read_run(workdir: Path) -> dict[str, Any] | None:
+    """What run.json of a workdir says: {"run": identifier, "saved": last step saved or None}; None where there is no file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = workdir / RUN_FILE
+    try:
+        run = json.loads(file.read_text())
+        return {"run": str(run["run"]), "saved": run["saved"]}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({reason_of(error)}): delete it, it is made again from the checkpoints") from None
+
+
+def reason_of(error: BaseException | None) -> str:
+    """One line about an exception of Orbax, TensorStore or the system, whose own texts have up to 314 lines."""
+    text = str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+        return "no space left for a checkpoint"
+    if isinstance(error, PermissionError) or "Permission denied" in text or "PERMISSION_DENIED" in text:
+        return "no permission to write checkpoints there"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    first = text.strip().splitlines()[0].strip() if text.strip() else ""
+    first = first if len(first) <= 160 else first[:157] + "..."
+    return first if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,56 +148,93 @@ class Weights:
 
 
 def find(path: str | Path) -> tuple[Path, int]:
-    """Workdir and step that `path` means: a workdir (its newest checkpoint), its `checkpoints` folder or one checkpoint.
+    """Workdir and step that `path` means: a workdir (its newest whole checkpoint), its `checkpoints` folder, one checkpoint,
+    or `best`.
+
+    Every byte of the checkpoint is read and verified; newer ones that are not whole are named in a warning.
 
     Raises:
-      UserError: there is no complete checkpoint.
+      UserError: there is no whole checkpoint, or the one that `path` names is not.
     """
-    path = Path(path).expanduser().absolute()
-    if path.name.isdigit() and path.parent.name == DIRECTORY:
-        workdir, step = path.parent.parent, int(path.name)
-    else:
-        workdir, step = path.parent if path.name == DIRECTORY else path, None
+    path, workdir = Path(path).expanduser().absolute(), workdir_of(path)
+    if path.name == BEST:
+        best = read_best(workdir)
+        if best is None:
+            raise UserError(f"{path}: no checkpoint of this run was scored, so none is the best (--config.eval.every_epochs)")
+        path = workdir / DIRECTORY / str(best["step"])
+    step = int(path.name) if path.name.isdecimal() and path.parent.name == DIRECTORY else None
     folder = workdir / DIRECTORY
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    steps = steps_in(folder)
     if not steps or (step is not None and step not in steps):
-        have = f"; complete steps there: {', '.join(map(str, sorted(steps)))}" if steps else ""
+        have = f"; steps there: {', '.join(map(str, steps))}" if steps else ""
         raise UserError(f"no complete checkpoint at {path}: give a workdir or <workdir>/{DIRECTORY}/<step>{have}")
-    return workdir, max(steps) if step is None else step
+    run = (read_run(workdir) or {}).get("run")
+    for candidate in reversed(steps) if step is None else [step]:
+        reason = defect(folder / str(candidate), run)
+        if reason is None:
+            return workdir, candidate
+        if step is not None:
+            others = [str(other) for other in steps if other != step]
+            raise UserError(
+                f"the checkpoint {path} cannot be used: {reason}" + (f"; other steps: {', '.join(others)}" if others else "")
+            )
+        report_skipped(folder / str(candidate), reason)
+    raise UserError(f"none of the checkpoints in {folder} ({', '.join(map(str, steps))}) is whole: restore one from a copy")
+
+
+def workdir_of(path: str | Path) -> Path:
+    """The workdir that a path to it, to its folder of checkpoints, to one of them or to `best` lies in."""
+    path = Path(path).expanduser().absolute()
+    if path.parent.name == DIRECTORY and (path.name.isdecimal() or path.name == BEST):
+        return path.parent.parent
+    return path.parent if path.name in (DIRECTORY, BEST) else path
+
+
+def read_best(workdir: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((workdir / BEST_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{workdir / BEST_FILE} is unreadable ({error}): delete it to go on without a best checkpoint"
+        ) from None
 
 
 def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Weights:
-    """Parameters and averages of a workdir's newest checkpoint or of one checkpoint, on `mesh` (default: one device).
+    """Parameters and EMAs of a workdir's newest whole checkpoint or of one checkpoint, on `mesh` (default: one device).
 
     Raises:
-      UserError: nothing complete at `path`.
+      UserError: nothing whole at `path`, or the numbers in it are not finite.
     """
     workdir, step = find(path)
+    folder = workdir / DIRECTORY / str(step)
     mesh = mesh or jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1), sharding.AXES)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options) as manager:
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    try:
+        meta = read_items(folder, meta=ocp.args.JsonRestore())["meta"]
         geometry = jit_model.Geometry(**meta["geometry"])
         like = sharding.abstract(jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0)), mesh)
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like),
-                ema=ocp.args.StandardRestore({decay: like for decay in meta["ema_decays"]}),
-            ),
+        restored = read_items(
+            folder,
+            params=ocp.args.StandardRestore(like),
+            ema=ocp.args.StandardRestore({decay: like for decay in meta["ema_decays"]}),
         )
+    except Exception as error:  # without checksums (jitjax 0.1.0) damage shows only here
+        raise UserError(f"the checkpoint {folder} cannot be read ({reason_of(error)}): use another") from error
+    if not bool(all_finite((restored["params"], restored["ema"]))):
+        raise UserError(f"the checkpoint {folder} holds weights that are not finite: use an earlier one")
     return Weights(restored["params"], restored["ema"], meta, step)
 
 
 def load_model(path: str | Path, which: str = "") -> jit_model.JiT:
-    """A module with the weights of a workdir's newest checkpoint or of one checkpoint, ready for `jitjax.sample`.
+    """A module with the weights of a workdir's newest whole checkpoint or of one checkpoint, ready for `jitjax.sample`.
 
     Args:
       path: a workdir or <workdir>/checkpoints/<step>.
-      which: a decay, e.g. "0.9999", or "params" for the weights that the optimizer moves; "": the slowest average.
+      which: a decay, e.g. "0.9999", or "params" for the weights that the optimizer moves; "": the slowest EMA.
 
     Raises:
-      UserError: nothing complete at `path`, or no such average in it.
+      UserError: nothing whole at `path`, or no such EMA in it.
     """
     weights = load_weights(path)
     choices = {"params": weights.params, **weights.ema}
@@ -206,14 +244,15 @@ def load_model(path: str | Path, which: str = "") -> jit_model.JiT:
     return jit_model.merge(jit_model.graphdef_of(weights.geometry), choices[which])
 
 
-def check_fits(meta: Mapping[str, Any], geometry: jit_model.Geometry, decays: Iterable[float], workdir: Path) -> None:
+def check_fits(meta: Mapping[str, Any], geometry: jit_model.Geometry, names: Iterable[str], workdir: Path) -> None:
     """Raises:
-    UserError: the checkpoint's model has other shapes than `geometry`, or other averages; names what differs.
+    UserError: the checkpoint's model has other shapes than `geometry`, or other EMAs; names what differs.
     """
     wanted = dataclasses.asdict(geometry)
     differing = [f"{k}: {v} -> {wanted[k]}" for k, v in meta["geometry"].items() if "dropout" not in k and v != wanted[k]]
-    if sorted(meta["ema_decays"]) != sorted(map(str, decays)):
-        differing.append(f"optim.ema_decays: ({','.join(meta['ema_decays'])}) -> ({','.join(map(str, decays))})")
+    names = tuple(names)
+    if sorted(meta["ema_decays"]) != sorted(names):
+        differing.append(f"optim.ema_decays: ({','.join(meta['ema_decays'])}) -> ({','.join(names)})")
     if differing:
         raise UserError(
             f"--workdir={workdir} holds checkpoints of another model ({'; '.join(differing)}): set these fields to the "
@@ -222,7 +261,7 @@ def check_fits(meta: Mapping[str, Any], geometry: jit_model.Geometry, decays: It
 
 
 def describe(geometry: jit_model.Geometry, state_ema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The part of `meta` that `load_weights` needs, joined with `more` (config, place in the data, ...)."""
+    """The part of `meta` that `load_weights` needs, joined with `more` (config, position in the data, ...)."""
     return {
         "geometry": dataclasses.asdict(geometry),
         "ema_decays": sorted(state_ema),
@@ -232,5 +271,13 @@ def describe(geometry: jit_model.Geometry, state_ema: Mapping[str, Any], **more:
 
 
 def quiet() -> None:
-    """Orbax reports every phase of every save and warns of its own defaults; a run's own log says what the user needs."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # absl's own set_verbosity would silence our warnings too
+    """Drop what Orbax logs: every phase of every save, warnings of its own defaults, and up to 314 lines a failure, which
+    this module reports in one. Other users of absl's logger are not affected."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(known, _NotOrbax) for known in logger.filters):
+        logger.addFilter(_NotOrbax())
+
+
+class _NotOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname

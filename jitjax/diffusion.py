@@ -6,10 +6,34 @@ Source: arXiv 2511.13720, section 3 and Table 1 (the nine combinations of predic
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-SPACES = ("x", "epsilon", "v")
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """How a network's output is to be read, and the noise that it was trained with."""
+
+    prediction: str = "x"  # what the network outputs: x, epsilon or v
+    noise_scale: float = 1.0  # standard deviation of the noise
+    t_eps: float = 0.05  # training's lower clip of 1 - t
+    sample_t_eps: float = 0.05  # sampling's
+
+
+def from_config(config: Mapping[str, Any]) -> Diffusion:
+    """From a run's saved configuration; fields that it lacks have the published values."""
+    noise, preview = config.get("diffusion") or {}, config.get("preview") or {}
+    found = dict(
+        prediction=config.get("prediction"),
+        noise_scale=noise.get("noise_scale"),
+        t_eps=noise.get("t_eps"),
+        sample_t_eps=preview.get("t_eps"),
+    )
+    return Diffusion(**{name: value for name, value in found.items() if value is not None})
 
 
 def expand(t_B: jax.Array, like: jax.Array) -> jax.Array:
@@ -29,7 +53,7 @@ def convert(value: jax.Array, source: str, target: str, z: jax.Array, t_B: jax.A
     Denominators 1 - t and t are clipped from below at `t_eps`, as published.
 
     Raises:
-      KeyError: a space that is not one of `SPACES`.
+      KeyError: a space that is not x, epsilon or v.
     """
     t = expand(t_B, z)
     to_data, to_noise = jnp.maximum(1 - t, t_eps), jnp.maximum(t, t_eps)
@@ -54,7 +78,7 @@ def loss_per_image(
     Args:
       output: what the network gave at (z_t, t), in space `prediction`.
       x, e, t_B: clean images, noise (already scaled) and times that made z_t.
-      prediction, loss: one of `SPACES`.
+      prediction, loss: x, epsilon or v.
 
     The target goes through the same clipped conversion as the output, so that a perfect output has loss zero at every t.
     For x-prediction with v-loss this is the published target (x - z) / max(1 - t, t_eps).

@@ -1,18 +1,8 @@
-"""How long, how many epochs, how many GPU-hours: a table from a config and token counts. Needs no GPU.
-
-    python -m jitjax.estimate --config configs/h200.py --tokens 10e9,1e12 --devices 8
-    python -m jitjax.estimate --from runs/a --tokens 1e12 --devices 8
-
-Three rows per token count come from the card's datasheet and a stated utilisation, i.e. the share of the datasheet's
-dense bf16 operations that training uses (`jitjax.flops` has the formula of the operations). The utilisations are those
-at which JiT-B/4 at 64 px on eight H200 makes 240, 400 and 640 thousand tokens a second, the figures that the guide
-plans with; a larger model gets the tokens/s that the same utilisation yields. They are a plan, not a measurement:
-`--from` adds a row with the utilisation of a run of your own, which is the one to believe. A token is an image patch;
-in-context class tokens do not count.
-"""
+"""How long a run takes: tables of tokens, epochs, days and GPU-hours from measured utilisations. Needs no GPU."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -21,17 +11,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from jitjax import cli
+from jitjax import settings as settings_lib
+from jitjax.cli import arguments
+from jitjax.errors import UserError
+from jitjax.flops import CARDS, IMAGENET_IMAGES, card_of, forward_macs, train_flops
+from jitjax.model import Geometry, geometry_of, make_geometry
+from jitjax.settings import Settings
 
-from jitjax import config as config_lib
-from jitjax.errors import UserError, cli
-from jitjax.flops import CARDS, forward_macs, train_flops
-from jitjax.model import Geometry, geometry_from_config, make_geometry
-
-IMAGENET_IMAGES = 1_281_167
 GUIDE_TOKENS_PER_SECOND = {"conservative": 240e3, "middle": 400e3, "optimistic": 640e3}
 GUIDE_DEVICES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """A measurement of this program's train step: `jitjax bench step`, one card, bfloat16, fused kernels, 32 context tokens."""
+
+    model: str
+    image_size: int
+    card: str  # key of `CARDS`
+    batch_size: int
+    tokens_per_second: float
+
+
+# docs/speed.md, "Train step": medians over the cards measured there.
+MEASURED = (
+    Speed("JiT-B/4", 64, "h200", 64, 720e3),
+    Speed("JiT-B/4", 64, "h200", 256, 810e3),
+    Speed("JiT-L/16", 256, "h200", 432, 242e3),
+    Speed("JiT-H/16", 256, "h200", 208, 116e3),
+    Speed("JiT-B/4", 64, "h100", 64, 675e3),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +59,14 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Run:
     """Speed of a run, read from its workdir."""
 
     config: Mapping[str, Any]
     tokens_per_second: float | None
     samples_per_second: float | None
     devices: int | None
+    device_kind: str | None
     images_per_epoch: int | None
 
 
@@ -70,6 +81,25 @@ def guide_utilisations(geometry: Geometry) -> dict[str, float]:
     flops_per_token = train_flops(guide) / guide.tokens
     peak = GUIDE_DEVICES * CARDS["h200"]
     return {name: rate * flops_per_token / peak for name, rate in GUIDE_TOKENS_PER_SECOND.items()}
+
+
+def measured_utilisations(config: Settings, geometry: Geometry, card: str) -> tuple[dict[str, float], str]:
+    """The utilisation of each entry of `MEASURED` that says something about this model on this card, by the name of its row; if
+    there is none, an empty table and the reason in words.
+
+    The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly
+    matters.
+    """
+    if config.dtype != "bfloat16" or config.kernels == "plain" or config.remat != "none":
+        return {}, f"dtype={config.dtype}, kernels={config.kernels}, remat={config.remat} was not measured"
+    found = {}
+    for speed in MEASURED:
+        theirs = make_geometry(speed.model, image_size=speed.image_size, num_classes=1000)
+        shape, other = ((g.width, g.heads, g.depth, g.mlp_hidden, g.tokens) for g in (geometry, theirs))
+        if speed.card == card and shape == other:
+            used = speed.tokens_per_second * train_flops(theirs) / theirs.tokens / CARDS[card]
+            found[f"{speed.model}, batch {speed.batch_size}"] = used
+    return found, "" if found else f"{config.model.name} with {geometry.tokens} tokens was not measured on an {card.upper()}"
 
 
 def estimate(
@@ -113,7 +143,7 @@ def estimate(
     return rows
 
 
-def read_run(workdir: str) -> Measured:
+def read_run(workdir: str) -> Run:
     """The config of a run and the medians of the speeds in its `metrics.jsonl`.
 
     Raises:
@@ -130,7 +160,8 @@ def read_run(workdir: str) -> Measured:
         raise UserError(f"--from={workdir}: no train/tokens_per_second in metrics.jsonl yet; let the run go on")
     mesh = saved.get("mesh") or {}
     devices = saved.get("devices") or (mesh.get("data") or 0) * (mesh.get("fsdp") or 1) or None
-    return Measured(saved, *medians, devices=devices, images_per_epoch=saved.get("images_per_epoch"))
+    facts = {name: saved.get(name) for name in ("device_kind", "images_per_epoch")}
+    return Run(saved, *medians, devices=devices, **facts)
 
 
 def _medians(path: Path, names: Sequence[str]) -> list[float | None]:
@@ -192,84 +223,97 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def _parse_tokens(text: Sequence[str]) -> list[float]:
+def _parse_tokens(text: str) -> list[float]:
     try:
-        tokens = [float(part) for part in text]
+        tokens = [float(count) for count in text.split(",")]
         if tokens and all(0 < count < float("inf") for count in tokens):
             return tokens
     except ValueError:
         pass
-    raise UserError(f"--tokens={','.join(text)}: give positive numbers, e.g. 10e9,1e12")
+    raise UserError(f"--tokens={text}: give positive numbers, e.g. 10e9,1e12")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; prints the table.
+def geometry_of_settings(settings: Settings) -> Geometry:
+    """The model's shapes; ImageNet's number of classes where the data set decides it."""
+    return geometry_of(settings.model, settings.data.image_size, settings.model.num_classes or 1000)
+
+
+def run_card(run: Run, path: str, given: str | None, wanted: str | None) -> str:
+    """The kind of card that a run used.
+
+    Args:
+      given: the user's word for it, used where the run has none.
+      wanted: the card of the estimate, None for that of the run.
+
+    Raises:
+      UserError: it is unknown, none of `CARDS`, or another than `wanted`.
+    """
+    if run.device_kind is None and given is None:
+        raise UserError(
+            f"--from={path}: the run did not record its kind of card: add --run_card={' or --run_card='.join(CARDS)}"
+        )
+    card = given if run.device_kind is None else card_of(run.device_kind)
+    ran_on = given if run.device_kind is None else run.device_kind
+    if card is None:
+        kinds = " and ".join(name.upper() for name in CARDS)
+        raise UserError(f"--from={path}: the run was on {ran_on}, the estimate is for {kinds}: use a run on one of these")
+    if wanted not in (None, card):
+        raise UserError(f"--from={path}: the run was on {ran_on}, not the card of --card={wanted}: use --card={card}")
+    return card
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table.
 
     Raises:
       UserError: flags that cannot be used.
     """
-    argv = list(sys.argv if argv is None else argv)
-    # Flags of its own, so that several of the package's commands can be imported into one process.
-    values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file(
-        "config", None, "Config file; --config.model.name=... overrides a field.", flag_values=values, sys_argv=argv
-    )
-    tokens_flag = flags.DEFINE_list("tokens", "10e9,1e12", "Image tokens to train on.", flag_values=values)
-    devices_flag = flags.DEFINE_integer("devices", 8, "Number of cards.", lower_bound=1, flag_values=values)
-    card_flag = flags.DEFINE_enum("card", "h200", list(CARDS), "Whose datasheet.", flag_values=values)
-    from_flag = flags.DEFINE_string("from", None, "Workdir of a run: adds its measured speed.", flag_values=values)
-    run_devices_flag = flags.DEFINE_integer(
-        "run_devices", None, "Cards of that run, if its config.json has no number.", lower_bound=1, flag_values=values
-    )
-    images_flag = flags.DEFINE_integer(
-        "images_per_epoch", None, "Images in the data set; default ImageNet's.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
-    try:
-        rest = values(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        # An error inside a config file comes with its whole traceback; its last line says what is wrong.
-        raise UserError(f"--config: {text.splitlines()[-1]}" if "Traceback" in text else text) from error
-    if values["help"].value:
-        print(__doc__ + values.get_help())
-        return
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}: all arguments are flags, see --help")
-    if config_flag.value is None and not from_flag.value:
+    config = None
+    if args.config_arguments:
+        config = arguments.load(args.config_arguments, run_length=False).settings
+    elif not args.run_from:
         raise UserError("--config is missing: give a config file (--config configs/h200.py) or a run (--from runs/a)")
-    if config_flag.value is not None:  # a file that cannot be read would only fail where it is used
-        config_path = config_flags.get_config_filename(values["config"])
-        if not Path(config_path.split(":")[0]).is_file():
-            raise UserError(f"--config={config_path}: no such file")
-    tokens, devices, card = _parse_tokens(tokens_flag.value), devices_flag.value, card_flag.value
-    run = read_run(from_flag.value) if from_flag.value else None
-
-    config = config_lib.from_dict(run.config) if config_flag.value is None else config_flag.value
-    geometry = geometry_from_config(config, config.model.num_classes or 1000)
-    utilisations = guide_utilisations(geometry)
-    images_per_epoch = images_flag.value or (run and run.images_per_epoch) or IMAGENET_IMAGES
+    tokens, devices, card = _parse_tokens(args.tokens), args.devices, args.card
+    own = read_run(args.run_from) if args.run_from else None
+    if own is not None:
+        card = run_card(own, args.run_from, args.run_card, card)
+    card = card or "h200"
+    config = settings_lib.from_mapping(own.config, ignore_unknown=True) if config is None else config
+    geometry = geometry_of_settings(config)
+    utilisations, reason = measured_utilisations(config, geometry, card)
+    utilisations |= guide_utilisations(geometry)
+    images_per_epoch = args.images_per_epoch or (own and own.images_per_epoch) or IMAGENET_IMAGES
 
     print(
-        f"{config.model.name} at {geometry.image_size} px: {geometry.tokens} tokens an image, "
+        f"{config.model.name} at {geometry.image_size} px: {geometry.tokens} tokens per image, "
         f"{forward_macs(geometry) / 1e9:.2f} G multiply-adds forward, {train_flops(geometry) / 1e9:.0f} GFLOP to train "
-        f"on an image, {train_flops(geometry) / geometry.tokens / 1e9:.3f} GFLOP a token"
+        f"on an image, {train_flops(geometry) / geometry.tokens / 1e9:.3f} GFLOP per token"
     )
     print(f"{devices} x {card.upper()}: {CARDS[card] / 1e12:.0f} TFLOP/s dense bf16 each (datasheet)")
-    if run is not None:
-        run_config = config_lib.from_dict(run.config)
-        run_geometry = geometry_from_config(run_config, run_config.model.num_classes or 1000)
-        run_devices = run_devices_flag.value or run.devices
+    if reason:
+        print(f"no row of this program's own speed: {reason}")
+    if own is not None:
+        run_geometry = geometry_of_settings(settings_lib.from_mapping(own.config, ignore_unknown=True))
+        run_devices = args.run_devices or own.devices
         if not run_devices:
-            raise UserError(f"--from={from_flag.value}: config.json does not say how many devices: add --run_devices=N")
-        speed = run.tokens_per_second or run.samples_per_second * run_geometry.tokens
+            raise UserError(f"--from={args.run_from}: config.json does not say how many devices: add --run_devices=N")
+        speed = own.tokens_per_second or own.samples_per_second * run_geometry.tokens
         used = speed * train_flops(run_geometry) / run_geometry.tokens / (run_devices * CARDS[card])
-        utilisations["measured"] = used
-        print(f"measured: {from_flag.value}, median {speed:,.0f} tokens/s on {run_devices} card(s), scaled in proportion")
-    print(f"an epoch is {images_per_epoch:,} images; the guide's utilisations are explained in --help\n")
+        utilisations["this run"] = used
+        print(f"this run: {args.run_from}, median {speed:,.0f} tokens/s on {run_devices} card(s), scaled in proportion")
+    print(f"an epoch is {images_per_epoch:,} images; --help explains the rows\n")
     rows = estimate(geometry, utilisations, tokens, devices=devices, card=card, images_per_epoch=images_per_epoch)
     print(format_table(rows))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of `jitjax estimate`, for scripts; prints the table.
+
+    Raises:
+      UserError: flags that cannot be used.
+    """
+    cli.dispatch(["estimate", *(sys.argv[1:] if argv is None else argv[1:])])
+
+
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    cli.program(["estimate", *sys.argv[1:]])

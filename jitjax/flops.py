@@ -1,4 +1,4 @@
-"""The model's own operation count, from shapes alone, and what the cards promise. Imports no jax."""
+"""The model's own operation count, from shapes alone, and the cards' datasheets. Imports no jax."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ TIME_FEATURES = 256  # inputs of the time embedder
 ADALN_VECTORS = 6  # shift, scale and gate, for attention and SwiGLU
 CHANNELS = 3
 
-# Dense (not sparse) bf16 matrix products, operations a second of one card: NVIDIA's datasheets for the SXM modules.
+IMAGENET_IMAGES = 1_281_167  # of the training set
+
+# Dense (not sparse) bf16 matmuls, operations per second of one card: NVIDIA's datasheets for the SXM modules.
 CARDS = {"h200": 989e12, "h100": 989e12}
 
 
 def forward_macs(geometry: Any) -> int:
-    """Multiply-adds of all matrix products in one forward pass of one image.
+    """Multiply-adds of all matmuls in one forward pass of one image.
 
     With W width, F SwiGLU hidden width, V values of a patch (patch^2 * 3), K bottleneck, T image tokens, and S the
     tokens that a block sees (T, and T + context_length from block context_start on):
@@ -21,9 +23,9 @@ def forward_macs(geometry: Any) -> int:
         patches   T (V K + K W)
         time      256 W + W W
         a block   S (3 W W + W W + 2 W F + F W)     qkv, projection, SwiGLU in and out
-                  + 2 S S W                         scores and their product with the values
+                  + 2 S S W                         scores, and the weighted sum of the values
                   + 6 W W                           adaLN
-                    (in the last block only the T image tokens ask and go on; all S are keys and values)
+                    (in the last block only the T image tokens are queries and continue; all S are keys and values)
         last      T W V + 2 W W
 
     Norms, RoPE, softmax and other elementwise work are left out, as in the published figures (arXiv 2511.13720 calls
@@ -37,27 +39,32 @@ def forward_macs(geometry: Any) -> int:
     macs = tokens * (values * g.bottleneck + g.bottleneck * w) + TIME_FEATURES * w + w * w
     for block in range(g.depth):
         seen = tokens + (g.context_length if block >= g.context_start else 0)
-        kept = tokens if block == g.depth - 1 else seen
-        macs += seen * 3 * w * w + 2 * kept * seen * w + kept * (w * w + 3 * w * f) + ADALN_VECTORS * w * w
+        queries = tokens if block == g.depth - 1 else seen
+        macs += seen * 3 * w * w + 2 * queries * seen * w + queries * (w * w + 3 * w * f) + ADALN_VECTORS * w * w
     return macs + tokens * w * values + 2 * w * w
 
 
 def train_flops(geometry: Any) -> int:
     """Operations to train on one image: 6 x `forward_macs`.
 
-    A multiply-add is two operations; the backward pass has two matrix products for each of the forward pass. Operations
-    done again (rematerialisation, attention's backward) do not count: utilisation is about useful work.
+    A multiply-add is two operations; the backward pass has two matmuls for each of the forward pass. Recomputation
+    (rematerialisation, attention's backward) does not count: utilisation is about useful work.
     """
     return 6 * forward_macs(geometry)
 
 
-def datasheet_flops(device_kind: str) -> float | None:
-    """The datasheet's operations a second of one card by `jax.Device.device_kind`; None for a card not listed here.
+def card_of(device_kind: str) -> str | None:
+    """The key of `CARDS` for a `jax.Device.device_kind`; None for a device that is not one of these cards.
 
-    >>> datasheet_flops("NVIDIA H100 80GB HBM3")
-    989000000000000.0
+    >>> card_of("NVIDIA H100 80GB HBM3")
+    'h100'
     """
     kind = device_kind.lower()
     if "pcie" in kind or "nvl" in kind:  # the same names with a lower power limit and clock
         return None
-    return next((flops for card, flops in CARDS.items() if card in kind), None)
+    return next((card for card in CARDS if card in kind), None)
+
+
+def datasheet_flops(device_kind: str) -> float | None:
+    """The datasheet's operations per second of one card by `jax.Device.device_kind`; None for a card not listed here."""
+    return CARDS.get(card_of(device_kind) or "")

@@ -28,10 +28,11 @@ from flax import nnx
 
 from jitjax import kernels
 from jitjax.errors import UserError
+from jitjax.flops import CHANNELS, TIME_FEATURES
+from jitjax.settings import Model
 
 Params = dict[str, jax.Array]  # {"blocks.0.attn.qkv.kernel": array, ...}
-TIME_FEATURES = 256
-CHANNELS = 3
+LARGEST = 1e10  # depth x width^2, nearly a hundred times JiT-G's
 
 # depth, width, heads, bottleneck, context tokens, first block that sees them. B to G are published (arXiv 2511.13720,
 # Tables 8 and 9); S and below are ours, for laptops, tests and small data.
@@ -72,10 +73,15 @@ class Geometry:
         if self.heads <= 0 or self.width % self.heads or self.head_dim % 4:
             raise UserError(
                 f"--config.model.width={self.width} with --config.model.heads={self.heads}: the width must be a "
-                "multiple of 4 x heads (RoPE turns pairs along two axes)"
+                "multiple of 4 x heads (RoPE rotates pairs along two axes)"
             )
         if self.width % 4:
             raise UserError(f"--config.model.width={self.width} must be a multiple of 4 (sin-cos positions)")
+        if self.depth * self.width**2 > LARGEST:
+            raise UserError(
+                f"--config.model.depth={self.depth} with --config.model.width={self.width} is a model of about "
+                f"{18 * self.depth * self.width**2:.1e} parameters, beyond what this trainer is for: use smaller ones"
+            )
         if self.context_length and not 0 <= self.context_start < self.depth:
             raise UserError(
                 f"--config.model.context_start={self.context_start} must lie in [0, depth={self.depth}): it is the first "
@@ -125,10 +131,11 @@ def make_geometry(name: str, image_size: int, num_classes: int, **overrides: Any
     return Geometry(**numbers)
 
 
-def geometry_from_config(config: Any, num_classes: int) -> Geometry:
-    """The geometry that `config.model` and `config.data.image_size` describe."""
-    overrides = {k: v for k, v in config.model.items() if k not in ("name", "class_conditional", "num_classes")}
-    return make_geometry(config.model.name, config.data.image_size, num_classes, **overrides)
+def geometry_of(model: Model, image_size: int, num_classes: int) -> Geometry:
+    """The geometry that the model's settings describe, for images of `image_size` pixels and so many classes."""
+    fields = {field.name for field in dataclasses.fields(Geometry)} - {"num_classes"}
+    overrides = {name: value for name, value in dataclasses.asdict(model).items() if name in fields}
+    return make_geometry(model.name, image_size, num_classes, **overrides)
 
 
 # ---------------------------------------------------------------- fixed tables
@@ -149,8 +156,8 @@ def position_table(width: int, grid: int) -> np.ndarray:
 def rope_tables(head_dim: int, grid: int, context_length: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of the rotary angles, each (context_length + grid*grid, head_dim) float32.
 
-    First half of a head turns with the row, second half with the column; each angle stands twice in a row, for the
-    adjacent pair that it turns. Context tokens come first and are not turned.
+    The first half of a head rotates with the row, the second half with the column; each angle is repeated for the
+    adjacent pair that it rotates. Context tokens come first and are not rotated.
     """
     per_axis = head_dim // 2
     frequency = 10000.0 ** -(np.arange(0, per_axis, 2, dtype=np.float64) / per_axis)
@@ -232,7 +239,7 @@ class TimeEmbedder(nnx.Module):
 
 
 class LabelEmbedder(nnx.Module):
-    """One row a class and, last, the null row that stands for "no label"."""
+    """The class embedding: one row per class and, last, the null (unconditional) class."""
 
     def __init__(self, g: Geometry, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(rngs.params(), (g.num_classes + 1, g.width), jnp.float32))
@@ -250,7 +257,7 @@ class Attention(nnx.Module):
 
     def __call__(self, h_BTD, rope, keys_B, ops: kernels.Ops, drop: int = 0) -> jax.Array:
         """Everything up to the output projection, whose bias the caller adds. `keys_B` None means no dropout. The first
-        `drop` tokens are looked at by the others and have no output of their own: (B, T - drop, D)."""
+        `drop` tokens are attended to and have no output of their own: (B, T - drop, D)."""
         kernel = self.qkv.kernel[...].astype(h_BTD.dtype)
         weights = kernel, self.qkv.bias[...], self.q_norm.weight[...], self.k_norm.weight[...]
         if self.dropout_rate and keys_B is not None:
@@ -289,7 +296,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, pending, c_BD, rope, keys_B3, ops: kernels.Ops, drop: int = 0):
         """Args: x and the `pending` branch of the block before (None at the start), silu of the conditioning, the rope
-        tables, three dropout keys an image or None, how many leading tokens nobody needs behind the attention. Returns x
+        tables, three dropout keys per image or None, how many leading tokens are dropped after the attention. Returns x
         (first residual merged, without those tokens) and this block's pending."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(affine(self.adaln, c_BD), 6, axis=-1)
         keys = (None,) * 3 if keys_B3 is None else tuple(keys_B3[:, i] for i in range(3))
@@ -360,10 +367,10 @@ class JiT(nnx.Module):
           z: noised images, (B, S, S, 3) float.
           t: times in [0, 1], (B,) float; 0 is noise, 1 is data.
           y: labels, (B,) int in [0, num_classes]; num_classes is the null label.
-          dtype: type of the matrix products and activations; parameters stay float32.
+          dtype: type of the matmuls and activations; parameters stay float32.
           ops: plain or fused implementation, `jitjax.kernels.get_ops`; default plain.
-          remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
-          dropout_keys: one key an image, (B,) key array; None switches dropout off.
+          remat: what the backward pass computes again: "none", "dots" (all but matmuls) or "full".
+          dropout_keys: one key per image, (B,) key array; None switches dropout off.
 
         Returns:
           (B, S, S, 3) in `dtype`.
@@ -374,7 +381,7 @@ class JiT(nnx.Module):
         g = self.geometry
         if z.shape[1:] != (g.image_size, g.image_size, CHANNELS):
             raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
-        if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 products to TF32
+        if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 matmuls to TF32
             with jax.default_matmul_precision("float32"):
                 return self._forward(z, t, y, dtype, ops, remat, dropout_keys)
         return self._forward(z, t, y, dtype, ops, remat, dropout_keys)
@@ -383,7 +390,7 @@ class JiT(nnx.Module):
         g = self.geometry
         ops = ops or kernels.get_ops("plain")
         if remat == "dots":
-            ops = kernels.with_visible_products(ops)
+            ops = kernels.with_visible_matmuls(ops)
 
         def apply_block(block, *arguments, drop):
             apply = functools.partial(_apply_block, ops=ops, drop=drop)
@@ -395,17 +402,19 @@ class JiT(nnx.Module):
         if dropout_keys is not None and (g.attn_dropout or g.proj_dropout):
             keys = jax.vmap(lambda key: jax.random.split(key, (g.depth, 3)))(dropout_keys)  # (B, depth, 3)
 
-        y_BD = self.y_embedder(y)
-        c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
-        x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
-        x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
+        with jax.named_scope("embed"):
+            y_BD = self.y_embedder(y)
+            c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
+            x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
+            x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
         rope, context, pending = rope_tables(g.head_dim, g.grid, 0), 0, None
         for i, block in enumerate(self.blocks):
             if g.context_length and i == g.context_start:
                 if pending is not None:
                     x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
-                context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype)
-                x_BTD = jnp.concatenate([context_BTD, x_BTD], axis=1)
+                with jax.named_scope("embed"):
+                    context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype)
+                    x_BTD = jnp.concatenate([context_BTD, x_BTD], axis=1)
                 context, rope = g.context_length, rope_tables(g.head_dim, g.grid, g.context_length)
             # Only image tokens become pixels: in the last block context tokens are attended to and go no further.
             drop = context if i == g.depth - 1 else 0

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jitjax.config import Plan
+from jitjax.ema import POWER, power_ema_rate
+from jitjax.plan import Plan
+from jitjax.settings import Optimizer
 
 Params = dict[str, jax.Array]
 
@@ -28,39 +30,50 @@ def learning_rate(step: Any, *, peak: float, min_lr: float, warmup: float, total
     return jnp.where(step < warmup, peak * step / max(warmup, 1e-9), after)
 
 
-def make_schedule(config: Any, plan: Plan):
+def make_schedule(optim: Optimizer, plan: Plan):
     """The run's learning rate as a function of the optimizer step."""
     return lambda step: learning_rate(
         step,
         peak=plan.peak_lr,
-        min_lr=config.optim.min_lr,
+        min_lr=optim.min_lr,
         warmup=plan.warmup_steps,
         total=plan.total_steps,
-        schedule=config.optim.schedule,
+        schedule=optim.schedule,
     )
 
 
 def decay_mask(params: Params) -> dict[str, bool]:
-    """Weight decay acts on matrices, the label table and the context positions, not on biases and norm weights."""
+    """Weight decay acts on matrices, the class embedding and the context positions, not on biases and norm weights."""
     return {name: value.ndim > 1 for name, value in params.items()}
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
+def make_optimizer(optim: Optimizer) -> optax.GradientTransformation:
     """AdamW with learning rate 1: the step multiplies its update by the learning rate of the optimizer step.
 
     So the rate follows the step counter, also after steps that were skipped because of a non-finite gradient; inside
     AdamW decay and update share the one factor, as they must for decoupled decay.
     """
-    o = config.optim
+    o = optim
     return optax.adamw(1.0, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
 
 
-def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:
-    """ema = decay * ema + (1 - decay) * params for every decay (the dictionary's keys). No bias correction."""
+def ema_names(optim: Optimizer) -> tuple[str, ...]:
+    """Names of the EMAs of a run: fixed decays by their decay, e.g. "0.9999", power functions as "power:0.05"."""
+    return (*map(str, optim.ema_decays), *(f"{POWER}{sigma_rel:g}" for sigma_rel in optim.power_emas))
 
-    def moved(average, value, decay):
-        return average + (1 - decay) * (value - average)
 
-    return {
-        decay: {name: moved(average[name], params[name], float(decay)) for name in average} for decay, average in ema.items()
-    }
+def update_ema(ema: dict[str, Params], params: Params, step: jax.Array) -> dict[str, Params]:
+    """ema + rate * (params - ema) for every EMA, by its name: rate 1 - decay, without bias correction, as published, or that
+    of a power function (`jitjax.ema`).
+
+    Args:
+      step: the optimizer step that made `params`, from 1.
+    """
+
+    def rate(name):
+        return power_ema_rate(step, float(name.removeprefix(POWER))) if name.startswith(POWER) else 1 - float(name)
+
+    def moved(ema, value, rate):
+        return ema + rate * (value - ema)
+
+    return {name: {key: moved(tree[key], params[key], rate(name)) for key in tree} for name, tree in ema.items()}

@@ -1,7 +1,7 @@
 """Turns an image folder, archive or Parquet data set into shards that training reads at random, once and for all.
 
-    python -m jitjax.prepare --data_path ./data/train --output ./data/train64 --image_size 64
-    python -m jitjax.prepare --check ./data/train64
+    jitjax prepare --data_path ./data/train --output ./data/train64 --image_size 64
+    jitjax prepare --check ./data/train64
 
 Every shard covers a fixed range of the input, whoever writes it, so the bytes do not depend on the number of workers. A
 finished shard leaves a note in `partial/`; after an interruption the same command continues with the others.
@@ -10,7 +10,6 @@ finished shard leaves a note in `partial/`; after an interruption the same comma
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -19,18 +18,19 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from jitjax import cli
 from jitjax.data import pool
 from jitjax.data.inputs import Input, open_input
-from jitjax.data.listing import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
-from jitjax.data.prepared import ENCODINGS, FORMAT, VERSION, index_checksum, read_index
+from jitjax.data.prepared import FORMAT, VERSION, index_checksum, read_index
 from jitjax.data.shards import Settings, check_shard, shard_name, write_json, write_shard
-from jitjax.errors import UserError, cli
+from jitjax.data.tree import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
+from jitjax.errors import UserError
 
-MAX_RAW_SIZE = 64  # larger images are stored as PNG unless told otherwise
+MAX_RAW_SIZE = 64  # larger images are stored as PNG unless --encoding is given
 _IMAGES_PER_SHARD, _MAX_DEFAULT_SHARDS = 1024, 256
 
 
@@ -48,6 +48,11 @@ def prepare(
     workers: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    split: str = "",
+    labels: str = "",
+    all_formats: bool = False,
+    high_depth: str = "clip",
+    zip_names: str | None = None,
 ) -> dict[str, Any]:
     """Prepares a data set; the arguments are those of the command line. Does nothing where it is done already.
 
@@ -57,16 +62,37 @@ def prepare(
     Raises:
       UserError: bad input, bad settings, a full disk, or an output that belongs to something else.
     """
+    output = os.path.expanduser(output)
     partial = os.path.join(output, PARTIAL_FOLDER)
     with _locked(output):
-        source = _open_input(data_path, partial, image_column, label_column)
+        source = _open_input(
+            data_path,
+            partial,
+            image_column=image_column,
+            label_column=label_column,
+            split=split,
+            labels=labels,
+            all_formats=all_formats,
+            zip_names=zip_names,
+        )
+        for line in (source.summary, *(f"note: {note}" for note in source.notes)):
+            print(line.encode(errors="backslashreplace").decode())
         total = min(limit or len(source), len(source))
         shards = shards or max(1, min(_MAX_DEFAULT_SHARDS, total // _IMAGES_PER_SHARD))
         if shards > total:
             raise UserError(f"--shards={shards} is more than the {total} images; lower it")
         encoding = encoding or ("raw" if image_size <= MAX_RAW_SIZE else "png")
-        settings = Settings(image_size, encoding, quality if encoding == "jpeg" else 0, exif_rotate, limit, shards)
-        plan = {"settings": dataclasses.asdict(settings), "input": source.fingerprint(), "version": VERSION}
+        settings = Settings(
+            image_size=image_size,
+            encoding=encoding,
+            quality=quality if encoding == "jpeg" else 0,
+            exif_rotate=exif_rotate,
+            limit=limit,
+            shards=shards,
+            all_formats=all_formats,
+            high_depth=high_depth,
+        )
+        plan = {"settings": _recorded(settings), "input": source.fingerprint(), "version": VERSION}
         index = _finished(output, plan)
         if index is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -112,9 +138,15 @@ def check(output: str, workers: int | None = None) -> int:
     return index["count"]
 
 
-def _open_input(data_path: str, partial: str, image_column: str | None, label_column: str | None) -> Input:
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """The settings without those later ones that are unset, so that directories of earlier versions stay as they are."""
+    unset = {"all_formats": False, "high_depth": "clip"}
+    return {key: value for key, value in dataclasses.asdict(settings).items() if unset.get(key, ...) != value}
+
+
+def _open_input(data_path: str, partial: str, **options: Any) -> Input:
     try:
-        return open_input(data_path, partial, image_column=image_column, label_column=label_column)
+        return open_input(data_path, partial, **options)
     except BaseException:
         if not os.path.exists(os.path.join(partial, PLAN_FILE)):  # nothing but a half decompressed archive
             shutil.rmtree(partial, ignore_errors=True)
@@ -137,6 +169,8 @@ def _index(source: Input, plan: dict[str, Any], entries: list[dict[str, Any]]) -
         "shards": [{key: entry[key] for key in ("file", "count", "bytes", "sha256")} for entry in entries],
         "skipped": [bad for entry in entries for bad in entry["skipped"]],
     }
+    if constant := sum(entry.get("constant", 0) for entry in entries):
+        index["constant"] = constant
     return {**index, "checksum": index_checksum(index)}
 
 
@@ -166,7 +200,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], output: str, stat
     if before == now:
         return
     old, new = before.get("settings", {}), now["settings"]
-    differing = [f"{key} {old.get(key)} instead of {new[key]}" for key in new if old.get(key) != new[key]]
+    differing = [f"{k} {old.get(k)} instead of {new.get(k)}" for k in {**new, **old} if old.get(k) != new.get(k)]
     change = ", ".join(differing) or "other input files"
     raise UserError(f"--output={output} {state} with {change}; give a new folder or delete this one")
 
@@ -199,6 +233,11 @@ def _report(output: str, index: dict[str, Any]) -> None:
         print(f"skipped {bad['name']}: {bad['reason']}".encode(errors="backslashreplace").decode())
     if len(skipped) > 20:
         print(f"... and {len(skipped) - 20} more, all listed in {INDEX_FILE}")
+    if constant := index.get("constant"):
+        print(
+            f"warning: {constant} images came out constant, all of one colour; 16-bit and float pictures are clipped as the "
+            "official loader does: --high_depth range or picture scales them"
+        )
     size = sum(shard["bytes"] for shard in index["shards"]) / 2**20
     classes = f"{len(index['classes'])} classes" if index["classes"] else "no labels"
     print(
@@ -209,16 +248,23 @@ def _report(output: str, index: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _locked(output: str) -> Iterator[None]:
     """Creates the output folder and keeps a second preparation out of it."""
-    try:
-        os.makedirs(output, exist_ok=True)
-        lock = os.open(os.path.join(output, LOCK_FILE), os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    path = os.path.join(output, LOCK_FILE)
+    while True:
+        try:
+            os.makedirs(output, exist_ok=True)
+            lock = os.open(path, os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise UserError(f"--output={output} is being written by another preparation") from None
+        # the one who held it may have removed the file in between: a lock on that keeps nobody out
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                break
         os.close(lock)
-        raise UserError(f"--output={output} is being written by another preparation") from None
     try:
         yield
     finally:
@@ -240,57 +286,28 @@ def _check_job(root: str, shard: dict[str, Any]) -> str | None:
     return check_shard(root, shard, pool.shared(), pool.step)
 
 
-# --- command line ---
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m jitjax.prepare --help")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m jitjax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", help="image folder, zip or tar of one, Parquet file or folder of them")
-    parser.add_argument("--output", help="folder to write")
-    parser.add_argument("--image_size", type=_positive, help="edge of the published centre crop, in pixels")
-    parser.add_argument(
-        "--encoding",
-        choices=ENCODINGS,
-        help=f"default: raw up to {MAX_RAW_SIZE} px, png above; only jpeg loses anything",
-    )
-    parser.add_argument("--quality", type=_positive, default=95, help="of --encoding jpeg (default 95)")
-    parser.add_argument("--exif_rotate", action="store_true", help="turn photographs as their EXIF orientation says")
-    parser.add_argument("--limit", type=_positive, help="use only so many images, spread evenly over the set")
-    parser.add_argument("--shards", type=_positive, help="number of files (default: one per 1024 images, at most 256)")
-    parser.add_argument(
-        "--on_bad", choices=("skip", "fail"), default="skip", help="what to do with an image that cannot be decoded"
-    )
-    parser.add_argument("--workers", type=_positive, help="processes (default: all cores)")
-    parser.add_argument("--image_column", help="Parquet column with the image bytes (default: found by name)")
-    parser.add_argument("--label_column", help="Parquet column with the labels (default: found by name)")
-    parser.add_argument("--check", metavar="DIR", help="verify a prepared directory instead: checksums, counts, every record")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = vars(parse(sys.argv[1:] if argv is None else argv))
+def run(arguments: dict[str, Any]) -> int:
+    """Prepare, or check a prepared directory, with the flags of `jitjax prepare` by name."""
     directory = arguments.pop("check")
     if directory:
         count = check(directory, arguments["workers"])
-        print(f"{directory}: {count} images, all well")
+        print(f"{directory}: {count} images, no fault found")
         return 0
     for name in ("data_path", "output", "image_size"):
         if arguments[name] is None:
-            raise UserError(f"--{name} is missing; see python -m jitjax.prepare --help")
+            raise UserError(f"--{name} is missing; see jitjax prepare --help")
     prepare(arguments.pop("data_path"), arguments.pop("output"), arguments.pop("image_size"), **arguments)
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """`jitjax prepare` with these arguments, for scripts.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    return cli.dispatch(["prepare", *(sys.argv[1:] if argv is None else argv)])
+
+
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    cli.program(["prepare", *sys.argv[1:]])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from pathlib import Path
 
+from jitjax import distributed, leftovers
+
 # Applied unless the user's XLA_FLAGS name the same flag.
 XLA_FLAGS = {
-    # Without fused kernels cuBLAS beats Triton's matrix products here by 5-8% of a step; with them it only shortens
+    # Without fused kernels cuBLAS beats Triton's matmuls here by 5-8% of a step; with them it only shortens
     # compilation (measured on an H200).
     "--xla_gpu_enable_triton_gemm": "false",
     # Emulated devices on a busy machine may reach an all-reduce minutes apart; the default gives up after 40 seconds.
@@ -30,6 +33,7 @@ def hide_accelerators() -> None:
     """Keep a worker process off the GPU: a single JAX call there would take hundreds of megabytes of it."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    leftovers.name_segments(os.getppid())
 
 
 def set_environment() -> None:
@@ -39,26 +43,13 @@ def set_environment() -> None:
     os.environ["XLA_FLAGS"] = " ".join([*ours, mine]).strip()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # JAX reports at every start on a machine without a TPU that there is none.
+    logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "'tpu'" not in record.getMessage())
 
 
-def start_distributed() -> None:
-    """Join the other processes of a cluster run, if the environment says that there are any.
-
-    Under Slurm or Open MPI JAX finds the others by itself; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID. A single process starts nothing.
-    """
-    import jax
-
-    # The step's tasks, not the job's: a plain `python` inside an allocation is one process.
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif max(tasks) > 1:
-        jax.distributed.initialize()
+def start_distributed() -> distributed.Peers:
+    """Join the other processes of a cluster run, if the environment says that there are any; see `jitjax.distributed`."""
+    return distributed.start()
 
 
 def use_compilation_cache(directory: str) -> Path | None:

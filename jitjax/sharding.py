@@ -1,6 +1,6 @@
 """The device mesh and the one rule from an array's shape to its sharding.
 
-The mesh has two axes. The batch is split over both; parameters, optimizer state and averages are split over `fsdp` and
+The mesh has two axes. The batch is split over both; parameters, optimizer state and EMAs are split over `fsdp` and
 repeated along `data`. The training step runs manually sharded (`jax.shard_map`), so every transfer between devices is one
 of the few collectives written here.
 """
@@ -73,6 +73,15 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
         ),
         tree,
     )
+
+
+def replicated(tree: Any) -> Any:
+    """Whole arrays on the host of every process. All processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 # ---------------------------------------------------------------- collectives, for use inside shard_map

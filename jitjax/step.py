@@ -10,11 +10,10 @@ any way to cut the batch into micro-batches.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from jitjax import diffusion, kernels, sharding
 from jitjax import model as jit_model
-from jitjax.config import Plan
-from jitjax.optimizer import make_optimizer, make_schedule, update_ema
+from jitjax.optimizer import ema_names, make_optimizer, update_ema
+from jitjax.settings import Diffusion, Optimizer
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]  # {"image": uint8 (B, S, S, 3), "label": int32 (B,)}
@@ -32,41 +31,56 @@ FIRST_LOSS_SCALE = 2.0**15  # float16 only
 LOSS_SCALE_PATIENCE = 2000  # finite steps after which the loss scale doubles
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class TrainState:
     """All that a run carries from step to step. Float32 throughout; nothing random is stored."""
 
     step: jax.Array  # optimizer steps done, int32
     params: Params
     opt_state: Any
-    ema: dict[str, Params]  # by decay, e.g. "0.9999"
+    ema: dict[str, Params]  # by name, e.g. "0.9999" or "power:0.05"
     loss_scale: dict[str, jax.Array]  # float16: "scale" and "finite_steps" since it last changed
 
 
-def init_state(geometry: jit_model.Geometry, config: Any, key: jax.Array) -> TrainState:
-    """A fresh state; pure, so that it can be jitted with sharded outputs or `jax.eval_shape`d."""
+def init_state(geometry: jit_model.Geometry, optim: Optimizer, dtype: str, key: jax.Array) -> TrainState:
+    """A fresh state; pure, so that it can be jitted with sharded outputs or `jax.eval_shape`d.
+
+    Args:
+      dtype: compute type; float16 starts with a loss scale.
+    """
     params = jit_model.init_fn(geometry)(key)
-    return fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in config.optim.ema_decays}, config)
+    return fresh_state(params, {name: jax.tree.map(jnp.copy, params) for name in ema_names(optim)}, optim, dtype)
 
 
-def fresh_state(params: Params, ema: dict[str, Params], config: Any) -> TrainState:
+def fresh_state(params: Params, ema: dict[str, Params], optim: Optimizer, dtype: str) -> TrainState:
     """Step 0 with given weights: optimizer and schedule start afresh."""
-    scale = FIRST_LOSS_SCALE if config.dtype == "float16" else 1.0
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=make_optimizer(optim).init(params),
         ema=ema,
-        loss_scale={"scale": jnp.float32(scale), "finite_steps": jnp.zeros((), jnp.int32)},
+        loss_scale={
+            "scale": jnp.float32(FIRST_LOSS_SCALE if dtype == "float16" else 1.0),
+            "finite_steps": jnp.zeros((), jnp.int32),
+        },
     )
 
 
-def make_loss(geometry: jit_model.Geometry, config: Any, ops: kernels.Ops) -> Callable[..., jax.Array]:
+def make_loss(
+    geometry: jit_model.Geometry,
+    diffusion_settings: Diffusion,
+    *,
+    prediction: str,
+    loss: str,
+    class_conditional: bool,
+    dtype: str,
+    remat: str,
+    ops: kernels.Ops,
+) -> Callable[..., jax.Array]:
     """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,)) -> loss of each image, (B,) float32."""
-    graphdef, d = jit_model.graphdef_of(geometry), config.diffusion
+    graphdef, d = jit_model.graphdef_of(geometry), diffusion_settings
 
-    def loss(params: Params, images: jax.Array, labels: jax.Array, keys: jax.Array) -> jax.Array:
+    def loss_of_images(params: Params, images: jax.Array, labels: jax.Array, keys: jax.Array) -> jax.Array:
         def draw(key):
             key_t, key_noise, key_label, key_dropout = jax.random.split(key, 4)
             return (
@@ -76,24 +90,20 @@ def make_loss(geometry: jit_model.Geometry, config: Any, ops: kernels.Ops) -> Ca
                 key_dropout,
             )
 
-        t, e, dropped, dropout_keys = jax.vmap(draw)(keys)
-        if config.model.class_conditional:
-            y = jnp.where(dropped, geometry.num_classes, labels)
-        else:
-            y = jnp.full_like(labels, geometry.num_classes)
-        x = diffusion.to_float(images)
-        output = jit_model.merge(graphdef, params)(
-            diffusion.noised(x, e, t),
-            t,
-            y,
-            dtype=jnp.dtype(config.dtype),
-            ops=ops,
-            remat=config.remat,
-            dropout_keys=dropout_keys,
-        )
-        return diffusion.loss_per_image(output, x, e, t, config.prediction, config.loss, d.t_eps)
+        with jax.named_scope("loss"):
+            t, e, dropped, dropout_keys = jax.vmap(draw)(keys)
+            if class_conditional:
+                y = jnp.where(dropped, geometry.num_classes, labels)
+            else:
+                y = jnp.full_like(labels, geometry.num_classes)
+            x = diffusion.to_float(images)
+            z = diffusion.noised(x, e, t)
+        network = jit_model.merge(graphdef, params)
+        output = network(z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys)
+        with jax.named_scope("loss"):
+            return diffusion.loss_per_image(output, x, e, t, prediction, loss, d.t_eps)
 
-    return loss
+    return loss_of_images
 
 
 def local_gradients(
@@ -153,24 +163,37 @@ def next_loss_scale(loss_scale: dict[str, jax.Array], finite: jax.Array) -> dict
 
 
 def make_train_step(
-    geometry: jit_model.Geometry, config: Any, plan: Plan, mesh: Mesh, ops: kernels.Ops
+    loss: Callable[..., jax.Array],
+    abstract_state: TrainState,
+    mesh: Mesh,
+    *,
+    optim: Optimizer,
+    schedule: Callable[[jax.Array], jax.Array],
+    seed: int,
+    comm_dtype: str = "float32",
+    dynamic_loss_scale: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (new state, metrics of this optimizer step as scalars on the device).
+
+    Args:
+      loss: from `make_loss`.
+      abstract_state: shapes of the state, `jax.eval_shape` of `init_state`.
+      schedule: the learning rate as a function of the optimizer step.
+      comm_dtype: type in which gradients (and gathered weights) cross devices.
+      dynamic_loss_scale: for float16.
 
     The state is donated. `batch` holds the images of one optimizer step, split over both mesh axes; each device cuts
     its part into `optim.accumulation_steps` micro-batches. A step without a finite gradient changes only the step counter.
     """
-    optimizer, schedule = make_optimizer(config), make_schedule(config, plan)
-    loss = make_loss(geometry, config, ops)
-    micro_batches = config.optim.accumulation_steps
-    comm_dtype = jnp.dtype(config.mesh.comm_dtype)
-    abstract_state = jax.eval_shape(functools.partial(init_state, geometry, config), jax.random.key(0))
+    optimizer = make_optimizer(optim)
+    micro_batches = optim.accumulation_steps
+    comm_dtype = jnp.dtype(comm_dtype)
     state_specs = sharding.specs(abstract_state, mesh)
     param_specs = state_specs.params
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         local = batch["label"].shape[0]
-        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         indices = sharding.device_index(mesh) * local + jnp.arange(local)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
 
@@ -180,25 +203,26 @@ def make_train_step(
 
         grads = sharding.sum_gradients(grads, param_specs, mesh, comm_dtype)
         loss_sum, count = sharding.total((loss_sum, count), mesh)
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
-        norm = sharding.global_norm(grads, param_specs, mesh)
-        usable = jnp.isfinite(norm) & (count > 0)
-        if config.optim.clip_norm:
-            shrink = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda grad: grad * shrink, grads)
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
+            norm = sharding.global_norm(grads, param_specs, mesh)
+            usable = jnp.isfinite(norm) & (count > 0)
+            if optim.clip_norm:
+                shrink = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(norm, 1e-12))
+                grads = jax.tree.map(lambda grad: grad * shrink, grads)
 
-        rate = schedule(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
-        ema = update_ema(state.ema, new_params)
-        new_params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(usable, new, old),
-            (new_params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
+            rate = schedule(state.step)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
+            ema = update_ema(state.ema, new_params, state.step + 1)
+            new_params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(usable, new, old),
+                (new_params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
         skipped = mesh.size * micro_batches - jnp.where(usable, count, 0)
         loss_scale = state.loss_scale
-        if config.dtype == "float16":
+        if dynamic_loss_scale:
             loss_scale = next_loss_scale(loss_scale, skipped == 0)
         metrics = {
             "train/loss": loss_sum / count,

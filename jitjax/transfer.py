@@ -7,7 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jitjax import diffusion, pipeline, step
+from jitjax.errors import UserError
 from jitjax.model import Params
+from jitjax.settings import Optimizer
 
 LABELS = "y_embedder.table"
 
@@ -20,20 +23,21 @@ class Report:
     grown: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)  # in the source only, or of another shape
     fresh: list[str] = dataclasses.field(default_factory=list)  # in the new model only, or of another shape
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         def names(kind: str, items: list[str]) -> str:
             shown = ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
             return f"; {kind}: {shown}" if items else ""
 
-        text = f"{len(self.loaded)} parameters loaded"
-        return text + names("grown", self.grown) + names("left out", self.left_out) + names("initialised anew", self.fresh)
+        text = f"{len(self.loaded)} parameters loaded" + names("grown", self.grown) + names("left out", self.left_out)
+        return text + names("initialised anew", self.fresh) + "".join(f"; {note}" for note in self.notes)
 
 
 def grow_labels(source: jax.Array, fresh: jax.Array) -> jax.Array:
-    """The label table for new classes: fresh rows for them, and the source's null row (its last) as null row.
+    """The class embedding for new classes: fresh rows for them, and the source's null class (its last row).
 
-    Where the number of classes is the same the whole table is taken, so this is called for differing numbers only.
+    Where the number of classes is the same the whole embedding is taken, so this is called for differing numbers only.
     """
     return jnp.concatenate([fresh[:-1], source[-1:]])
 
@@ -41,8 +45,8 @@ def grow_labels(source: jax.Array, fresh: jax.Array) -> jax.Array:
 def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
     """`fresh` parameters with all that fits from `source`.
 
-    The label table is grown (`grow_labels`) when the number of classes differs. Anything else of another shape stays
-    fresh and is reported; nothing is dropped without a word.
+    The class embedding is grown (`grow_labels`) when the number of classes differs. Anything else of another shape stays
+    fresh and is reported.
     """
     report, result = Report(), dict(fresh)
     for name, value in fresh.items():
@@ -60,3 +64,39 @@ def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
             wanted = f", here {tuple(fresh[name].shape)}" if name in fresh else ""
             report.left_out.append(f"{name} {tuple(old.shape)}{wanted}")
     return result, report
+
+
+def initialise_from(
+    path: str,
+    state: step.TrainState,
+    process: diffusion.Diffusion,
+    class_names: tuple[str, ...],
+    optim: Optimizer,
+    dtype: str,
+) -> tuple[step.TrainState, Report]:
+    """A step-0 state with another model's weights and EMAs (its weights for a decay it lacks).
+
+    Raises:
+      UserError: the other model predicts something else, or has no weights.
+    """
+    pipe = pipeline.load(path)
+    if pipe.diffusion.prediction != process.prediction:
+        raise UserError(
+            f"--config.init_from={path} predicts {pipe.diffusion.prediction}, this run predicts {process.prediction}: set "
+            f"--config.prediction={pipe.diffusion.prediction}, or start from other weights"
+        )
+    weights = jax.device_get(pipe.weights)
+    raw = weights.get(pipeline.RAW, weights[pipe.which])
+    params, report = transfer(raw, state.params)
+    ema = {decay: transfer(weights.get(decay, raw), state.params)[0] for decay in state.ema}
+    for decay in sorted(set(state.ema) - set(weights)):
+        report.fresh.append(f"EMA {decay} (from the weights)")
+    if pipe.diffusion.noise_scale != process.noise_scale:
+        report.notes.append(f"trained with noise_scale {pipe.diffusion.noise_scale}, now {process.noise_scale}")
+    if len(pipe.class_names) == len(class_names) and pipe.class_names != class_names:
+        a, b = next((a, b) for a, b in zip(pipe.class_names, class_names, strict=True) if a != b)
+        report.notes.append(f"the class embedding is loaded although class names differ (first: {a} -> {b})")
+    report.notes.extend(pipe.notes)
+    place = jax.tree.map(lambda leaf: leaf.sharding, state)
+    fresh = jax.jit(lambda p, e: step.fresh_state(p, e, optim, dtype), out_shardings=place)
+    return fresh(params, ema), report

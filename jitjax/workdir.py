@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, its configuration, what it says about itself. Nothing here deletes anything."""
+"""The folder of one run: its lock, its configuration, what it says about itself. Nothing of a run is deleted here."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from jitjax import config as config_lib
+from jitjax import leftovers, paths
 from jitjax.errors import UserError
+from jitjax.settings import Settings, differing_fields, to_dict
 
 PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "wandb")
 
@@ -26,12 +25,13 @@ class Workdir:
     """An open workdir: locked against a second live run, and known to hold this configuration or none yet."""
 
     def __init__(self, path: str | Path, *, is_main: bool = True):
-        """Creates the folder and takes its lock (which the system lets go of when the process ends, however it ends).
+        """Creates the folder, takes its lock (which the system releases when the process ends, however it ends) and removes
+        what a killed run left half written.
 
         Raises:
-          UserError: no permission, no space, not a folder, or in use by a live run.
+          UserError: no permission, no space, not a local folder, inside a checkpoint, or in use by a live run.
         """
-        self.path, self.is_main = Path(path).expanduser().absolute(), is_main
+        self.path, self.is_main = paths.workdir(path), is_main
         self._lock = None
         if not is_main:
             return
@@ -43,6 +43,8 @@ class Workdir:
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._lock.flush()
+            leftovers.remove_partial(self.path)
+            leftovers.remove_segments()
         except BlockingIOError as error:
             self._lock.seek(0)
             raise UserError(
@@ -61,31 +63,30 @@ class Workdir:
         except (OSError, ValueError) as error:
             raise UserError(f"--workdir={self.path}: config.json is unreadable ({error}); move it away to go on") from error
 
-    def check_config(self, config: ConfigDict, effective_batch: int, *, accept_changes: bool) -> None:
-        """Raises:
-        UserError: this workdir's run began with another configuration; the line names the differing fields.
+    def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool) -> None:
+        """The same effective batch, however it is cut over devices and micro-batches, is the same run.
+
+        Raises:
+          UserError: this workdir's run began with another configuration; the line names the differing fields.
         """
         saved = self.saved_config()
         if saved is None:
             return
-        known = config_lib.to_dict(config_lib.default_config())
-        new = config_lib.to_dict(config)
-        differing = config_lib.differing_fields({k: v for k, v in saved.items() if k in known}, new)
-        if saved.get("effective_batch", effective_batch) != effective_batch and not any(
-            line.startswith(("batch_size", "optim.accumulation_steps")) for line in differing
-        ):
-            differing.append(f"effective batch (batch_size x devices): {saved['effective_batch']} -> {effective_batch}")
+        differing = differing_fields(saved, settings)
+        before = saved.get("effective_batch", effective_batch)
+        if before != effective_batch:
+            differing.append(f"effective batch (batch_size x devices x accumulation_steps): {before} -> {effective_batch}")
         if differing and not accept_changes:
             raise UserError(
                 f"--workdir={self.path} holds a run with another configuration ({'; '.join(differing)}): "
-                "use another workdir, or --accept_config_changes to go on with the new one"
+                "use another workdir, or --accept_config_changes to continue with the new one"
             )
 
-    def describe_run(self, config: ConfigDict, facts: Mapping[str, Any]) -> None:
+    def describe_run(self, settings: Settings, facts: Mapping[str, Any]) -> None:
         """Write config.json (the resolved configuration and `facts`, e.g. devices) and versions.json."""
         if not self.is_main:
             return
-        self.write("config.json", json.dumps({**config_lib.to_dict(config), **facts}, indent=1))
+        self.write("config.json", json.dumps({**to_dict(settings), **facts}, indent=1))
         self.write("versions.json", json.dumps(versions(), indent=1))
 
     def write(self, name: str, text: str) -> None:
@@ -101,6 +102,22 @@ class Workdir:
                 file.write(text + "\n")
             os.chmod(file.name, 0o644)
             os.replace(file.name, self.path / name)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"
+            ) from error
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one JSON line to a file (process 0 only).
+
+        Raises:
+          UserError: no space or no permission.
+        """
+        if not self.is_main:
+            return
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
                 f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"
@@ -128,7 +145,7 @@ def versions() -> dict[str, str]:
 
 
 def parameter_table(params: Mapping[str, Any]) -> str:
-    """One line a parameter: name, shape, count; the total last."""
+    """One line per parameter: name, shape, count; the total last."""
     rows = [(name, "x".join(map(str, value.shape)), int(value.size)) for name, value in params.items()]
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:{width}}  {shape:>12}  {size:>12,}" for name, shape, size in rows]

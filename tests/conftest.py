@@ -55,3 +55,10 @@ def small_config(**overrides):
         with target.ignore_type():
             target[leaf] = value
     return config
+
+
+def small_settings(**overrides):
+    """`small_config` as the program's functions take it."""
+    from jitjax import settings
+
+    return settings.from_mapping(small_config(**overrides))

@@ -1,7 +1,7 @@
-"""Our numbers against the official PyTorch code's (../shared/parity), as rows of one table.
+"""Our numbers against the official PyTorch code's (tests/parity, and ../shared/parity for what is large), as rows of one table.
 
-`CHECKS` maps a name to a function that returns `Row`s. test_parity.py asserts every row, parity_report.py prints them, and
-test_parity_mutations.py shows that they notice mistakes. Float32 on the CPU; tolerances are those of the fixtures' README.
+`CHECKS` maps a name to a function that returns `Row`s. test_parity.py asserts every row, parity_report.py prints them and
+shows, with --mutations, that they notice mistakes. Float32 on the CPU; tolerances are those of the reference files' README.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
-from parity_rows import PARITY, Row, SeededStateDict, compare, geometry_of, load, nhwc, small_model, small_params, worst  # noqa: E402
+from parity_files import Sample, find, load  # noqa: E402
+from parity_rows import Row, SeededStateDict, compare, geometry_of, nchw, nhwc, small_model, small_params, worst  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import jitjax  # noqa: E402
 from jitjax import config as config_lib  # noqa: E402
-from jitjax import diffusion, kernels, optimizer, sampling, sharding, step  # noqa: E402
+from jitjax import diffusion, kernels, optimizer, sampling, settings, sharding, step  # noqa: E402
 from jitjax import model as jit_model  # noqa: E402
 from jitjax.interop import official  # noqa: E402
 from jitjax.kernels import attention  # noqa: E402
+from jitjax.plan import make_plan  # noqa: E402
+from jitjax.train import make_loss, make_step  # noqa: E402
 
 # ---------------------------------------------------------------- model
 
 
 @dataclasses.dataclass
 class Recorder:
-    """`kernels.Ops` that remember what goes through the residual stream. For use without jit."""
+    """`kernels.Ops` that record what goes through the residual stream. For use without jit."""
 
     streams: list = dataclasses.field(default_factory=list)  # (branch with its bias, x after it), two a block
     entries: list = dataclasses.field(default_factory=list)  # x where no branch was pending: first block, context start
@@ -126,7 +129,7 @@ def forward_tiny_jit() -> list[Row]:
 def forward_large(model_name: str) -> list[Row]:
     """Output and the size of every block's output of a published geometry; the file's checksums prove its weights."""
     name = f"forward_{model_name}"
-    f = dict(np.load(PARITY / f"{name}.npz"))
+    f = load(f"{name}.npz")
     g, seed = geometry_of(f["config"]), int(f["weight_seed"])
     weights = SeededStateDict(g, seed)
     for key, sums in json.loads(str(f["checksums"])).items():
@@ -170,12 +173,14 @@ def modules() -> list[Row]:
     for head_dim, grid, context in ((64, 16, 32), (80, 4, 3), (32, 8, 0)):
         key = f"rope_hd{head_dim}_grid{grid}_ctx{context}"
         cos, sin = jit_model.rope_tables(head_dim, grid, context)
+        every = len(cos) // len(f[f"{key}/cos"])  # token that the file has
+        cos, sin = cos[::every], sin[::every]
         rows += [compare(name, f"{key} tables", np.stack([cos, sin]), np.stack([f[f"{key}/cos"], f[f"{key}/sin"]]), atol=1e-6)]
         # RoPE is linear, so undoing the norm before it, a factor for each vector, leaves RoPE alone.
         x = jnp.asarray(f[f"{key}/x"]).transpose(0, 2, 1, 3)
         size = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + attention.EPS)
-        turned = attention._norm_rope(x, jnp.ones(head_dim), jnp.asarray(cos), jnp.asarray(sin)) * size
-        rows.append(compare(name, key, turned.transpose(0, 2, 1, 3), f[f"{key}/out"], atol=1e-5))
+        rotated = attention._norm_rope(x, jnp.ones(head_dim), jnp.asarray(cos), jnp.asarray(sin)) * size
+        rows.append(compare(name, key, rotated.transpose(0, 2, 1, 3), f[f"{key}/out"], atol=1e-5))
 
     g = geometry_of(f["patch/config"])
     model = small_model(f, int(f["patch/weight_seed"]), "patch/config")
@@ -271,12 +276,12 @@ def expected_init(key: str, shape: tuple[int, ...]) -> tuple[str, float, float |
 # ---------------------------------------------------------------- training
 
 
-def training_config(**overrides) -> config_lib.ConfigDict:
+def training_config(**overrides) -> settings.Settings:
     config = config_lib.default_config()
     config.dtype, config.kernels, config.total_steps = "float32", "plain", 30
     config.model.class_conditional = True
     config.update_from_flattened_dict(overrides)
-    return config
+    return settings.from_mapping(config)
 
 
 @contextlib.contextmanager
@@ -284,20 +289,20 @@ def recorded_randomness(t, e, dropped) -> Iterator[None]:
     """Inside, whatever a training step draws for (step, image) comes from these tables: t[step, image] and so on.
 
     Keys become the two numbers themselves: `fold_in` shifts one in, `split` copies, and the draws look up. So the step's own
-    code runs unchanged, and is told what the official run drew.
+    code runs unchanged with the numbers that the official run drew.
     """
     t, e, dropped = jnp.asarray(t), jnp.asarray(e), jnp.asarray(dropped)
-    place = lambda key: tuple(jax.random.key_data(key).astype(jnp.int32))  # noqa: E731
+    index = lambda key: tuple(jax.random.key_data(key).astype(jnp.int32))  # noqa: E731
     random = mock.patch.multiple(
         jax.random,
         fold_in=lambda key, data: jax.random.wrap_key_data(
             jnp.stack([jax.random.key_data(key)[1], jnp.asarray(data).astype(jnp.uint32)])
         ),
         split=lambda key, num=2: [key] * num,
-        normal=lambda key, shape: e[place(key)],
-        bernoulli=lambda key, p: dropped[place(key)],
+        normal=lambda key, shape: e[index(key)],
+        bernoulli=lambda key, p: dropped[index(key)],
     )
-    with random, mock.patch.object(diffusion, "sample_times", lambda key, mean, std: t[place(key)]):
+    with random, mock.patch.object(diffusion, "sample_times", lambda key, mean, std: t[index(key)]):
         yield
 
 
@@ -305,7 +310,7 @@ def gradients() -> list[Row]:
     """Loss and gradient of every parameter, through the training step's own loss."""
     f, name = load("tiny_grads.npz"), "tiny_grads"
     g, params = geometry_of(f["config"]), small_params(str(f["config"]), int(f["weight_seed"]))
-    loss = step.make_loss(g, training_config(), kernels.get_ops("plain"))
+    loss = make_loss(training_config(), g, kernels.get_ops("plain"))
     images, dropped = jnp.asarray(nhwc(f["x_uint8"])), f["y"] == g.num_classes
     labels = jnp.asarray(np.where(dropped, 0, f["y"]), jnp.int32)
     with recorded_randomness(f["t"][None], nhwc(f["e"])[None], dropped[None]):
@@ -321,13 +326,13 @@ def gradients() -> list[Row]:
     return [compare(name, "loss", value, f["loss"], rtol=1e-5), worst(rows, "gradients, every parameter")]
 
 
-def trajectory(fixture: str, replay: list | None = None, record: list | None = None) -> list[Row]:
-    """30 whole training steps: loss, learning rate, then weights and both averages.
+def trajectory(fixture: str, replay: list | None = None, record: list | None = None, *, full: bool = False) -> list[Row]:
+    """30 whole training steps: loss, learning rate, then weights and both EMAs. (A file of fewer steps has no weights.)
 
     `record` collects (gradients, loss) of every step; given back as `replay`, they stand in for the network, so that only
     the rest of the step is compiled: for mutations behind the gradient.
     """
-    f = load(f"{fixture}.npz")
+    f = load(f"{fixture}.npz", full=full)
     g, args = geometry_of(f["config"]), json.loads(str(f["args"]))
     per_epoch, decays = int(f["steps_per_epoch"]), (args["ema_decay1"], args["ema_decay2"])
     scheduled = f["lr"][0] == 0
@@ -336,11 +341,9 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
         "optim.warmup_steps": 2 * per_epoch if scheduled else 0, "optim.schedule": "cosine" if scheduled else "constant",
         "optim.min_lr": 1e-5 if scheduled else 0.0, "optim.weight_decay": 0.05 if scheduled else 0.0,
     })  # fmt: skip
-    plan = config_lib.make_plan(
-        config, images=4 * per_epoch, folder_classes=g.num_classes, tokens_per_image=g.tokens, devices=1
-    )
+    plan = make_plan(config, images=4 * per_epoch, tokens_per_image=g.tokens, devices=1)
     params = {k: jnp.array(v) for k, v in small_params(str(f["config"]), int(f["weight_seed"])).items()}
-    state = step.fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in decays}, config)
+    state = step.fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in decays}, config.optim, config.dtype)
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     state = jax.device_put(state, sharding.shardings(state, mesh))  # as after a step, so that one compilation serves all
     dropped, losses, rates = f["y"] == g.num_classes, [], []
@@ -359,7 +362,7 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
         recorded_randomness(f["t"], nhwc(f["e"]), dropped),
         mock.patch.object(step, "local_gradients", source),
     ):
-        train_step = step.make_train_step(g, config, plan, mesh, kernels.get_ops("plain"))
+        train_step = make_step(config, g, plan, mesh, kernels.get_ops("plain"))
         for i in range(len(f["losses"])):
             batch = {"image": nhwc(f["x_uint8"][i]), "label": np.where(dropped[i], 0, f["y"][i]).astype(np.int32)}
             if replay:
@@ -368,7 +371,7 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
             losses.append(float(metrics["train/loss"]))
             rates.append(float(metrics["train/learning_rate"]))
     rows = [
-        compare(fixture, "losses of 30 steps", losses, f["losses"], rtol=2e-5),
+        compare(fixture, f"losses of {len(losses)} steps", losses, f["losses"], rtol=2e-5),
         compare(fixture, "learning rates", rates, f["lr"], rtol=1e-6),
     ]
     groups, names = optimizer.decay_mask(state.params), official.official_names(g)
@@ -383,9 +386,12 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
     ):
         ours = official.to_state_dict(tree, g, prefix="")
         wanted = {key.removeprefix(f"{part}/"): value for key, value in f.items() if key.startswith(f"{part}/")}
+        if not wanted:
+            continue
         rows.append(worst([compare(fixture, k, ours[k], v, atol=3e-4) for k, v in wanted.items()], f"{part} weights"))
-        squares = sum(((ours[key] - value).astype(np.float64) ** 2).sum() for key, value in wanted.items())
-        rms = np.sqrt(squares / sum(value.size for value in wanted.values()))
+        pairs = [(v.of(ours[k]), v.values) if isinstance(v, Sample) else (ours[k], v) for k, v in wanted.items()]
+        squares = sum(((got - value).astype(np.float64) ** 2).sum() for got, value in pairs)
+        rms = np.sqrt(squares / sum(value.size for _, value in pairs))
         rows.append(compare(fixture, f"{part} weights, rms error", rms, 0, atol=2e-6))
     return rows
 
@@ -393,7 +399,7 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
 def schedules() -> list[Row]:
     """Learning rate over fractional epochs, asked for in steps of an epoch of 1251 (ImageNet at batch 1024)."""
     rows = []
-    for case in json.loads((PARITY / "lr_schedule.json").read_text()):
+    for case in json.loads(find("lr_schedule.json").read_text()):
         args, per_epoch = case["args"], 1251
         rate = functools.partial(
             optimizer.learning_rate,
@@ -419,8 +425,8 @@ def combinations() -> list[Row]:
         rows.append(compare(name, f"{group}: z", z, nhwc(f[f"{group}/z"]), of_max=1e-6))
         for a, source in words.items():
             for b, target in words.items():
-                got = diffusion.convert(o, source, target, z, t, float(f["clip"]))
-                conversions.append(compare(name, f"{a}{b}", got, nhwc(f[f"{group}/conv/{a}_to_{b}"]), of_max=1e-6))
+                got = nchw(diffusion.convert(o, source, target, z, t, float(f["clip"])))
+                conversions.append(compare(name, f"{a}{b}", got, f[f"{group}/conv/{a}_to_{b}"], of_max=1e-6))
                 each = diffusion.loss_per_image(o, x, e, t, source, target, float(f["clip"]))
                 key = f"{a}_pred_{b}_loss"
                 losses.append(compare(name, key, each, f[f"{group}/per_image_samepath/{key}"], rtol=1e-5))
@@ -478,7 +484,7 @@ def sampler(which: str = "") -> list[Row]:
             interval=tuple(combo["interval"]),
             t_eps=float(f["t_eps"]),
         )
-        rows.append(compare("sampler", key, images, nhwc(f[f"out/{key}"]), atol=2e-4))
+        rows.append(compare("sampler", key, nchw(images), f[f"out/{key}"], atol=2e-4))
         if f"out/{key}" == str(f["uint8_of"]):
             got = np.asarray(diffusion.to_uint8(images)).astype(int)
             differing = np.mean(got != f["uint8"])
@@ -499,26 +505,28 @@ def uint8() -> list[Row]:
 
 
 def photographs() -> list[Row]:
-    """Pixels of 24 real photographs at three sizes; exact with the Pillow that made them."""
+    """Pixels of real photographs at three sizes; exact with the Pillow that made them."""
     f, rows = load("preprocess.npz"), []
-    info = json.loads((PARITY / "preprocess.json").read_text())
+    folder = find("preprocess")
+    info = json.loads(find("preprocess.json").read_text())
     import PIL
 
     atol = 0.0 if PIL.__version__.split(".")[0] == info["libs"]["pillow"].split(".")[0] else 1.0
     for key, want in f.items():
         file, size = key.rsplit("/", 1)
-        with Image.open(PARITY / "preprocess" / file) as picture:
+        with Image.open(folder / file) as picture:
             rows.append(compare("preprocess", key, jitjax.preprocess(picture, int(size)), want, atol=atol))
     return [worst(rows, "photographs x sizes")]
 
 
 def checkpoint() -> list[Row]:
-    """Outputs of the official checkpoint file, loaded by our reader, for each of its three sets of weights."""
-    f, rows = load("tiny_checkpoint_out.npz"), []
+    """Outputs of the official checkpoint file, loaded by our reader, for each of its three sets of weights. The small file
+    has other values than the official code was run with."""
+    f, rows = load("tiny_checkpoint_out.npz", full=True), []
     start = geometry_of(f["config"]).context_start
     inputs = jnp.asarray(nhwc(f["x"])), jnp.asarray(f["t"]), jnp.asarray(f["y"], jnp.int32)
     for which in ("model", "model_ema1", "model_ema2"):
-        model = jitjax.load_official(PARITY / "tiny_checkpoint.pth", which, context_start=start)
+        model = jitjax.load_official(find("tiny_checkpoint.pth", full=True), which, context_start=start)
         assert model.geometry == geometry_of(f["config"])
         rows.append(compare("tiny_checkpoint", which, model(*inputs), nhwc(f[f"out/{which}"]), atol=2e-5))
     return [worst(rows, "outputs of model, ema1, ema2")]
@@ -536,6 +544,7 @@ CHECKS: dict[str, Callable[[], list[Row]]] = {
     "gradients": gradients,
     "trajectory": functools.partial(trajectory, "tiny_train"),
     "trajectory_wd0": functools.partial(trajectory, "tiny_train_wd0"),
+    "trajectory_wd0_full": functools.partial(trajectory, "tiny_train_wd0", full=True),
     "schedules": schedules,
     "combinations": combinations,
     "sampler_calls": sampler_calls,

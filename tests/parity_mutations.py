@@ -1,5 +1,6 @@
 """Mistakes that other implementations have made, or could: each is a change of one line of ours that the parity checks must
-notice. `python tests/parity_report.py --mutations` prints which check notices which.
+notice. `python tests/parity_report.py --mutations` applies them and prints which check notices which. It is no part of the test
+suite, since it finds the lines by their wording: a line that was rewritten is reported, and its entry here has to follow.
 
 A mutation replaces a piece of a function's source and swaps the function's code in place, so every reference to it, also in
 other modules, runs the mistake. Checks run without jit, where nothing stays compiled.
@@ -48,7 +49,7 @@ MUTATIONS = [
         "np.tile(np.outer(np.arange(grid, dtype=np.float64), frequency), (1, 2))",
         "forward",
     ),
-    Mutation("RoPE: context tokens turned", "model:rope_tables", "np.zeros(", "np.ones(", "forward"),
+    Mutation("RoPE: context tokens rotated", "model:rope_tables", "np.zeros(", "np.ones(", "forward"),
     Mutation("RoPE: frequencies of the whole head", "model:rope_tables", "/ per_axis)", "/ head_dim)", "forward"),
     Mutation("positions: row before column", "model:position_table", "([columns, rows]", "([rows, columns]", "forward"),
     Mutation("positions: cosines first", "model:position_table", "np.sin(angles), np.cos", "np.cos(angles), np.sin", "forward"),
@@ -118,14 +119,14 @@ MUTATIONS = [
         "sampler",
     ),
     Mutation(
-        "averages before the step",
+        "EMA before the step",
         "step:make_train_step",
-        "update_ema(state.ema, new_params)",
-        "update_ema(state.ema, state.params)",
+        "update_ema(state.ema, new_params, state.step + 1)",
+        "update_ema(state.ema, state.params, state.step + 1)",
         "step",
     ),
     Mutation(
-        "averages with decay and 1 - decay swapped", "optimizer:update_ema", "(1 - decay) * (value", "decay * (value", "step"
+        "EMA with decay and 1 - decay swapped", "optimizer:update_ema", "else 1 - float(name)", "else float(name)", "step"
     ),
     Mutation(
         "learning rate one step early", "step:make_train_step", "schedule(state.step)", "schedule(state.step + 1)", "step"
@@ -179,6 +180,10 @@ MUTATIONS = [
 ]
 
 
+class Outdated(Exception):
+    """The line that a mutation changes does not exist any more."""
+
+
 @functools.lru_cache(maxsize=1)
 def true_gradients() -> list[Any]:
     """Gradients along the true trajectory, for the mutations that come behind them."""
@@ -214,12 +219,16 @@ CHECKS: dict[str, Callable[[], list[Row]]] = {
 def applied(mutation: Mutation) -> Iterator[None]:
     """Inside, the mutation's function runs the mistake."""
     module, _, path = mutation.target.partition(":")
-    function: Any = importlib.import_module(f"jitjax.{module}")
-    for name in path.split("."):
-        function = inspect.getattr_static(function, name)
+    try:
+        function: Any = importlib.import_module(f"jitjax.{module}")
+        for name in path.split("."):
+            function = inspect.getattr_static(function, name)
+    except (ImportError, AttributeError) as error:
+        raise Outdated(f"{mutation.target} is gone ({error}): adapt tests/parity_mutations.py") from error
     function = function.fget if isinstance(function, property) else inspect.unwrap(function)
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(mutation.old) == 1, f"{mutation.target}: {mutation.old!r} must stand there once; mend the list"
+    if source.count(mutation.old) != 1:
+        raise Outdated(f"{mutation.target} does not have {mutation.old!r} once: adapt tests/parity_mutations.py")
     body = source[source.index("def ") :].replace(mutation.old, mutation.new)
     scope: dict[str, Any] = {}
     exec("from __future__ import annotations\n" + body, function.__globals__, scope)  # noqa: S102

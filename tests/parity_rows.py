@@ -7,18 +7,16 @@ import functools
 import json
 import os
 import zlib
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from parity_files import Sample  # noqa: E402
 
 from jitjax import model as jit_model  # noqa: E402
 from jitjax.interop import official  # noqa: E402
-
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +36,15 @@ class Row:
 
 
 def compare(fixture: str, quantity: str, got, want, *, atol: float = 0.0, rtol: float = 0.0, of_max: float = 0.0) -> Row:
-    """Allowed at each place: atol + rtol * |want| + of_max * max|want|; nothing given means equality."""
-    got, want = np.asarray(got), np.asarray(want)
-    if got.shape != want.shape:
-        return Row(fixture, f"{quantity}: shape {got.shape}", np.inf, np.inf, f"shape {want.shape}", np.inf)
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    error, largest = np.abs(got - want), np.abs(want).max()
+    """Allowed for each element: atol + rtol * |want| + of_max * max|want|; nothing given means equality. Of a `Sample` the
+    elements that it has are compared."""
+    got = np.asarray(got)
+    want, sample = (want.values, want) if isinstance(want, Sample) else (np.asarray(want), None)
+    shape = sample.shape if sample else want.shape
+    if got.shape != shape:
+        return Row(fixture, f"{quantity}: shape {got.shape}", np.inf, np.inf, f"shape {shape}", np.inf)
+    got, want = (sample.of(got) if sample else got).astype(np.float64), want.astype(np.float64)
+    error, largest = np.abs(got - want), sample.largest if sample else np.abs(want).max()
     allowed = atol + rtol * np.abs(want) + of_max * largest
     excess = float(np.where(error == 0, 0.0, error / np.maximum(allowed, 1e-300)).max())
     given = {"abs": atol, "rel": rtol, "of max": of_max}
@@ -66,16 +67,15 @@ def worst(rows: list[Row], quantity: str) -> Row:
 # ---------------------------------------------------------------- fixtures
 
 
-@functools.lru_cache(maxsize=4)
-def load(name: str) -> dict[str, np.ndarray]:
-    with np.load(PARITY / name) as file:
-        return {key: file[key] for key in file.files}
-
-
 def nhwc(images: np.ndarray) -> np.ndarray:
     """Images (..., 3, S, S) -> (..., S, S, 3); half precision values become float32."""
     images = np.moveaxis(images, -3, -1)
     return images.astype(np.float32) if images.dtype == np.float16 else images
+
+
+def nchw(images) -> np.ndarray:
+    """Images (..., S, S, 3) -> (..., 3, S, S)."""
+    return np.moveaxis(np.asarray(images), -1, -3)
 
 
 def geometry_of(config: np.ndarray) -> jit_model.Geometry:
@@ -88,7 +88,7 @@ def geometry_of(config: np.ndarray) -> jit_model.Geometry:
 
 
 def drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """The fixtures' recipe: a tensor drawn from its own official name."""
+    """The recipe of the reference files (tests/parity/README.md): a tensor drawn from its own official name."""
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + seed))
     fan_in = np.prod(shape[1:], dtype=np.int64)
     if len(shape) == 1:

@@ -1,106 +1,139 @@
-"""The command line: overrides, units, and mistakes that cost one line and exit code 2."""
+"""The program: verbs, overrides, help, and mistakes that cost one line and exit code 2 before JAX starts."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-SHOW = """
-import sys
-from absl import app
-from jitjax import config_flags
-flag = config_flags.define()
-def main(_):
-    from jitjax.errors import cli
-    def show():
-        config = flag.value()
-        for name in {fields!r}:
-            value = config
-            for key in name.split("."):
-                value = value[key]
-            print(repr(value))
-    sys.exit(cli(show))
-app.run(main, flags_parser=config_flags.parse)
-"""
+from jitjax import cli, settings
+from jitjax.cli import arguments
+from jitjax.errors import UserError
 
 
-def show(fields, *arguments):
-    command = [sys.executable, "-c", SHOW.format(fields=fields), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def load(*argv):
+    config, rest = arguments.split(list(argv))
+    assert rest == []
+    return arguments.load(config)
+
+
+def jitjax(*argv, cwd=ROOT, env=None):
+    command = [sys.executable, "-m", "jitjax", *argv]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})})
 
 
 def test_every_kind_of_field_can_be_overridden():
-    """Fields that default to "unset", tuples, whole numbers in exponent form, and back to unset."""
-    done = show(
-        [
-            "total_tokens",
-            "epochs",
-            "model.num_classes",
-            "optim.ema_decays",
-            "mesh.data",
-            "optim.lr",
-            "seed",
-            "preview.every_epochs",
-        ],
-        "--config=configs/h200.py:finetune",
-        "--config.total_tokens=1e12",
-        "--config.model.num_classes=1e3",
-        "--config.optim.ema_decays=(0.99,0.9,0.5)",
-        "--config.mesh.data=4",
-        "--config.optim.lr=1",
-        "--config.seed=7",
-        "--config.preview.every_epochs=None",
-    )
-    assert done.stdout.split("\n")[:-1] == ["1000000000000.0", "None", "1000", "(0.99, 0.9, 0.5)", "4", "1.0", "7", "None"]
+    """Fields that default to "unset", tuples, booleans in three spellings, whole numbers in exponent form, and unset again."""
+    s = load(
+        *("--config", "configs/h200.py:finetune", "--config.total_tokens=1e12", "--config.model.num_classes=1e3"),
+        *("--config.optim.ema_decays=(0.99,0.9,0.5)", "--config.mesh.data", "4", "--config.optim.lr=1"),
+        *("--config.preview.every_epochs=None", "--noconfig.data.flip", "--config.data.exif_rotate"),
+        "--config.wandb.enabled=true",
+    ).settings
+    assert (s.total_tokens, s.epochs, s.model.num_classes, s.mesh.data) == (1e12, None, 1000, 4)
+    assert s.optim.ema_decays == (0.99, 0.9, 0.5) and s.optim.lr == 1.0 and type(s.optim.lr) is float
+    assert s.preview.every_epochs is None and (s.data.flip, s.data.exif_rotate, s.wandb.enabled) == (False, True, True)
+
+
+def test_a_later_flag_beats_an_earlier_one():
+    config = "--config=configs/h200.py"
+    assert load(config, "--config.optim.lr=1", "--config.optim.lr=2").settings.optim.lr == 2
+    assert load(config, "--config.optim.lr=1", "--config.optim.lr=None").settings.optim.lr is None
+    assert load(config, "--config.optim.lr=None", "--config.optim.lr=1").settings.optim.lr == 1
+
+
+def test_a_data_path_replaces_the_drawn_shapes_and_says_so():
+    loaded = load("--config=configs/quickstart.py", "--config.data.path=mine")
+    assert loaded.settings.data == settings.Data(path="mine", image_size=32, num_workers=0, flip=False)
+    assert any("data.path=mine replaces data.synthetic=shapes" in note for note in loaded.notes)
+    both = load("--config=configs/quickstart.py", "--config.data.path=mine", "--config.data.synthetic=shapes").settings
+    with pytest.raises(UserError, match="are both set"):
+        settings.check_data(both.data)
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "argv, message",
     [
-        (["--config=configs/nope.py"], "--config=configs/nope.py: there is no such file"),
-        (["--config=configs/quickstart.py", "--config.sead=1"], 'Did you mean "seed"'),
-        (["--config=configs/quickstart.py", "--config.nosuch=None"], "--config has no field nosuch"),
-        (["--config=configs/quickstart.py", "--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
-        (["--config=configs/quickstart.py", "--config.seed=a"], "--config.seed=a"),
-        (["--config=configs/h200.py:foo"], "configs/h200.py:foo is unknown: use pretrain or finetune"),
-        (["--config=configs/quickstart.py", "--config.epochs=1", "--config.total_steps=2"], "two run lengths are set"),
-        (["--config=configs/quickstart.py", "stray"], "what is 'stray'?"),
+        (["train", "--config=configs/nope.py"], "--config=configs/nope.py: there is no such file"),
+        (["train"], "--config is missing"),
+        (["train", "--config=configs/quickstart.py"], "--workdir is missing"),
+        (["train", "--config=configs/quickstart.py", "--config.sead=1"], "did you mean seed?"),
+        (["train", "--config=configs/quickstart.py", "--config.nosuch=None"], "--config.nosuch: there is no such field"),
+        (["train", "--config=configs/quickstart.py", "--wrkdir=x"], "unrecognized arguments: --wrkdir=x"),
+        (["train", "--config=configs/quickstart.py", "--config.seed=a"], "--config.seed=a: must be a whole number"),
+        (["train", "--config=configs/quickstart.py", "--config.seed"], "--config.seed needs a value"),
+        (["train", "--config=configs/h200.py:foo"], "configs/h200.py:foo is unknown: use pretrain or finetune"),
+        (["train", "--config=configs/quickstart.py", "--config.epochs=1", "--config.total_steps=2"], "two run lengths are set"),
+        (["train", "--config=configs/quickstart.py", "stray"], "unrecognized arguments: stray"),
+        (["train", "--data_path", "x"], "--data_path is the flag of the PyTorch code: here it is --config.data.path"),
+        (["train", "--config=configs/h200.py", "--workdir=x"], "--config.data.path is missing"),
+        (["bench"], "BENCHMARK"),
+        (["sample", "/nowhere", "--out=x.png"], "/nowhere: no such file or folder"),
+        (["prepare", "--config=configs/h200.py"], "takes no configuration"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
     ],
 )
-def test_mistakes_cost_one_line_and_exit_code_2(arguments, message):
-    done = show(["seed"], *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+def test_mistakes_cost_one_line_and_exit_code_2(argv, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
 
 
-def test_main_says_what_is_missing(tmp_path):
-    command = [sys.executable, "-m", "jitjax.main", "--config=configs/quickstart.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --workdir is missing")
-    done = subprocess.run([*command, f"--workdir={tmp_path}", "--config.mesh.data=3"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "must be one of 8x1, 4x2, 2x4, 1x8" in done.stderr and done.stderr.count("\n") == 1
+def test_mistakes_are_answered_before_jax_is_imported(tmp_path):
+    script = """
+import sys
+from jitjax import cli
+for argv in (["train", "--config=configs/quickstart.py", "--config.seed=a"], ["train", "--help"], ["sample"], ["bench", "x"]):
+    cli.main(argv)
+assert "jax" not in sys.modules, "jax was imported"
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in cli.VERBS), ["bench", "step"]])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_exits_with_0(verb, flag, capsys):
+    assert cli.main([*verb, flag]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: jitjax")
+    if verb == ["train"]:
+        assert all(f"--config.{name}=" in text and field.rule.help in text for name, field in settings.fields().items())
+
+
+def test_the_doors_lead_to_the_same_program(tmp_path):
+    """`python -m jitjax train` and `python -m jitjax.main`."""
+    arguments_ = ["--config=configs/quickstart.py", "--config.mesh.data=3", f"--workdir={tmp_path}"]
+    for door in (["jitjax", "train"], ["jitjax.main"]):
+        command = [sys.executable, "-m", *door, *arguments_]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "must be one of 8x1, 4x2, 2x4, 1x8" in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_print_config_shows_what_follows(tmp_path):
+    done = jitjax("train", "--config=configs/quickstart.py", "--print_config", "--config.batch_size=4")
+    assert done.returncode == 0, done.stderr
+    assert (
+        '"batch_size": 4' in done.stdout and "1,500 = 93.8 epochs" in done.stdout and "512 images of 8 classes" in done.stdout
+    )
 
 
 def test_workers_never_start_jax():
-    """What Grain's worker processes import (the data package and main itself) leaves JAX alone."""
-    script = "import sys, jitjax, jitjax.main, jitjax.data; assert 'jax' not in sys.modules, 'jax was imported'"
+    """What Grain's worker processes import (the data package and the main modules) leaves JAX alone."""
+    script = (
+        "import sys, jitjax, jitjax.main, jitjax.__main__, jitjax.data; assert 'jax' not in sys.modules, 'jax was imported'"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
     "config", ["h200.py", "h200.py:finetune", "quickstart.py"] + [f"imagenet.py:{s}{p}" for s in "blhg" for p in (16, 32)]
 )
-def test_shipped_configs_are_valid(config):
-    import importlib.util
+def test_shipped_configs_are_valid(config, monkeypatch):
+    from jitjax.model import geometry_of
 
-    from jitjax.config import validate
-    from jitjax.model import geometry_from_config
-
-    file, _, argument = config.partition(":")
-    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    loaded = module.get_config(argument) if argument else module.get_config()
-    validate(loaded)
-    assert geometry_from_config(loaded, 10).tokens in (64, 256)
+    monkeypatch.chdir(ROOT)
+    loaded = load(f"--config=configs/{config}").settings
+    assert geometry_of(loaded.model, loaded.data.image_size, 10).tokens in (64, 256)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jitjax import cli
 from jitjax import estimate as estimate_lib
-from jitjax.config import default_config, to_dict
-from jitjax.errors import UserError, cli
+from jitjax.errors import UserError
 from jitjax.flops import CARDS, datasheet_flops, forward_macs, train_flops
 from jitjax.model import JiT, graphdef_of, init_fn, make_geometry, merge
+from jitjax.settings import Model, Settings, to_dict
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "from jitjax.config import default_config\ndef get_config():\n  return default_config()\n"  # JiT-B/4, 64 px
@@ -45,7 +46,7 @@ def test_multiply_adds_are_those_counted_in_the_published_model(name, image_size
 
 
 def count_macs(jaxpr):
-    """Multiply-adds of every matrix product in a traced function, calls inside calls included."""
+    """Multiply-adds of every matmul in a traced function, calls inside calls included."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -61,7 +62,7 @@ def count_macs(jaxpr):
 
 
 @pytest.mark.parametrize("context_length", [0, 4])
-def test_formula_equals_the_matrix_products_that_our_model_traces(context_length):
+def test_formula_equals_the_matmuls_that_our_model_traces(context_length):
     geometry = make_geometry("JiT-nano/4", 32, 10, context_length=context_length)
     params = jax.eval_shape(init_fn(geometry), jax.random.key(0))
     graphdef = graphdef_of(geometry)
@@ -132,9 +133,11 @@ def test_the_command_prints_the_guides_table_and_starts_no_backend(config_file):
         text=True,
     )
     assert (result.returncode, result.stderr) == (0, "")
-    rows = [line.split() for line in result.stdout.splitlines()[-6:]]
-    assert rows[0] == "1e10 39,062,500 30.5 conservative 1.77% 240,000 11.6 hours 92.6".split()
-    assert rows[5] == "optimistic 4.72% 640,000 18.1 days 3,472".split()
+    rows = [line.split() for line in result.stdout.splitlines()[-10:]]
+    assert rows[0] == "1e10 39,062,500 30.5 JiT-B/4, batch 64 42.44% 5,760,000 28.9 minutes 3.86".split()
+    assert rows[2] == "conservative 1.77% 240,000 11.6 hours 92.6".split()
+    assert rows[5][-5:] == "42.44% 5,760,000 2.0 days 386".split()
+    assert rows[9] == "optimistic 4.72% 640,000 18.1 days 3,472".split()
 
 
 def test_overrides_and_data_set_size_count(config_file, capsys):
@@ -143,10 +146,35 @@ def test_overrides_and_data_set_size_count(config_file, capsys):
     assert row[:3] == ["6.4e7", "1,000,000", "2"]
 
 
-def make_run(folder, *, devices=None, speeds=(100.0, 630e3, 626e3, 610e3)):
-    config = default_config()
-    config.model.class_conditional = True
-    saved = to_dict(config) | ({"devices": devices} if devices else {})
+@pytest.mark.parametrize(
+    ("overrides", "card", "speeds"),
+    [
+        ((), "h200", [720_000, 810_000]),
+        ((), "h100", [675_000]),
+        (("--config.model.name=JiT-L/4",), "h200", [242_000]),
+        (("--config.model.name=JiT-L/16", "--config.data.image_size=256"), "h200", [242_000]),
+        (("--config.model.name=JiT-H/16", "--config.data.image_size=256"), "h200", [116_000]),
+        (("--config.model.name=JiT-H/16", "--config.data.image_size=256"), "h100", []),
+        (("--config.model.name=JiT-S/4",), "h200", []),
+        (("--config.data.image_size=128",), "h200", []),  # 1024 tokens have other attention kernels
+        (("--config.remat=full",), "h200", []),
+        (("--config.dtype=float32",), "h200", []),
+    ],
+)
+def test_rows_of_measured_speeds_are_those_of_the_same_shapes_on_the_same_card(overrides, card, speeds, config_file, capsys):
+    argv = (f"--config={config_file}", *overrides, f"--card={card}", "--devices=1", "--tokens=1e9")
+    estimate_lib.main(["estimate", *argv])
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.split("-\n", 1)[1].splitlines()]
+    ours = [int(row[row.index("batch") + 3].replace(",", "")) for row in rows if "batch" in row]
+    assert ours == pytest.approx(speeds, rel=2e-2)  # per token another patch has other operations
+    assert len(rows) == 3 + len(speeds) and ("was not measured" in printed) == (not speeds)
+
+
+def make_run(folder, *, devices=None, device_kind="NVIDIA H200", speeds=(100.0, 630e3, 626e3, 610e3)):
+    config = Settings(model=Model(class_conditional=True))
+    facts = {"devices": devices, "device_kind": device_kind}
+    saved = to_dict(config) | {name: value for name, value in facts.items() if value}
     (folder / "config.json").write_text(json.dumps(saved))
     with open(folder / "metrics.jsonl", "w") as file:
         for step, speed in enumerate(speeds, 1):
@@ -157,23 +185,47 @@ def make_run(folder, *, devices=None, speeds=(100.0, 630e3, 626e3, 610e3)):
 
 def test_a_run_adds_its_own_median_speed_scaled_to_the_devices(tmp_path, config_file, capsys):
     make_run(tmp_path, devices=1)
-    rows = table(capsys, "--from", tmp_path, "--tokens=1e12", "--devices=4")
+    row = table(capsys, "--from", tmp_path, "--tokens=1e12", "--devices=4")[-1]
     median = 618e3  # of 100, 610e3, 626e3, 630e3
-    assert rows[3][0] == "measured" and rows[3][2] == f"{4 * median:,.0f}"
-    assert rows[3][3:5] == [f"{1e12 / (4 * median) / 86400:.1f}", "days"]
+    assert row[:2] == ["this", "run"] and row[3] == f"{4 * median:,.0f}"
+    assert row[4:6] == [f"{1e12 / (4 * median) / 86400:.1f}", "days"]
     # The same run says something about a larger model: the same share of the card.
     config = (f"--config={config_file}", "--config.model.name=JiT-L/4")
-    larger = table(capsys, *config, "--from", tmp_path, "--tokens=1e12", "--devices=4")
+    larger = table(capsys, *config, "--from", tmp_path, "--tokens=1e12", "--devices=4")[-1]
     ratio = forward_macs(make_geometry("JiT-B/4", 64, 1000)) / forward_macs(make_geometry("JiT-L/4", 64, 1000))
-    assert float(larger[3][2].replace(",", "")) == pytest.approx(4 * median * ratio, rel=1e-5)
-    assert larger[3][1] == rows[3][1]
+    assert float(larger[3].replace(",", "")) == pytest.approx(4 * median * ratio, rel=1e-5)
+    assert larger[2] == row[2]
 
 
 def test_a_run_that_does_not_say_its_devices_asks_for_them(tmp_path, capsys):
     make_run(tmp_path)
     with pytest.raises(UserError, match="--run_devices"):
         table(capsys, "--from", tmp_path)
-    assert table(capsys, "--from", tmp_path, "--run_devices=2", "--devices=2", "--tokens=1e9")[3][2] == "618,000"
+    assert table(capsys, "--from", tmp_path, "--run_devices=2", "--devices=2", "--tokens=1e9")[-1][3] == "618,000"
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "argv", "says"),
+    [
+        ("NVIDIA H100 80GB HBM3", ["--card=h200"], "use --card=h100"),
+        ("cpu", [], "the run was on cpu"),
+        ("cpu", ["--run_card=h200"], "the run was on cpu"),  # what the run recorded is what counts
+        ("NVIDIA A100-SXM4-80GB", [], "A100"),
+        (None, [], "--run_card=h200"),
+        (None, ["--run_card=h100", "--card=h200"], "use --card=h100"),
+    ],
+)
+def test_a_run_on_another_kind_of_device_is_refused(device_kind, argv, says, tmp_path, capsys):
+    make_run(tmp_path, devices=1, device_kind=device_kind)
+    with pytest.raises(UserError, match=says):
+        table(capsys, "--from", tmp_path, *argv)
+
+
+def test_the_card_of_the_run_is_that_of_the_estimate(tmp_path, capsys):
+    for device_kind, argv in (("NVIDIA H100 80GB HBM3", []), (None, ["--run_card=h100"])):
+        make_run(tmp_path, devices=1, device_kind=device_kind)
+        estimate_lib.main(["estimate", f"--from={tmp_path}", *argv])
+        assert "8 x H100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -195,6 +247,6 @@ def test_a_run_that_does_not_say_its_devices_asks_for_them(tmp_path, capsys):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, says, tmp_path, config_file, capsys):
     argv = [arg.replace("CONFIG", str(config_file)).replace("EMPTY", str(tmp_path)) for arg in argv]
-    assert cli(lambda: estimate_lib.main(["estimate", *argv])) == 2
+    assert cli.guarded(lambda: estimate_lib.main(["estimate", *argv])) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and says in captured.err

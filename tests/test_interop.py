@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import shared, small_config
+from conftest import shared, small_settings
 
 import jitjax
-from jitjax import checkpoint, convert, model, step
-from jitjax.errors import UserError, cli
+from jitjax import checkpoint, cli, convert, model, saving, settings, step
+from jitjax.errors import UserError
 from jitjax.interop import official
 from jitjax.interop.pth import BadFile, PthFile, write_pth
+from jitjax.interop.weights import read_weights
 
 SETS = ("model", "model_ema1", "model_ema2")
 
@@ -69,7 +70,7 @@ def test_pth_to_jitjax_to_pth_is_bit_identical(tiny, imported, tmp_path):
     assert (after["epoch"], after["args"]) == (before["epoch"], before["args"])
 
 
-def test_the_averages_in_the_fixture_have_a_drifted_position_table(tiny):
+def test_the_emas_in_the_fixture_have_a_drifted_position_table(tiny):
     """Else the round trip would not show that the drift is carried along."""
     table = model.position_table(64, 8)[None]
     content = read(tiny)
@@ -79,7 +80,7 @@ def test_the_averages_in_the_fixture_have_a_drifted_position_table(tiny):
 
 def test_moments_of_adamw_arrive_at_their_parameters(tiny):
     with np.load(shared("parity/tiny_checkpoint_out.npz")) as expected:
-        content = convert.read_pth(tiny, 1)
+        content = read_weights(tiny, context_start=1, moments=True)
         assert content.step == expected["opt_step"] and content.epoch == expected["epoch"]
         for moment, key in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
             moments = content.moments[moment]
@@ -104,14 +105,14 @@ def test_safetensors_there_and_back(tiny, imported, tmp_path):
 
 
 def test_a_run_of_ours_to_pth(tmp_path):
-    """Our own checkpoint, its averages in the configured order, and every weight back bit for bit."""
-    config = small_config(optim__ema_decays=(0.5, 0.9))
-    geometry = model.geometry_from_config(config, 5)
-    state = jax.jit(functools.partial(step.init_state, geometry, config))(jax.random.key(0))
+    """Our own checkpoint, its EMAs in the configured order, and every weight back bit for bit."""
+    config = small_settings(optim__ema_decays=(0.5, 0.9))
+    geometry = model.geometry_of(config.model, config.data.image_size, 5)
+    state = jax.jit(functools.partial(step.init_state, geometry, config.optim, config.dtype))(jax.random.key(0))
     ema = {"0.9": jax.tree.map(lambda a: a + 9, state.params), "0.5": jax.tree.map(lambda a: a + 5, state.params)}
-    saved = checkpoint.Checkpoints(tmp_path / "run")
-    meta = checkpoint.describe(geometry, ema, config=convert.to_dict(config), data={"count": 80}, examples=8)
-    saved.save(step.fresh_state(state.params, ema, config), 2, meta)
+    saved = saving.Checkpoints(tmp_path / "run")
+    meta = checkpoint.describe(geometry, ema, config=settings.to_dict(config), data={"count": 80}, examples=8)
+    saved.save(step.fresh_state(state.params, ema, config.optim, config.dtype), 2, meta)
     saved.close()
     convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "a.pth")])
     content = read(tmp_path / "a.pth")
@@ -285,7 +286,7 @@ def test_hostile_and_damaged_files_cost_one_line_and_run_nothing(tmp_path, tiny,
     made, marker = files(tmp_path, tiny)
     for kind, path in made.items():
         command = ["--from", str(path), "--to", str(tmp_path / "out"), "--context_start", "1"]
-        code = cli(lambda command=command: convert.main(command))
+        code = cli.guarded(lambda command=command: convert.main(command))
         lines = capsys.readouterr().err.splitlines()
         assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (kind, code, lines)
         assert len(lines[0]) < 400, (kind, lines)
@@ -310,14 +311,14 @@ def test_the_line_names_what_was_found(tmp_path, tiny):
         plain(file.content)
 
 
-def test_an_average_that_is_not_in_the_file_is_named(tiny):
+def test_an_ema_that_is_not_in_the_file_is_named(tiny):
     with pytest.raises(UserError, match="which='ema' is not in the file: use one of model, model_ema1, model_ema2"):
         jitjax.load_official(tiny, "ema", context_start=1)
 
 
 def test_convert_overwrites_no_checkpoint(tiny, imported, capsys):
     arguments = ["--from", str(tiny), "--to", str(imported), "--context_start", "1"]
-    assert cli(lambda: convert.main(arguments)) == 2
+    assert cli.guarded(lambda: convert.main(arguments)) == 2
     assert "has checkpoints already" in capsys.readouterr().err
 
 
@@ -331,7 +332,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
     arrays |= {
         "scalar": np.array(2.5, np.float32),
         "empty": np.zeros((0, 4), np.float32),
-        "turned": np.arange(12.0).reshape(3, 4).T,
+        "transposed": np.arange(12.0).reshape(3, 4).T,
     }
     values = {"none": None, "flag": True, "big": 2**40, "text": "ü", "pair": (0.9, 0.95), "list": [1, 2]}
     write_pth(tmp_path / "a.pth", {**arrays, **values})

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_settings
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +24,7 @@ from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, masks, 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
 SIZES = {"B": (768, 12, 2048), "L": (1024, 16, 2730), "H": (1280, 16, 3413), "G": (1664, 16, 4437)}
+SLOW = pytest.param(288, 0, 4, 80, marks=pytest.mark.slow)  # tokens, dropped, heads, features
 
 
 def draws(seed=0):
@@ -71,7 +72,7 @@ def attention_inputs(b, t, heads, n, width=8):
 
 
 def projected_attention(ops, h, *weights, rope, heads, drop=0):
-    """From the input of the qkv product on, with weights in the published order, as the model does it."""
+    """From the input of the qkv projection on, with weights in the published order, as the model does it."""
     kernel, *rest = ops.prepare_qkv(*weights, heads)
     return ops.qkv_attention(h @ kernel.astype(h.dtype), *rest, *rope, heads, drop)
 
@@ -99,7 +100,7 @@ def test_norm_gradients_where_one_output_is_unused():
         assert_same(lambda ops, *a, i=used: ops.residual_norm_modulate(*a)[i], arguments, cotangents[used])
 
 
-@pytest.mark.parametrize("width", [256, 896])
+@pytest.mark.parametrize("width", [256, pytest.param(896, marks=pytest.mark.slow)])
 def test_hopper_norm(width, monkeypatch):
     """In Pallas' simulation; a row on one warp and on two, with and without tokens to drop and a gradient from behind."""
     monkeypatch.setattr(norm, "_on_hopper", lambda *shape: True)
@@ -131,10 +132,10 @@ def test_norm_drops_the_leading_tokens_that_the_branch_lacks(tokens):
 def test_swiglu(shape):
     b, t, f = shape
     normal = draws()
-    assert_same(row_swiglu, (normal(b, t, 2 * f), normal(2 * f)), normal(b, t, f))
+    assert_same(separate_swiglu, (normal(b, t, 2 * f), normal(2 * f)), normal(b, t, f))
 
 
-def row_swiglu(ops, *arguments):
+def separate_swiglu(ops, *arguments):
     return (swiglu.plain_swiglu if ops is PLAIN else swiglu.fused_swiglu)(*arguments)
 
 
@@ -144,13 +145,13 @@ def test_mlp_and_its_padding():
     assert swiglu.pad_hidden(*arguments[1:])[0].shape[1] % 256 == 0
     assert_same(lambda ops, *a: ops.mlp(*a), arguments, cotangent)
     assert_same(lambda ops, *a: ops.mlp(*a, 0.3, jax.random.split(jax.random.key(1), 2)), arguments, cotangent)
-    assert_same(lambda ops, *a: kernels.with_visible_products(ops).mlp(*a), arguments, cotangent)
+    assert_same(lambda ops, *a: kernels.with_visible_matmuls(ops).mlp(*a), arguments, cotangent)
 
 
 @pytest.mark.parametrize(("b", "t", "f", "blocks", "rate"), [(2, 128, 384, 1, 0.0), (3, 72, 256, 2, 0.0), (3, 72, 384, 1, 0.3)])
 def test_hopper_mlp(b, t, f, blocks, rate, monkeypatch):
     """In Pallas' simulation. 384 hidden units leave half a tile of columns backward, 216 rows part of a tile of rows. One block
-    goes through all tiles, its rings of operands, pieces and biases filled again; two share them unevenly."""
+    goes through all tiles, its ring buffers of operands, subtiles and biases refilled; two share them unevenly."""
     monkeypatch.setattr(mosaic, "multiprocessors", lambda: blocks)
     arguments, cotangent = mlp_inputs(b, t, 192, f)
     keys = jax.random.split(jax.random.key(1), b)
@@ -164,7 +165,7 @@ def test_hopper_mlp(b, t, f, blocks, rate, monkeypatch):
 
 
 def test_dropout_mask():
-    """Kept at the rate, independent of neighbours, of other images and of the size of what it is for."""
+    """Values stay at the rate, independent of neighbours, of other images and of the size of what it is for."""
     keys, rate = jax.random.split(jax.random.key(0), 3), 0.2
     keep = masks.keep_mask(keys, 64, 1001, rate)
     assert keep.shape == (3, 64, 1001) and set(np.unique(keep)) == {0, 1}
@@ -187,7 +188,7 @@ def test_attention(t, heads, n):
 
 
 @pytest.mark.parametrize(("t", "drop"), [(72, 8), (37, 20)])
-def test_attention_with_tokens_that_are_only_looked_at(t, drop):
+def test_attention_with_tokens_that_are_keys_only(t, drop):
     arguments, cotangent, rope = attention_inputs(2, t, 2, 16)
     attend = functools.partial(projected_attention, rope=rope, heads=2, drop=drop)
     assert_same(attend, arguments, cotangent[:, drop:])
@@ -195,11 +196,18 @@ def test_attention_with_tokens_that_are_only_looked_at(t, drop):
 
 @pytest.mark.parametrize(
     ("t", "drop", "heads", "n"),
-    [(96, 0, 3, 64), (160, 0, 1, 64), (160, 32, 4, 64), (96, 0, 1, 80), (160, 32, 1, 80), (288, 0, 4, 80)],
+    [
+        (96, 0, 3, 64),
+        pytest.param(160, 0, 1, 64, marks=pytest.mark.slow),
+        pytest.param(160, 32, 4, 64, marks=pytest.mark.slow),
+        (96, 0, 1, 80),
+        (160, 32, 1, 80),
+        pytest.param(288, 0, 4, 80, marks=pytest.mark.slow),
+    ],
 )
 def test_hopper_attention(t, drop, heads, n, monkeypatch):
     """The kernels for Hopper in Pallas' simulation of its barriers and copies. 96 and 160 queries leave half a tile, and one
-    block goes through all pairs of image and head, with three of them twice through its two slots. 96 tokens are too few for
+    block loops over all pairs of image and head, with three of them twice through its two slots. 96 tokens are too few for
     the backward kernel, 4 heads the fewest for that of RoPE. Heads of 80 features have kernels of their own."""
     monkeypatch.setattr(mosaic, "multiprocessors", lambda: 1)
     monkeypatch.setattr(mosaic, "TRANSPOSED_STORES", True)  # no matter in the simulation
@@ -220,8 +228,8 @@ def test_hopper_attention(t, drop, heads, n, monkeypatch):
 
 @pytest.mark.parametrize("n", hopper_rope.HEAD_DIMS)
 def test_hopper_rope_goes_through_many_images(n):
-    """A ring of two tiles that is filled again and again, the last block with fewer tiles, queries and keys in several groups;
-    against the row kernel, whose gradient of the values' third it keeps."""
+    """A ring buffer of two tiles, refilled many times; the last block with fewer tiles; queries and keys in several groups;
+    against the Triton kernel. The values' third of the gradient stays as it is."""
     b, t, heads = 6, 16, 4
     normal = draws()
     gradients = normal(b, t, 3 * heads, n), normal(b, t, heads, n), normal(b, t, heads, n)
@@ -267,15 +275,15 @@ def test_fused_is_as_accurate_as_plain(dtype):
         return ops.residual_norm_modulate(x, branch, bias, gate, weight, shift, scale)
 
     check(residual_norm, (x, branch, gate, shift, scale), (bias, weight), tuple(half))
-    check(row_swiglu, (draws()(2, 32, 192),), (draws()(192),), half[0])
+    check(separate_swiglu, (draws()(2, 32, 192),), (draws()(192),), half[0])
     (h, *parameters), cotangent, rope = attention_inputs(1, 48, 2, 32)
     check(functools.partial(projected_attention, rope=rope, heads=2), (h,), parameters, cotangent)
 
 
 def test_whole_model_with_fused_kernels():
     """The loss gradient of every parameter of a small JiT with context tokens and with nothing left at zero."""
-    config = small_config(model__depth=2, model__width=32)
-    geometry = jit_model.geometry_from_config(config, 4)
+    config = small_settings(model__depth=2, model__width=32)
+    geometry = jit_model.geometry_of(config.model, config.data.image_size, 4)
     normal = draws(1)
     params = {name: p + 0.1 * normal(*p.shape) for name, p in jit_model.init_fn(geometry)(jax.random.key(0)).items()}
     z, target = normal(2, 8, 8, 3), normal(2, 8, 8, 3)
@@ -296,11 +304,11 @@ def test_whole_model_with_fused_kernels():
 
 @pytest.mark.parametrize("width", [1, 12, 24, 32, 40, 52, 64, 80, 104, 768, 1024, 1280, 1664, 4437])
 @pytest.mark.parametrize("options", [{}, {"waste": 0.25}, {"smallest": 16}])
-def test_pieces_cover_a_row_once(width, options):
-    pieces = triton.pieces(width, **options)
-    covered = [i for p in pieces for i in range(p.start, p.start + p.size) if p.limit is None or i < p.limit]
+def test_spans_cover_a_row_once(width, options):
+    spans = triton.spans(width, **options)
+    covered = [i for p in spans for i in range(p.start, p.start + p.size) if p.limit is None or i < p.limit]
     assert covered == list(range(width))
-    assert all(p.size & (p.size - 1) == 0 and p.size >= options.get("smallest", 1) for p in pieces)
+    assert all(p.size & (p.size - 1) == 0 and p.size >= options.get("smallest", 1) for p in spans)
 
 
 # ---------------------------------------------------------------- lowering for CUDA
@@ -330,8 +338,15 @@ def with_gradient(function):
     return both
 
 
-@pytest.mark.parametrize("tokens", [256, 288, 264, 77])
-@pytest.mark.parametrize("size", SIZES)
+# The other sizes and numbers of tokens take long, and mostly the same paths.
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [
+        pytest.param(size, tokens, marks=[] if (size, tokens) in (("B", 288), ("B", 77)) else pytest.mark.slow)
+        for size in SIZES
+        for tokens in (256, 288, 264, 77)
+    ],
+)
 def test_every_published_size_lowers_for_cuda(size, tokens):
     width, heads, hidden = SIZES[size]
     n = width // heads
@@ -366,7 +381,7 @@ def test_every_published_size_lowers_for_cuda(size, tokens):
             assert ("mosaic_gpu_v2" in text) == (tokens % 4 == 0)
 
 
-def test_lowered_kernels_are_kept_between_starts(tmp_path, monkeypatch):
+def test_lowered_kernels_are_cached_between_starts(tmp_path, monkeypatch):
     """What a second start reads is what the first one lowered; a damaged file is lowered again."""
     x, vector = struct(2, 8, 256), struct(2, 256)
 
@@ -393,8 +408,8 @@ def test_lowered_kernels_are_kept_between_starts(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", None)
 
 
-def test_products_stay_visible_where_remat_has_to_see_them():
-    """`remat=dots` keeps the results of XLA's products only; inside our kernel they would be computed again."""
+def test_matmuls_stay_visible_where_remat_has_to_see_them():
+    """`remat=dots` saves the results of XLA's matmuls only; inside our kernel they would be recomputed."""
     geometry = jit_model.make_geometry("JiT-B/4", 64, 10, depth=1, context_length=0, width=256, heads=4)
     graphdef, params = jit_model.graphdef_of(geometry), jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0))
 
@@ -405,7 +420,7 @@ def test_products_stay_visible_where_remat_has_to_see_them():
     shapes = params, struct(2, 64, 64, 3, dtype=jnp.float32), parameter(2), struct(2, dtype=jnp.int32)
     for remat, there in (("none", True), ("full", True), ("dots", False)):
         text = lower_for_cuda(jax.grad(functools.partial(loss, remat=remat)), *shapes)
-        assert ("hopper_swiglu" in text) == there, remat
+        assert ("mlp_hopper" in text) == there, remat
 
 
 def test_kernels_run_per_shard():

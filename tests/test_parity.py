@@ -3,12 +3,13 @@
 import jax
 import parity_checks
 import pytest
-from conftest import shared
 
 
-@pytest.mark.parametrize("name", sorted(parity_checks.CHECKS, key=lambda name: "L16" not in name))  # the longest first
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("forward_L16_256",) else []) for name in parity_checks.CHECKS],
+)
 def test_equals_the_official_code(name):
-    shared("parity")
     with jax.default_matmul_precision("highest"):
         rows = parity_checks.CHECKS[name]()
     assert rows

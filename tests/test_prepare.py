@@ -1,4 +1,4 @@
-"""`python -m jitjax.prepare`: same pixels, same bytes, resumable, checked, and safe against what archives can hold."""
+"""`jitjax prepare`: same pixels, same bytes, resumable, checked, and safe against what archives can hold."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 
-from jitjax.data import open_dataset, pool
-from jitjax.errors import UserError, cli
+from jitjax import cli
+from jitjax.data import open_dataset
+from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
 
 SIZE = 32
@@ -87,7 +88,7 @@ def test_killed_it_looks_unfinished_and_continues_to_the_same_bytes(folder, prep
         "import time\n"
         "from jitjax.data import shards\n"
         "decode = shards.decode\n"
-        "shards.decode = lambda *a: (time.sleep(0.03), decode(*a))[1]\n"
+        "shards.decode = lambda *a, **k: (time.sleep(0.03), decode(*a, **k))[1]\n"
         "from jitjax.prepare import main\n"
         f"if __name__ == '__main__':\n    main(['--data_path', {str(folder)!r}, '--output', {str(output)!r},"
         f" '--image_size', '{SIZE}', '--shards', '4', '--workers', '1'])\n"
@@ -127,10 +128,10 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_done(folder, prepare
 
 
 def test_interrupted_by_the_keyboard_it_stops_soon_and_can_go_on(folder, prepared, tmp_path, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool._ProgressLine, "show", interrupt)
+    monkeypatch.setattr("rich.progress.Progress.update", interrupt)
     arguments = [
         "--data_path",
         str(folder),
@@ -141,9 +142,9 @@ def test_interrupted_by_the_keyboard_it_stops_soon_and_can_go_on(folder, prepare
         "--shards",
         "4",
     ]
-    assert cli(lambda: main(arguments)) == 130
+    assert cli.guarded(lambda: main(arguments)) == 130
     monkeypatch.undo()
-    assert cli(lambda: main(arguments)) == 0
+    assert cli.guarded(lambda: main(arguments)) == 0
     assert contents(tmp_path / "out") == contents(prepared)
 
 
@@ -348,7 +349,7 @@ def test_parquet_that_cannot_be_used_is_named(folder, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match):
             prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out"), SIZE, workers=1, **options)
 
-    refused("--image_column", {"photo": [data]})
+    refused("--image_column", {"one": [data], "two": [data]})
     refused("not image bytes", {"image": ["a.jpg"]})
     refused("row 1: -3 is not a class number", {"image": [data] * 2, "label": [0, -3]})
     refused("--label_column=kind is not a column", {"image": [data]}, label_column="kind")
@@ -414,7 +415,7 @@ def test_the_prepared_size_must_be_the_configured_one(prepared):
         (["--output", "OUT", "--image_size", "32"], "--data_path is missing"),
         (
             ["--data_path", "FOLDER", "--output", "OUT", "--image_size", "0"],
-            "--image_size: '0' is not a positive number",
+            "argument --image_size: 0 must be 1 or more",
         ),
         (["--data_path", "FOLDER", "--output", "OUT", "--image_size", "32", "--shards", "9999"], "--shards=9999"),
         (
@@ -431,7 +432,7 @@ def test_the_prepared_size_must_be_the_configured_one(prepared):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
     replaced = [a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    assert cli(lambda: main(replaced)) == 2
+    assert cli.guarded(lambda: main(replaced)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
@@ -442,3 +443,27 @@ def test_the_command_shows_rate_and_result(folder, tmp_path):
     result = subprocess.run([*command, "--image_size", "32"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "images/s" in result.stderr and "0 skipped" in result.stdout
+
+
+def test_a_lock_on_a_file_that_was_removed_keeps_nobody_out(tmp_path):
+    """A preparation that ends removes its lock file; one that opened it just before must lock the new one."""
+    import fcntl
+
+    from jitjax.prepare import _locked
+
+    output, path = str(tmp_path / "out"), tmp_path / "out" / ".prepare.lock"
+    with _locked(output):
+        late = os.open(path, os.O_RDWR)  # waits, as it were
+        with pytest.raises(UserError, match="another preparation"), _locked(output):
+            pass
+    assert not path.exists()
+    fcntl.flock(late, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the orphan can be locked ...
+    with _locked(output):  # ... which keeps nobody out
+        assert not os.path.samestat(os.fstat(late), os.stat(path))
+    os.close(late)
+
+
+def test_a_home_directory_is_expanded(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare(str(folder), "~/out", SIZE, limit=2, workers=1)
+    assert len(open_dataset("~/out", SIZE)) == 2

@@ -3,15 +3,17 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_settings
 from jax.sharding import NamedSharding
 
 from jitjax import kernels, model, sharding, step
-from jitjax.config import make_plan
+from jitjax.plan import make_plan
+from jitjax.train import make_step
 
 CLASSES = 5
 
@@ -19,12 +21,12 @@ CLASSES = 5
 def build(config, data, fsdp, devices=8):
     """State and step on the first `devices` devices as a data x fsdp mesh."""
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[:devices])
-    geometry = model.geometry_from_config(config, CLASSES)
-    plan = make_plan(config, images=640, folder_classes=CLASSES, tokens_per_image=geometry.tokens, devices=devices)
-    init = functools.partial(step.init_state, geometry, config)
+    geometry = model.geometry_of(config.model, config.data.image_size, CLASSES)
+    plan = make_plan(config, images=640, tokens_per_image=geometry.tokens, devices=devices)
+    init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
     placed = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
-    return state, step.make_train_step(geometry, config, plan, mesh, kernels.get_ops("plain")), plan, mesh
+    return state, make_step(config, geometry, plan, mesh, kernels.get_ops("plain")), plan, mesh
 
 
 def batches(plan, mesh, count, size=8):
@@ -55,18 +57,23 @@ def split_small(monkeypatch):
 @pytest.fixture(scope="module")
 def reference():
     """32 images a step on one device, in one piece."""
-    return run(small_config(batch_size=32, model__proj_dropout=0.2), 1, 1, devices=1)
+    return run(small_settings(batch_size=32, model__proj_dropout=0.2), 1, 1, devices=1)
 
 
 @pytest.mark.parametrize(
     "data, fsdp, devices, micro_batches",
-    [(8, 1, 8, 1), (8, 1, 8, 4), (4, 2, 8, 2), (1, 8, 8, 1), (1, 2, 2, 4), (1, 1, 1, 2)],
+    [
+        (8, 1, 8, 4),
+        (4, 2, 8, 2),
+        (1, 2, 2, 4),
+        *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 8, 1), (1, 8, 8, 1), (1, 1, 1, 2))),
+    ],
 )
 def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, data, fsdp, devices, micro_batches):
     """The same 32 images a step give the same losses and weights, however they are spread: k micro-batches on d devices
     equal one batch. Noise, times, dropped labels and dropout depend on the image's place in the global batch only."""
     size = 32 // devices // micro_batches
-    config = small_config(batch_size=size, optim__accumulation_steps=micro_batches, model__proj_dropout=0.2)
+    config = small_settings(batch_size=size, optim__accumulation_steps=micro_batches, model__proj_dropout=0.2)
     losses, state = run(config, data, fsdp, devices)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
     for name, value in reference[1].params.items():
@@ -89,13 +96,13 @@ def collectives(compiled_text):
     return found
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (4, 2), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_gradients_cross_devices_once_per_optimizer_step(split_small, data, fsdp):
     """Read off the compiled HLO: every collective stands outside the loop over micro-batches, and the bytes are those of
     one all-reduce (or reduce-scatter plus all-gather under fsdp) whatever the number of micro-batches."""
     totals = []
     for micro_batches in (1, 4):
-        config = small_config(batch_size=2, optim__accumulation_steps=micro_batches)
+        config = small_settings(batch_size=2, optim__accumulation_steps=micro_batches)
         state, train_step, plan, mesh = build(config, data, fsdp)
         text = train_step.lower(state, next(batches(plan, mesh, 1))).compile().as_text()
         ops = collectives(text)
@@ -126,7 +133,7 @@ def equations(jaxpr, inside=()):
 
 def test_gradients_cross_devices_in_bfloat16_where_asked():
     """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""
-    state, train_step, plan, mesh = build(small_config(batch_size=1, mesh__comm_dtype="bfloat16"), 8, 1)
+    state, train_step, plan, mesh = build(small_settings(batch_size=1, mesh__comm_dtype="bfloat16"), 8, 1)
     summed = {}
     for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr):
         if eqn.primitive.name.startswith("psum"):
@@ -138,7 +145,7 @@ def test_gradients_cross_devices_in_bfloat16_where_asked():
 
 def test_optimizer_and_ema_run_once_per_optimizer_step():
     """AdamW's square roots stand outside the scan over micro-batches, and the averages move once by their formula."""
-    config = small_config(batch_size=1, optim__accumulation_steps=4)
+    config = small_settings(batch_size=1, optim__accumulation_steps=4)
     state, train_step, plan, mesh = build(config, 8, 1)
     before = jax.device_get(state.params)
     batch = next(batches(plan, mesh, 1))
@@ -158,7 +165,7 @@ def test_optimizer_and_ema_run_once_per_optimizer_step():
 
 def test_fsdp_splits_parameters_optimizer_and_averages():
     """On a 2x4 mesh each device holds a quarter of what is split, of every part of the state."""
-    config = small_config(model__width=128, model__heads=4)
+    config = small_settings(model__width=128, model__heads=4)
     state, *_ = build(config, 2, 4)
     moments = {"mu": state.opt_state[0].mu, "nu": state.opt_state[0].nu}
     for part in (state.params, *state.ema.values(), *moments.values()):
@@ -189,7 +196,7 @@ def test_non_finite_micro_gradient_is_left_out():
 
 def test_float16_overflow_skips_the_step_and_halves_the_scale():
     """A scale that overflows leaves weights, moments and averages as they are; training goes on at half the scale."""
-    config = small_config(batch_size=1, dtype="float16")
+    config = small_settings(batch_size=1, dtype="float16")
     state, train_step, plan, mesh = build(config, 8, 1)
     moved = {**state.params, "final.linear.kernel": state.params["final.linear.kernel"] + 10.0}
     scale = {**state.loss_scale, "scale": jnp.float32(2.0**24)}
@@ -212,9 +219,17 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale():
     assert np.isfinite(metrics["train/grad_norm"]) and int(state.opt_state[0].count) == 1
 
 
+def test_all_steps_share_one_trace(monkeypatch):
+    """A second trace would compile the model again in the middle of a run."""
+    chex.clear_trace_counter()
+    traced_once = chex.assert_max_traces(step.local_gradients, n=1)
+    monkeypatch.setattr(step, "local_gradients", traced_once)
+    run(small_settings(batch_size=1), 4, 2, steps=3)
+
+
 @pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), ("float16", 4e-3)])
 def test_half_precision_follows_float32(reference, dtype, rtol):
-    config = small_config(batch_size=4, dtype=dtype, model__proj_dropout=0.2)
+    config = small_settings(batch_size=4, dtype=dtype, model__proj_dropout=0.2)
     losses, state = run(config, 8, 1)
     np.testing.assert_allclose(losses, reference[0], rtol=rtol)
     assert all(value.dtype == np.float32 for value in state.params.values())
@@ -222,7 +237,7 @@ def test_half_precision_follows_float32(reference, dtype, rtol):
 
 def test_clipping_bounds_the_update():
     """With clipping the norm that AdamW sees is the bound: its first moment after one step is (1 - b1) * bound long."""
-    config = small_config(batch_size=4, optim__clip_norm=1e-3)
+    config = small_settings(batch_size=4, optim__clip_norm=1e-3)
     state, train_step, plan, mesh = build(config, 8, 1)
     state, metrics = train_step(state, next(batches(plan, mesh, 1)))
     assert float(metrics["train/grad_norm"]) > 1e-2  # the logged norm is the unclipped one
@@ -232,7 +247,7 @@ def test_clipping_bounds_the_update():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_memory_not_numbers(reference, remat):
-    losses, _ = run(small_config(batch_size=4, remat=remat, model__proj_dropout=0.2), 8, 1)
+    losses, _ = run(small_settings(batch_size=4, remat=remat, model__proj_dropout=0.2), 8, 1)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
 
 

@@ -1,4 +1,4 @@
-"""The card itself: what it makes of a plain matrix product, and its clock and power while something runs."""
+"""The card itself: the speed of a plain matmul, and its clock and power while something runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 
 def matmul_peak(size: int | None = None, groups: int = 20, seconds: float = 2.0) -> dict[str, float]:
-    """What one device makes of a square bf16 matrix product on random numbers, in TFLOP/s.
+    """Throughput of a square bf16 matmul of random numbers on one device, in TFLOP/s.
 
     Returns:
-      matmul_tflops: median over the first `groups` groups of ten products, a burst of a fraction of a second.
+      matmul_tflops: median over the first `groups` groups of ten matmuls, a burst of a fraction of a second.
       matmul_tflops_sustained: median over the second half of `seconds` of them, where a card may reach its power limit.
     """
     on_cpu = jax.default_backend() == "cpu"
@@ -25,13 +25,13 @@ def matmul_peak(size: int | None = None, groups: int = 20, seconds: float = 2.0)
     device = jax.local_devices()[0]
     draw = functools.partial(jax.random.normal, shape=(size, size), dtype=jnp.bfloat16)
     a, b = (jax.device_put(draw(jax.random.key(i)), device) for i in (0, 1))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready([product(a, b) for _ in range(10)])
+    matmul = jax.jit(jnp.matmul)
+    jax.block_until_ready([matmul(a, b) for _ in range(10)])
     rates, times = [], [time.perf_counter()]
     while len(rates) < groups or times[-1] - times[0] < (0 if on_cpu else seconds):
         out = None
         for _ in range(10):
-            out = product(a, b)
+            out = matmul(a, b)
         out.block_until_ready()
         times.append(time.perf_counter())
         rates.append(10 * 2 * size**3 / (times[-1] - times[-2]) / 1e12)

@@ -1,63 +1,58 @@
 """Saving and restoring a whole train state, as one JSON line.
 
-    python -m jitjax.bench checkpoint --config configs/imagenet.py:h16 --directory /disk/to/test
+    jitjax bench checkpoint --config configs/imagenet.py:h16 --directory /disk/to/test
 
 `stopped_seconds` is how long a training loop stands still for an asynchronous save: until the state is on the host and
-the next step may overwrite it. `durable_seconds` counts from the same moment to the end of the writing in the background.
-The first save also starts threads and is told apart. What is restored is compared with what was saved, bit for bit; it may
-come from the system's file cache.
+the next step may overwrite it. `durable_seconds` counts from the same moment to the end of the write in the background.
+The first save also starts threads and is reported separately. What is restored is compared with what was saved, bit for bit;
+it may come from the operating system's file cache.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
-from jitjax import checkpoint, sharding, step
-from jitjax import config as config_lib
+from jitjax import checkpoint, saving, settings, sharding, step
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "Existing folder on the disk to test; default the system's temporary one.")
 
-
-def main(argv: Sequence[str]) -> int:
-    """Measure. `argv`: arguments without the program's name.
+def run(args: argparse.Namespace) -> None:
+    """Measure with the flags of `jitjax.bench`.
 
     Raises:
       UserError: a mistake in the configuration, or a folder that cannot be written.
     """
-    config = common.parse("checkpoint", argv)
+    config = common.load(args)
     if jax.process_count() > 1:
         raise UserError("bench checkpoint runs in one process only")
     setup = common.prepare(config)
     try:
-        folder = tempfile.TemporaryDirectory(prefix="jitjax-bench-", dir=_DIRECTORY.value)
+        folder = tempfile.TemporaryDirectory(prefix="jitjax-bench-", dir=args.directory)
     except OSError as error:
-        raise UserError(f"--directory={_DIRECTORY.value}: {error.strerror}; name an existing folder to test") from error
+        raise UserError(f"--directory={args.directory}: {error.strerror}; name an existing folder to test") from error
     with folder as path:
-        common.emit(measure(setup, Path(path), common.REPEATS.value))
-    return 0
+        common.emit(measure(setup, Path(path), args.repeats))
 
 
 def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
     """Save 1 + `repeats` times into `folder`, restore the last. Times in seconds, sizes in bytes."""
     state = common.random_state(setup)
     like = sharding.abstract(jax.eval_shape(lambda: state), setup.mesh)
-    meta = checkpoint.describe(setup.geometry, state.ema, config=config_lib.to_dict(setup.config))
-    # As after a train step: new arrays in the place of old ones, of which the host has no copy yet.
+    meta = checkpoint.describe(setup.geometry, state.ema, config=settings.to_dict(setup.config))
+    # As after a train step: new arrays in the memory of the old ones, of which the host has no copy yet.
     advance = jax.jit(_advanced, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
-    saved = checkpoint.Checkpoints(folder, keep_last=1)
+    saved = saving.Checkpoints(folder, keep_last=1)
     stopped, durable = [], []
     for number in range(1, repeats + 2):
         state = jax.block_until_ready(advance(state))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -15,26 +15,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
-from jitjax import checkpoint, config_flags, kernels, model, runtime, sharding, step
-from jitjax import config as config_lib
+from jitjax import checkpoint, kernels, model, runtime, sharding, step, workdir
+from jitjax.cli import arguments
+from jitjax.flops import IMAGENET_IMAGES
+from jitjax.plan import Plan, make_plan
+from jitjax.settings import Settings
 
-REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements; median, least and greatest are told.", lower_bound=1)
-
-IMAGES, CLASSES = 1_281_167, 1000  # ImageNet's, where the config leaves it to the data set
-PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """The parts of a run that `jitjax.train` makes from a config and a data set, here from the config alone."""
 
-    config: ConfigDict
+    config: Settings
     geometry: model.Geometry
-    plan: config_lib.Plan
+    plan: Plan
     mesh: Mesh
     kernels: str
     kernels_reason: str
@@ -44,37 +42,29 @@ class Setup:
         return kernels.get_ops(self.kernels)
 
 
-def parse(name: str, argv: Sequence[str]) -> ConfigDict:
-    """The config that the command line describes. A run length is not needed and does not matter."""
-    holder = config_flags.define()
-    config_flags.parse([f"bench {name}", *argv])
-    config = holder.value()
-    for length in config_lib.RUN_LENGTHS:
-        config[length] = None
-    config.total_steps = 1_000_000
+def load(args: argparse.Namespace) -> Settings:
+    """The settings that the command line describes. A run length is not needed and does not matter.
+
+    Raises:
+      UserError: no config, or a mistake in it.
+    """
     checkpoint.quiet()
-    return config
+    return arguments.load(args.config_arguments, run_length=False).settings
 
 
-def prepare(config: ConfigDict) -> Setup:
+def prepare(config: Settings) -> Setup:
     """Check the config and choose mesh and kernels as a run does. ImageNet's size stands in for a data set's.
 
     Raises:
       UserError: a mistake in the config.
     """
-    config_lib.validate(config)
     runtime.use_compilation_cache(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     classes = config.model.num_classes or (CLASSES if config.model.class_conditional else 0)
-    geometry = model.geometry_from_config(config, classes)
+    geometry = model.geometry_of(config.model, config.data.image_size, classes)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
-    plan = config_lib.make_plan(
-        config,
-        images=max(IMAGES, global_batch),
-        folder_classes=classes,
-        tokens_per_image=geometry.tokens,
-        devices=mesh.size,
-    )
+    images = max(IMAGENET_IMAGES, global_batch)
+    plan = make_plan(config, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
     kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, geometry=geometry)
     return Setup(config, geometry, plan, mesh, kind, reason)
 
@@ -100,7 +90,8 @@ def random_state(setup: Setup) -> step.TrainState:
 
     def init(key):
         params = random_params(setup.geometry, key)
-        return step.fresh_state(params, {str(d): params for d in setup.config.optim.ema_decays}, setup.config)
+        optim = setup.config.optim
+        return step.fresh_state(params, {str(d): params for d in optim.ema_decays}, optim, setup.config.dtype)
 
     key = jax.random.key(setup.config.seed)
     placed = sharding.shardings(jax.eval_shape(init, key), setup.mesh)
@@ -148,20 +139,13 @@ def describe(setup: Setup) -> dict[str, Any]:
         "comm_dtype": c.mesh.comm_dtype,
         "device": device.device_kind,
         "devices": setup.mesh.size,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": workdir.versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def summary(values: Sequence[float], name: str, digits: int = 3) -> dict[str, float]:
-    """Median under `name`, least and greatest under `name`_min and `name`_max."""
+    """Median under `name`, minimum and maximum under `name`_min and `name`_max."""
     found = {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
     return {key: round(value, digits) for key, value in found.items()}
 
@@ -178,8 +162,14 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def dispatch_ahead() -> bool:
+    """Whether a second step may be dispatched before the first one is done. Emulated CPU devices share one pool of threads: a
+    second step can take those that the first one's all-reduce waits for, and both wait for ever."""
+    return jax.default_backend() != "cpu"
+
+
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What the function returned and the seconds until all of its arrays were there."""
+    """What the function returned and the seconds until all of its arrays were ready."""
     begun = time.perf_counter()
     result = jax.block_until_ready(function())
     return result, time.perf_counter() - begun

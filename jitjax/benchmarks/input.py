@@ -1,6 +1,6 @@
 """The input pipeline alone: images/s to host batches and to device batches, as one JSON line.
 
-    python -m jitjax.bench input --config configs/h200.py --config.data.path=./data/train64
+    jitjax bench input --config configs/h200.py --config.data.path=./data/train64
 
 Nothing consumes the batches but the clock, so this is what the pipeline can supply at most; training takes what it
 needs.
@@ -8,31 +8,28 @@ needs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
-
-from jitjax import config_flags
+from jitjax.cli import arguments
 from jitjax.data import make_iterator, open_dataset, to_device
 from jitjax.data.pool import available_cpus
-
-_SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to measure each of the two stages.", lower_bound=0.1)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Measures the data set and settings of a config. `argv`: arguments without the program's name."""
-    holder = config_flags.define()
-    config_flags.parse(["bench input", *argv])
-    print(json.dumps(measure(holder.value(), _SECONDS.value)), flush=True)
-    return 0
+from jitjax.settings import Settings, check_data
 
 
-def measure(config: Any, seconds: float) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> None:
+    """Measure the data set and input settings of a config, with the flags of `jitjax.bench`."""
+    config = arguments.load(args.config_arguments, run_length=False).settings
+    check_data(config.data)
+    print(json.dumps(measure(config, args.seconds)), flush=True)
+
+
+def measure(config: Settings, seconds: float) -> dict[str, Any]:
     """Runs the pipeline twice, to host and to device, after a warm-up that fills its buffers.
 
     Returns:
@@ -43,7 +40,7 @@ def measure(config: Any, seconds: float) -> dict[str, Any]:
 
     from jitjax.sharding import BATCH, make_mesh
 
-    dataset = open_dataset(config.data.path, config.data.image_size, exif_rotate=config.data.exif_rotate)
+    dataset = open_dataset(config.data.path, config.data.image_size, **config.data.reading())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
     workers = config.data.num_workers

@@ -1,17 +1,20 @@
-"""The fused operations beside the plain ones, on this device: how exact they are, and how fast.
+"""The fused operations beside the plain ones on this device, their errors and times: the check of all kernels on a card.
 
-    python -m jitjax.bench kernels --config configs/h200.py:finetune --config.batch_size=256
+    jitjax bench kernels --config configs/h200.py:finetune --config.batch_size=256
 
 One JSON line for each operation and number of tokens that the model has, and one for the gradients of the whole model.
 
 Errors are relative (norm of the difference over norm of the reference), the largest over all outputs and gradients of an
 operation; the reference is the plain operation in float32 on the same rounded inputs. `as_accurate` means that no fused error
-exceeds 1.3 times the plain one by more than half a unit in the last place of the compute type; where it is false the command
-fails. Errors come from the first `--check_images` images, times (value and gradient, in us, median) from the whole batch.
+exceeds 1.3 times the plain one by more than half a unit in the last place of the compute type; where it is false, or an error
+is not finite, the command exits with code 2. Errors come from the first `--check_images` images, times (value and gradient, in
+us, median) from the whole batch.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -20,13 +23,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
-from jitjax import kernels, model, step
+from jitjax import kernels, model, train
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
-_CHECK_IMAGES = flags.DEFINE_integer("check_images", 8, "Images whose values and gradients are compared.", lower_bound=1)
 CALLS = 10  # of one measurement, back to back
 
 Function = Callable[..., Any]  # of (ops, *activations, *parameters)
@@ -34,24 +35,23 @@ Function = Callable[..., Any]  # of (ops, *activations, *parameters)
 Case = tuple[str, int, Function, Function | None, list[jax.Array], list[jax.Array]]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Check and time every operation. `argv`: arguments without the program's name.
+def run(args: argparse.Namespace) -> None:
+    """Check and time every operation, with the flags of `jitjax.bench`.
 
     Raises:
       UserError: a mistake in the configuration, or a fused operation that is less accurate than the plain one.
     """
-    setup = common.prepare(common.parse("kernels", argv))
+    setup = common.prepare(common.load(args))
     failed = []
     for name, tokens, *case in cases(setup):
-        record = compare(setup, *case, _CHECK_IMAGES.value)
+        record = compare(setup, *case, args.check_images, args.repeats)
         common.emit({"benchmark": "kernels", "operation": name, "tokens": tokens, **record})
         failed += [] if record["as_accurate"] else [f"{name} at {tokens} tokens"]
-    record = compare_models(setup, _CHECK_IMAGES.value)
+    record = compare_models(setup, args.check_images)
     common.emit({"benchmark": "kernels", "operation": "model", **record, **common.describe(setup)})
     failed += [] if record["as_accurate"] else ["the model's gradients"]
     if failed:
         raise UserError(f"less accurate fused than plain: {', '.join(failed)}; use --config.kernels=plain and report this")
-    return 0
 
 
 def cases(setup: common.Setup) -> Iterator[Case]:
@@ -78,7 +78,8 @@ def cases(setup: common.Setup) -> Iterator[Case]:
     def residual(ops, x, branch, gate, bias):
         return ops.gated_residual(x, branch, bias, gate)
 
-    def mlp(ops, h, *weights, rate):
+    def mlp(ops, h, *weights, rate=0.0, visible=False):
+        ops = kernels.with_visible_matmuls(ops) if visible else ops
         return ops.mlp(h, *weights, rate, jax.random.split(jax.random.key(0), len(h)))
 
     def attention(ops, qkv, bias, q_weight, k_weight, *, rope, drop=0):
@@ -98,10 +99,13 @@ def cases(setup: common.Setup) -> Iterator[Case]:
             if context or not label:
                 checked, timed = (functools.partial(f, rope=rope, **options) for f in (ordered_attention, attention))
                 yield f"qkv_attention{label}", t, checked, timed, [qkv], weights
-        for label, rate in (("", 0.0), (", dropout", g.proj_dropout)):
-            if rate or not label:
-                weights = [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
-                yield f"mlp{label}", t, functools.partial(mlp, rate=rate), None, [half(t, d)], weights
+        for label, options in (
+            ("", {}),
+            (", dropout", {"rate": g.proj_dropout or 0.1}),
+            (", matmuls left to XLA", {"visible": True}),  # as with remat=dots
+        ):
+            weights = [matrix(d, 2 * f), vector(2 * f), matrix(f, d)]
+            yield f"mlp{label}", t, functools.partial(mlp, **options), None, [half(t, d)], weights
         vectors = half(d), half(d), half(d)
         weights = [vector(d), vector(d, 1.0)]
         yield "residual_norm_modulate", t, residual_norm, None, [half(t, d), half(t, d), *vectors], weights
@@ -135,11 +139,11 @@ def judge(reference: Sequence[jax.Array], plain: Sequence[jax.Array], fused: Seq
     """Largest errors of both, and whether fused is as accurate as plain in every single output."""
     plain_errors = [error(p, r) for p, r in zip(plain, reference, strict=True)]
     fused_errors = [error(f, r) for f, r in zip(fused, reference, strict=True)]
-    room = float(jnp.finfo(dtype).eps) / 2
+    rounding = float(jnp.finfo(dtype).eps) / 2
     return {
         "plain_error": round(max(plain_errors), 7),
         "fused_error": round(max(fused_errors), 7),
-        "as_accurate": all(f < 1.3 * p + room for f, p in zip(fused_errors, plain_errors, strict=True)),
+        "as_accurate": all(f < 1.3 * p + rounding for f, p in zip(fused_errors, plain_errors, strict=True)),
     }
 
 
@@ -150,6 +154,7 @@ def compare(
     activations: list[jax.Array],
     parameters: list[jax.Array],
     images: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Errors and times of one operation, fused and plain."""
     few = [x[:images] for x in activations]
@@ -162,7 +167,7 @@ def compare(
         arguments = activations + parameters
         jax.block_until_ready(run(arguments))
         measured = []
-        for _ in range(common.REPEATS.value):
+        for _ in range(repeats):
             begun = time.perf_counter()
             for _ in range(CALLS):
                 out = run(arguments)
@@ -179,9 +184,8 @@ def compare_models(setup: common.Setup, images: int) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(2), len(batch["label"]))
 
     def gradients(dtype, kind):
-        config = setup.config.copy_and_resolve_references()
-        config.dtype = str(dtype)
-        loss = step.make_loss(setup.geometry, config, kernels.get_ops(kind))
+        config = dataclasses.replace(setup.config, dtype=str(dtype))
+        loss = train.make_loss(config, setup.geometry, kernels.get_ops(kind))
 
         @jax.jit
         def run(params):

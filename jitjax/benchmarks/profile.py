@@ -1,8 +1,10 @@
-"""A table of GPU kernels by what they compute, from a trace of a few steps."""
+"""A table of GPU kernels by the part of the program that they belong to, from a trace of a few steps.
+
+The program names its parts with `jax.named_scope`, which XLA keeps for every operation; our own kernels have the scope in their
+names. What is in no scope counts by kind, or as "other": `Summary.other` is its share."""
 
 from __future__ import annotations
 
-import collections
 import gzip
 import json
 import re
@@ -10,33 +12,34 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jitjax.kernels import constants
+
 STEPS = 3  # in one trace
 LARGEST = 30  # kernels listed one by one
 
-MATMUL, ATTENTION, NORM, ROPE, SWIGLU = "matrix products", "attention", "norm and modulation", "RoPE and qk-norm", "SwiGLU"
-REDUCTIONS, OPTIMIZER, COPIES, COLLECTIVES, OTHER = "reductions", "optimizer and EMA", "copies", "collectives", "other"
-GROUPS = (MATMUL, ATTENTION, NORM, ROPE, SWIGLU, REDUCTIONS, OPTIMIZER, COPIES, COLLECTIVES, OTHER)
+MATMULS, REDUCTIONS, COPIES, COLLECTIVES, OTHER = "matmuls", "reductions", "copies", "collectives", "other"
+# Scopes (`jax.named_scope`) of the program and the group that each counts to.
+SCOPES = {
+    constants.ATTENTION: "attention",
+    constants.NORM: "norm and modulation",
+    constants.ROPE: "RoPE and qk-norm",
+    constants.SWIGLU: "SwiGLU",
+    constants.MLP: MATMULS,
+    constants.DROPOUT: "dropout",
+    "embed": "patches, time and class",
+    "loss": "noise and loss",
+    "optimizer": "optimizer and EMA",
+}
+GROUPS = tuple(dict.fromkeys((MATMULS, *SCOPES.values(), REDUCTIONS, COPIES, COLLECTIVES, OTHER)))
 
-# By the kernel's own name, first match wins: NCCL, `jitjax.kernels`, cuDNN, cuBLAS, the driver.
-_NAMES = (
+# Kernels of libraries and of the driver, by their own names; first match wins.
+_LIBRARIES = (
     (COLLECTIVES, r"nccl|all.?reduce|all.?gather|reduce.?scatter|collective"),
-    (ROPE, r"^(hopper_)?norm_rope_"),
-    (NORM, r"^(residual_|hopper_)?norm_(forward|backward)|^residual_backward"),
-    (SWIGLU, r"^swiglu_"),
-    (MATMUL, r"^hopper_swiglu_"),  # the products of the MLP with SwiGLU at their side
-    (ATTENTION, r"^attention_|^hopper_attention_|fmha|flash|sdpa|cudnn"),
-    (MATMUL, r"nvjet|gemm|cutlass|xmma|cublas|splitk|gemv"),
+    ("attention", r"fmha|flash|sdpa|cudnn"),
+    (MATMULS, r"nvjet|gemm|cutlass|xmma|cublas|splitk|gemv"),
     (COPIES, r"memcpy|memset"),
 )
-# By the line of ours (or of optax) that XLA's fusion ends in: "file:function".
-_ORIGINS = (
-    (NORM, r"kernels/(hopper_)?norm\.py:"),
-    (SWIGLU, r"kernels/(hopper_)?swiglu\.py:(?!pad_hidden)"),
-    (ATTENTION, r"kernels/attention\.py:(plain_qkv|qkv)_attention|kernels/hopper_(forward|backward|wide)\.py:"),
-    (ROPE, r"kernels/attention\.py:(?!_permuted|_half_split)|kernels/hopper_rope\.py:"),
-    (OPTIMIZER, r"optax/|jitjax/optimizer\.py:|sharding\.py:global_norm|step\.py:make_train_step|step\.py:next_loss_scale"),
-)
-# By what XLA's name for a fusion says it does.
+# Fusions of XLA outside all scopes, by what their names say that they do.
 _FUSIONS = (
     (REDUCTIONS, r"reduce"),
     (COPIES, r"copy|transpose|concatenate|pad|slice|convert|broadcast|bitcast"),
@@ -51,44 +54,40 @@ class Kernel(NamedTuple):
     duration: float
 
 
-def group_of(name: str, origin: str = "") -> str:
+def group_of(name: str, scope: str = "") -> str:
     """The group of a GPU kernel.
 
     Args:
-      name: the kernel's, e.g. "nvjet_hsh_128x256_64x4" or "loop_add_fusion_12".
-      origin: "file:function" of the source line behind it, from `origins`; "" if unknown.
+      name: the kernel's, e.g. "nvjet_hsh_128x256_64x4", "loop_add_fusion_12", or scope_name for a kernel of ours.
+      scope: the innermost scope of the operation behind it, from `scopes`; "" if there is none.
 
-    A fusion counts as what its last operation is, so a few bytes land in the wrong group; sums of partial results count
-    to the operation that left them.
+    A fusion counts as what its last operation is, so a few bytes are in the wrong group.
     """
-    for rules, text in ((_NAMES, name.lower()), (_ORIGINS, origin), (_FUSIONS, name.lower())):
-        for group, pattern in rules:
-            if re.search(pattern, text):
-                return group
-    return OTHER
+    lower = name.lower()
+    own = next((scope for scope in constants.SCOPES if lower.startswith(f"{scope}_")), "")
+    if own:
+        return SCOPES[own]
+    library = next((group for group, pattern in _LIBRARIES if re.search(pattern, lower)), "")
+    if library:
+        return library
+    if scope:
+        return SCOPES[scope]
+    return next((group for group, pattern in _FUSIONS if re.search(pattern, lower)), OTHER)
 
 
-def origins(hlo: str) -> dict[str, str]:
-    """File and function ("file:function") of every instruction of a compiled program by the name that its kernel has.
+def scopes(hlo: str) -> dict[str, str]:
+    """The innermost scope of every instruction of a compiled program that is in one, by the name that its kernel has.
 
-    XLA's text has tables of file names, functions and source positions before the instructions, which refer to them.
+    XLA's text has the path of scopes of each operation in its metadata: op_name="jit(step)/transpose(jvp(norm))/mul".
     """
-    tables: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    current, found = "", {}
+    found = {}
     for line in hlo.splitlines():
-        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            current = line
-        elif current and (entry := re.match(r"(\d+) (.*)", line)):
-            tables[current][entry[1]] = entry[2].strip('"')
-        elif (name := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)) and (frame := re.search(r"stack_frame_id=(\d+)", line)):
-            position = re.search(r"file_location_id=(\d+)", tables["StackFrames"].get(frame[1], ""))
-            place = tables["FileLocations"].get(position[1], "") if position else ""
-            ids = re.search(r"file_name_id=(\d+) function_name_id=(\d+)", place)
-            if ids:
-                file, function = tables["FileNames"].get(ids[1], ""), tables["FunctionNames"].get(ids[2], "")
-                found[_kernel_name(name[1])] = f"{file}:{function}"
-        elif line.strip():
-            current = ""
+        name = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+        path = re.search(r'op_name="([^"]*)"', line)
+        if name and path:
+            inside = [part for part in re.split(r"[/()]+", path[1]) if part in SCOPES]
+            if inside:
+                found[_kernel_name(name[1])] = inside[-1]
     return found
 
 
@@ -121,28 +120,45 @@ def gpu_kernels(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
     ]
 
 
-def table(kernels: list[Kernel], hlo: str, steps: int) -> str:
-    """Groups with us per step and share, then the kernels that take longest."""
+class Summary(NamedTuple):
+    """Times in us of all steps together."""
+
+    groups: dict[str, float]
+    kernels: dict[str, tuple[str, list[float]]]  # by short name: group, time of each execution
+    span: float  # from the first kernel's start to the last one's end
+
+    @property
+    def other(self) -> float:
+        """The share of the time that belongs to no part of the program."""
+        return self.groups[OTHER] / max(sum(self.groups.values()), 1e-9)
+
+
+def summarise(kernels: list[Kernel], hlo: str) -> Summary | None:
+    """Kernels by group and by name; None without any."""
     if not kernels:
-        return "the trace holds no GPU kernels (only GPUs are profiled)\n"
-    origin = origins(hlo)
-    by_group: collections.Counter[str] = collections.Counter()
-    by_kernel: dict[str, list[float]] = collections.defaultdict(list)
-    groups = {}
+        return None
+    scope_of = scopes(hlo)
+    groups, by_name = dict.fromkeys(GROUPS, 0.0), {}
     for kernel in kernels:
-        where = origin.get(_kernel_name(kernel.name), "")
-        group = group_of(kernel.name, where)
-        short = re.sub(r"_\d+$", "", kernel.name)[:60] + (f"  [{where.rpartition('/')[2]}]" if where else "")
-        groups[short] = group
-        by_group[group] += kernel.duration
-        by_kernel[short].append(kernel.duration)
-    total = sum(by_group.values())
+        scope = scope_of.get(_kernel_name(kernel.name), "")
+        group = group_of(kernel.name, scope)
+        groups[group] += kernel.duration
+        short = re.sub(r"_\d+$", "", kernel.name)[:60] + (f"  [{scope}]" if scope else "")
+        by_name.setdefault(short, (group, []))[1].append(kernel.duration)
     span = max(k.start + k.duration for k in kernels) - min(k.start for k in kernels)
-    lines = [f"{'group':<22}{'us/step':>10}{'share':>8}"]
-    lines += [f"{group:<22}{by_group[group] / steps:>10.0f}{by_group[group] / total:>8.1%}" for group in GROUPS]
-    lines += [f"{'sum of kernels':<22}{total / steps:>10.0f}", f"{'span':<22}{span / steps:>10.0f}", ""]
+    return Summary(groups, by_name, span)
+
+
+def table(summary: Summary | None, steps: int) -> str:
+    """Groups with us per step and share, then the kernels that take longest."""
+    if summary is None:
+        return "the trace holds no GPU kernels (only GPUs are profiled)\n"
+    total = sum(summary.groups.values())
+    lines = [f"{'group':<25}{'us/step':>10}{'share':>8}"]
+    lines += [f"{group:<25}{time / steps:>10.0f}{time / total:>8.1%}" for group, time in summary.groups.items()]
+    lines += [f"{'sum of kernels':<25}{total / steps:>10.0f}", f"{'span':<25}{summary.span / steps:>10.0f}", ""]
     lines += [f"{'us/step':>10}{'calls':>7}{'us/call':>9}  kernel"]
-    for name, times in sorted(by_kernel.items(), key=lambda item: -sum(item[1]))[:LARGEST]:
+    for name, (group, times) in sorted(summary.kernels.items(), key=lambda item: -sum(item[1][1]))[:LARGEST]:
         each = sum(times) / len(times)
-        lines.append(f"{sum(times) / steps:>10.1f}{len(times) / steps:>7.1f}{each:>9.1f}  {groups[name]}: {name}")
+        lines.append(f"{sum(times) / steps:>10.1f}{len(times) / steps:>7.1f}{each:>9.1f}  {group}: {name}")
     return "\n".join(lines) + "\n"

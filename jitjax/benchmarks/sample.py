@@ -1,6 +1,6 @@
 """The sampler: images/s with the preview's settings, as one JSON line for each way to sample.
 
-    python -m jitjax.bench sample --config configs/imagenet.py:b16 --num_images 64 --baseline
+    jitjax bench sample --config configs/imagenet.py:b16 --num_images 64 --baseline
 
 With labels: "guided" (`preview.cfg_scale` inside `preview.interval`) and "unguided". `--baseline` adds "published", what the
 published sampler computes with the same network code: at every step the conditional and the unconditional images as two
@@ -9,6 +9,8 @@ passes, also where guidance is off. Both give the same images, of random weights
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
 import statistics
 from collections.abc import Sequence
@@ -16,34 +18,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
-from jax.sharding import NamedSharding
 
-from jitjax import diffusion, flops, model, sampling, sharding
+from jitjax import diffusion, flops, sampling, settings, sharding
 from jitjax.benchmarks import card, common
 from jitjax.errors import UserError
+from jitjax.pipeline import Sampler
+from jitjax.settings import Settings
 
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Images in one batch; default preview.num_images.", lower_bound=1)
-_BASELINE = flags.DEFINE_bool("baseline", False, "Also time the published way, for the ratio.")
 
-
-def main(argv: Sequence[str]) -> int:
-    """Measure. `argv`: arguments without the program's name.
+def run(args: argparse.Namespace) -> None:
+    """Measure with the flags of `jitjax.bench`.
 
     Raises:
       UserError: a mistake in the configuration.
     """
-    config = common.parse("sample", argv)
-    if _NUM_IMAGES.value:
-        config.preview.num_images = _NUM_IMAGES.value
+    config = common.load(args)
+    if args.num_images:
+        config = dataclasses.replace(config, preview=dataclasses.replace(config.preview, num_images=args.num_images))
     ways = ["unguided"]
     if config.model.class_conditional:
-        ways = ["guided", "unguided"] + ["published"] * _BASELINE.value
-    elif _BASELINE.value:
+        ways = ["guided", "unguided"] + ["published"] * args.baseline
+    elif args.baseline:
         raise UserError("--baseline compares guidance, which needs labels: add --config.model.class_conditional=True")
-    for record in measure(common.prepare(config), ways, common.REPEATS.value):
+    for record in measure(common.prepare(config), ways, args.repeats):
         common.emit(record)
-    return 0
 
 
 def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
@@ -52,18 +50,19 @@ def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict
     draw = functools.partial(common.random_params, setup.geometry)
     abstract = jax.eval_shape(draw, jax.random.key(0))
     params = jax.jit(draw, out_shardings=sharding.shardings(abstract, setup.mesh))(jax.random.key(0))
-    noise, labels = random_inputs(setup)
-    count = labels.shape[0]
+    count = setup.config.preview.num_images
     programs, compile_seconds = {}, {}
     for way in ways:
-        lowered = make_sampler(setup, way).lower(params, noise, labels)
-        programs[way], compile_seconds[way] = common.timed(lowered.compile)
-        jax.block_until_ready(programs[way](params, noise, labels))
+        sampler = make_sampler(setup, way)
+        inputs = (params, *sampler.arguments(1, range(count), labels_of(setup, count)))
+        count = inputs[-1].size  # rounded up to the devices
+        programs[way], compile_seconds[way] = common.timed(sampler.program.lower(*inputs).compile)
+        jax.block_until_ready(programs[way](*inputs))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with card.CardMonitor() as monitor:
         for _ in range(repeats):
             for way in ways:
-                seconds[way].append(common.timed(lambda way=way: programs[way](params, noise, labels))[1])
+                seconds[way].append(common.timed(lambda way=way: programs[way](*inputs))[1])
 
     p = setup.config.preview
     records = []
@@ -98,38 +97,29 @@ def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict
     return records
 
 
-def random_inputs(setup: common.Setup) -> tuple[jax.Array, jax.Array]:
-    """Noise (B, S, S, 3) and labels (B,), split over the devices; B is `preview.num_images` rounded up to them."""
-    g, devices = setup.geometry, setup.mesh.size
-    count = -(-setup.config.preview.num_images // devices) * devices
-
-    def draw(key):
-        noise = setup.config.diffusion.noise_scale * jax.random.normal(key, (count, g.image_size, g.image_size, model.CHANNELS))
-        return noise, jnp.arange(count, dtype=jnp.int32) % max(1, g.num_classes)
-
-    return jax.jit(draw, out_shardings=NamedSharding(setup.mesh, sharding.BATCH))(jax.random.key(1))
+def labels_of(setup: common.Setup, count: int) -> Sequence[int]:
+    """A label for each image; the null label where the model is unconditional."""
+    classes = setup.geometry.num_classes
+    return [i % classes if setup.config.model.class_conditional else classes for i in range(count)]
 
 
-def make_sampler(setup: common.Setup, way: str) -> Any:
-    """The jitted (params, noise, labels) -> float32 images, sharded as `jitjax.preview` does it."""
-    c, g = setup.config, setup.geometry
-    graphdef = model.graphdef_of(g)
-    specs = sharding.specs(jax.eval_shape(model.init_fn(g), jax.random.key(0)), setup.mesh)
-    settings = dict(null_label=g.num_classes, steps=c.preview.steps, method=c.preview.method, cfg_scale=scale_of(c, way))
-    settings |= dict(interval=tuple(c.preview.interval), t_eps=c.preview.t_eps, prediction=c.prediction)
-    integrate = published if way == "published" else sampling.sample_fn
-
-    def sample(params, noise, labels):
-        params = sharding.gather(params, specs, setup.mesh, jnp.dtype(c.mesh.comm_dtype))
-        network = functools.partial(model.merge(graphdef, params), dtype=jnp.dtype(c.dtype), ops=setup.ops)
-        y = labels if c.model.class_conditional else jnp.full_like(labels, g.num_classes)
-        return integrate(network, noise, y, **settings)
-
-    specs_in = (specs, sharding.BATCH, sharding.BATCH)
-    return jax.jit(jax.shard_map(sample, mesh=setup.mesh, in_specs=specs_in, out_specs=sharding.BATCH, check_vma=False))
+def make_sampler(setup: common.Setup, way: str) -> Sampler:
+    """The sampler that previews and `Pipeline.sample` use, with float32 images as its result."""
+    options = dataclasses.replace(setup.config.preview.sampler(), cfg_scale=scale_of(setup.config, way))
+    return Sampler(
+        setup.geometry,
+        diffusion.from_config(settings.to_dict(setup.config)),
+        options,
+        setup.mesh,
+        dtype=setup.config.dtype,
+        ops=setup.ops,
+        comm_dtype=setup.config.mesh.comm_dtype,
+        integrate=published if way == "published" else sampling.sample_fn,
+        finish=lambda images: images,
+    )
 
 
-def published(network, noise, labels, *, null_label, steps, method, cfg_scale, interval, t_eps, prediction) -> jax.Array:
+def published(network, noise, labels, *, null_label, steps, method, cfg_scale, interval, t_eps, prediction, grid) -> jax.Array:
     """`sampling.sample_fn` as the published sampler computes it: two passes always, and outside the interval the scale is 1."""
 
     def velocity(z, t, _):
@@ -141,18 +131,18 @@ def published(network, noise, labels, *, null_label, steps, method, cfg_scale, i
         v, v_null = forward(labels), forward(jnp.full_like(labels, null_label))
         return v_null + jnp.where(sampling.guided(t, interval), cfg_scale, 1.0) * (v - v_null)
 
-    return sampling.integrate(velocity, noise, steps=steps, method=method, interval=interval)
+    return sampling.integrate(velocity, noise, steps=steps, method=method, interval=interval, grid=grid, t_eps=t_eps)
 
 
-def scale_of(config: Any, way: str) -> float:
+def scale_of(config: Settings, way: str) -> float:
     """The guidance scale of a way to sample; 1 is off."""
     return 1.0 if way == "unguided" else float(config.preview.cfg_scale)
 
 
-def network_passes(config: Any, way: str) -> int:
+def network_passes(config: Settings, way: str) -> int:
     """Forward passes of the network for one image."""
     p = config.preview
-    on = sampling.guided(sampling.time_grid(p.steps), tuple(p.interval)) & (scale_of(config, way) != 1.0)
+    on = sampling.guided(sampling.time_grid(p.steps, p.grid), tuple(p.interval)) & (scale_of(config, way) != 1.0)
     each = 1 + (on | (way == "published")).astype(int)
     second = each[1:-1].sum() if p.method == "heun" else 0  # Heun's second evaluation; its last step is Euler's
     return int(each[:-1].sum() + second)

@@ -1,13 +1,13 @@
 """The train step alone, on random data that is already on the device: the `jitjax.step` that training runs.
 
-    python -m jitjax.bench step --config configs/h200.py --config.optim.accumulation_steps=1 \\
+    jitjax bench step --config configs/h200.py --config.optim.accumulation_steps=1 \\
         --config.model.class_conditional=True --kernels plain,fused --batch_sizes 64,256
 
 One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state.
 
 `ms` is the time of one optimizer step: the median over `repeats` of (time of `steps` steps back to back) / steps. A card
 that reaches its power limit lowers its clock within a second or two, so fewer than 60 steps flatter. Operations are the
-model's own (`jitjax.flops.train_flops`); `mfu` is their rate over that of a large matrix product measured here
+model's own (`jitjax.flops.train_flops`); `mfu` is their rate over that of a large matmul measured here
 (`matmul_tflops`, a burst; `mfu_sustained`: seconds of them, when the card is warm) and `mfu_datasheet` over the
 datasheet's. Memory: `temporary_gib` is what XLA lays out for activations, `program_gib` adds state and batch;
 `process_peak_gib` is the allocator's peak of the process so far, not of the variant.
@@ -15,6 +15,8 @@ datasheet's. Memory: `temporary_gib` is what XLA lays out for activations, `prog
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import math
 import statistics
 import time
@@ -23,53 +25,52 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict
 
-from jitjax import flops, step
+from jitjax import flops, settings, step, train
 from jitjax.benchmarks import card, common, profile
 from jitjax.errors import UserError
-
-_STEPS = flags.DEFINE_integer("steps", 60, "Optimizer steps of one measurement, back to back.", lower_bound=1)
-_WARMUP = flags.DEFINE_integer("warmup", 20, "Optimizer steps before the first measurement.", lower_bound=1)
-_KERNELS = flags.DEFINE_list("kernels", [], "Kernels to compare, e.g. plain,fused; default the config's.")
-_BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Values of batch_size to measure; default the config's.")
-_PROFILE = flags.DEFINE_string("profile", None, "Folder for a trace of three steps and a table of its GPU kernels.")
+from jitjax.settings import Settings
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure every variant. `argv`: arguments without the program's name.
+def run(args: argparse.Namespace) -> None:
+    """Measure every variant, with the flags of `jitjax.bench`.
 
     Raises:
       UserError: a mistake in the configuration, or a variant that does not fit the card (after all were tried).
     """
-    config = common.parse("step", argv)
-    variants = list_variants(config, _KERNELS.value, _BATCH_SIZES.value)
+    config = common.load(args)
+    variants = list_variants(config, args.kernels.split(",") if args.kernels else [], args.batch_sizes)
     setups = [common.prepare(variant) for variant in variants]  # mistakes first
     peak = card.matmul_peak()
-    common.say(f"matrix product {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
+    common.say(f"matmul {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
 
     def measure_one(setup: common.Setup) -> dict[str, Any]:
-        folder = Path(_PROFILE.value) if _PROFILE.value else None
+        folder = Path(args.profile) if args.profile else None
         if folder and len(setups) > 1:
             folder = folder / f"{setup.config.kernels}_{setup.config.batch_size}"
-        settings = dict(steps=_STEPS.value, warmup=_WARMUP.value, repeats=common.REPEATS.value)
+        settings = dict(steps=args.steps, warmup=args.warmup, repeats=args.repeats)
         return measure(setup, peak, folder=folder, **settings)
 
-    measure_all(setups, measure_one)
-    return 0
+    records = measure_all(setups, measure_one)
+    shares = [record["profile_other"] for record in records if record.get("profile_other") is not None]
+    if shares and max(shares) > args.max_other:
+        raise UserError(
+            f"{max(shares):.1%} of the profiled time belongs to no part of the program, --max_other={args.max_other:g}: "
+            "put the operations that the table lists under a jax.named_scope of benchmarks/profile.py"
+        )
 
 
-def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Setup], dict[str, Any]]) -> None:
-    """Measure and print each; one that does not fit does not keep the others from running.
+def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Setup], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure and print each, and return the records; one that does not fit does not stop the others.
 
     Raises:
       UserError: at the end, if any was out of memory.
     """
-    too_large = []
+    too_large, records = [], []
     for setup in setups:
         try:
-            common.emit(measure_one(setup))
+            records.append(measure_one(setup))
+            common.emit(records[-1])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
@@ -77,20 +78,20 @@ def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Se
             common.say(f"{too_large[-1]}: out of memory")
     if too_large:
         raise UserError(f"out of memory: {', '.join(too_large)}; use a smaller batch or --config.remat=dots or full")
+    return records
 
 
-def list_variants(config: ConfigDict, kernels: Sequence[str], batch_sizes: Sequence[str]) -> list[ConfigDict]:
-    """A copy of the config for each pair of kernels and batch size; an empty list stands for the config's own value."""
+def list_variants(config: Settings, kernels: Sequence[str], batch_sizes: str) -> list[Settings]:
+    """The settings for each pair of kernels and batch size; an empty list stands for the config's own value."""
     try:
-        sizes = [int(size) for size in batch_sizes] or [config.batch_size]
+        sizes = [int(size) for size in batch_sizes.split(",")] if batch_sizes else [config.batch_size]
     except ValueError as error:
-        raise UserError(f"--batch_sizes={','.join(batch_sizes)}: give whole numbers, e.g. 64,256") from error
+        raise UserError(f"--batch_sizes={batch_sizes}: give whole numbers, e.g. 64,256") from error
     variants = []
     for size in sizes:
         for kind in kernels or [config.kernels]:
-            variant = config.copy_and_resolve_references()
-            variant.batch_size, variant.kernels = size, kind
-            variants.append(variant)
+            checked = {name: settings.fields()[name].check(value) for name, value in (("batch_size", size), ("kernels", kind))}
+            variants.append(dataclasses.replace(config, **checked))
     return variants
 
 
@@ -110,7 +111,7 @@ def measure(
     config, geometry, mesh = setup.config, setup.geometry, setup.mesh
     state, init_seconds = common.timed(lambda: common.random_state(setup))
     batch = common.random_batch(setup)
-    train_step = step.make_train_step(geometry, config, setup.plan, mesh, setup.ops)
+    train_step = train.make_step(config, geometry, setup.plan, mesh, setup.ops)
     begun = time.perf_counter()
     lowered = train_step.lower(state, batch)
     lower_seconds = time.perf_counter() - begun
@@ -119,17 +120,16 @@ def measure(
         compiled = lowered.compile()
         compile_seconds = time.perf_counter() - begun
     (state, metrics), first_seconds = common.timed(lambda: compiled(state, batch))
-    state, metrics, _ = run(compiled, state, batch, warmup)
+    state, metrics, _ = run_steps(compiled, state, batch, warmup)
     times = []
     with card.CardMonitor() as monitor:
         for _ in range(repeats):
-            state, metrics, seconds = run(compiled, state, batch, steps)
+            state, metrics, seconds = run_steps(compiled, state, batch, steps)
             times.append(seconds / steps)
     loss = float(metrics["train/loss"])
     if not math.isfinite(loss):
         common.say(f"warning: the loss is {loss}")
-    if folder:
-        state = profile_steps(compiled, state, batch, folder)
+    summary = profile_steps(compiled, state, batch, folder) if folder else None
 
     samples = setup.plan.global_batch / statistics.median(times)
     tflops = samples * flops.train_flops(geometry) / mesh.size / 1e12
@@ -154,6 +154,7 @@ def measure(
         "compile_seconds": round(compile_seconds, 2),
         "compiled_from_cache": hits.count > 0,
         "first_step_seconds": round(first_seconds, 3),
+        "profile_other": summary and round(summary.other, 4),
         "loss": round(loss, 5) if math.isfinite(loss) else None,
         "card": monitor.report(),
         **common.describe(setup),
@@ -167,30 +168,30 @@ def measure(
     return record
 
 
-def run(compiled: Any, state: step.TrainState, batch: step.Batch, steps: int) -> tuple[step.TrainState, dict, float]:
-    """Steps back to back: (state, metrics of the last, seconds until everything is there)."""
-    emulated = jax.default_backend() == "cpu"  # more than one step in flight can lock up there, see jitjax.train
+def run_steps(compiled: Any, state: step.TrainState, batch: step.Batch, steps: int) -> tuple[step.TrainState, dict, float]:
+    """Steps back to back: (state, metrics of the last, seconds until everything is ready)."""
     metrics = {}
     begun = time.perf_counter()
     for _ in range(steps):
         state, metrics = compiled(state, batch)
-        if emulated:
+        if not common.dispatch_ahead():
             jax.block_until_ready(metrics)
     jax.block_until_ready((state, metrics))
     return state, metrics, time.perf_counter() - begun
 
 
-def profile_steps(compiled: Any, state: step.TrainState, batch: step.Batch, folder: Path) -> step.TrainState:
-    """Trace a few steps into `folder`, with the program (hlo.txt) and the table of its kernels (table.txt)."""
+def profile_steps(compiled: Any, state: step.TrainState, batch: step.Batch, folder: Path) -> profile.Summary | None:
+    """Trace a few steps into `folder`, beside the program (hlo.txt) and the table of kernels (table.txt). Donates the state."""
     folder.mkdir(parents=True, exist_ok=True)
     with jax.profiler.trace(str(folder)):
-        state, _, _ = run(compiled, state, batch, profile.STEPS)
+        run_steps(compiled, state, batch, profile.STEPS)
     text = compiled.as_text()
     (folder / "hlo.txt").write_text(text)
-    table = profile.table(profile.read_trace(folder), text, profile.STEPS)
+    summary = profile.summarise(profile.read_trace(folder), text)
+    table = profile.table(summary, profile.STEPS)
     (folder / "table.txt").write_text(table)
     common.say(table)
-    return state
+    return summary
 
 
 def memory(compiled: Any, mesh: jax.sharding.Mesh) -> dict[str, float | None]:

@@ -1,28 +1,38 @@
-"""Images inside a zip or tar file, read in place: nothing is unpacked except the outer compression of a tar.
+"""Images inside zip or tar files, read in place: nothing is unpacked except the outer compression of a tar.
 
 Archives come from strangers. Names that point outside, links, devices and decompression bombs refuse the archive as a
 whole.
+
+`zipfile` and `tarfile` read the directories and decompress. Only the offsets they report are sent to the worker processes,
+which seek there: a `ZipFile` of ImageNet's size takes seconds and most of a gigabyte in each process that opens it.
 """
 
 from __future__ import annotations
 
 import bz2
+import collections
+import contextlib
+import dataclasses
 import gzip
 import lzma
 import os
 import posixpath
 import re
 import stat
-import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jitjax.data import rules
+from jitjax.data.files import failure
 from jitjax.data.image import MAX_FILE_BYTES, BadImage
-from jitjax.data.listing import Listing, Names, arrange, is_hidden, is_image_name, train_folder
+from jitjax.data.listing import Listing, list_images
+from jitjax.data.rules import Ask, listed
+from jitjax.data.tree import Scan
 from jitjax.errors import UserError
 
 # Images are compressed already: an honest archive of them expands less than tenfold, even one of bitmaps or tiny files
@@ -30,34 +40,117 @@ from jitjax.errors import UserError
 MAX_EXPANSION = 100
 EXPANSION_FREE_BYTES = 64 * 2**20
 _PIECE = 2**20
-_ZIP_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _OUTER_COMPRESSION = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
+_NO_METHOD = -1  # of a tar's member: the data as it is
+_LOCAL_HEADER_BYTES = 30
+_UTF8_FLAG, _ENCRYPTED_FLAG = 0x800, 1
+
+
+class Span(NamedTuple):
+    """Where a member lies: for a tar the offset of the data and method -1, for a zip the offset of the local header."""
+
+    file: int
+    offset: int
+    stored: int
+    size: int
+    method: int
+    crc: int
+
+
+class Archive:
+    """The members of one or several archives as a tree (`tree.Tree`)."""
+
+    def __init__(self, paths: Sequence[str], endings: tuple[str, ...]):
+        self.paths = list(paths)
+        self.spans: dict[str, Span] = {}
+        self.notes: list[str] = []
+        self._endings = endings
+        self._scans: dict[str, Scan] = {"": Scan()}
+        self._ignored: set[str] = set()
+
+    def add(self, name: str, span: Span | None, where: str) -> None:
+        """Adds a file, or a folder where `span` is None, with the folders above it."""
+        *above, base = name.split("/")
+        folder = self._folder(above if span else [*above, base])
+        if folder is None or span is None:
+            return
+        if system := rules.system_file(base):
+            self._scans[folder].system.append(system)
+        elif name in self.spans:
+            raise UserError(f"{where} holds {name!r} twice; which one is meant is not clear")
+        else:
+            self.spans[name] = span
+            if base.lower().endswith(self._endings):
+                self._scans[folder].pictures.append((base, span.size))
+            else:
+                self._scans[folder].others.append(base)
+
+    def _folder(self, parts: list[str]) -> str | None:
+        """Makes a folder and those above; None for one that a system left behind, which is counted once."""
+        path = ""
+        for part in parts:
+            if part in ("", "."):
+                continue
+            below = f"{path}/{part}" if path else part
+            if below not in self._scans:
+                if system := rules.system_folder(part):
+                    if below not in self._ignored:
+                        self._ignored.add(below)
+                        self._scans[path].system.append(system)
+                    return None
+                self._scans[below] = Scan()
+                self._scans[path].folders.append(part)
+            path = below
+        return path
+
+    def scan(self, folder: str) -> Scan:
+        return self._scans[folder.rstrip("/")]
+
+    def walk(self, folder: str, sizes: bool = True) -> Iterator[tuple[str, Scan]]:
+        del sizes
+        root, pending = folder.rstrip("/"), [""]
+        while pending:
+            inside = pending.pop()
+            scan = self._scans[f"{root}/{inside}".strip("/")]
+            yield inside, scan
+            pending += [f"{inside}/{name}" if inside else name for name in scan.folders]
+
+    def path(self, folder: str) -> str:
+        return posixpath.join(self.paths[0], folder)
+
+    def is_prepared(self, folder: str) -> bool:
+        del folder
+        return False
+
+    def read(self, path: str) -> bytes:
+        span = self.spans[path]
+        with open(self.paths[span.file], "rb") as file:
+            try:
+                return _read_member(file, span)
+            except BadImage as error:
+                raise UserError(f"{self.paths[span.file]}: {path}: {error}") from None
 
 
 class ArchiveInput:
-    """The images of one archive in the order of an unpacked folder. Picklable; each process opens the file for itself.
+    """The images of archives in the order of an unpacked folder. Picklable; each process opens the files for itself."""
 
-    `_spans[k]` = (offset, stored bytes, bytes, zip method, crc32): for a tar the offset of the data and method -1, for
-    a zip the offset of the local header.
-    """
-
-    def __init__(self, path: str, where: str, members: dict[str, tuple[int, int, int, int, int]], folders: set[str]):
-        root = _image_root(members, folders)
-        inside = {name[len(root) :]: span for name, span in members.items() if name.startswith(root)}
-        tops = {name[len(root) :].partition("/")[0] for name in folders if name.startswith(root) and name != root}
-        listing = arrange(((name, span[2]) for name, span in inside.items()), tops, where)
-        self.path = path
-        self.names: Names = listing.names
-        self.labels = listing.labels
-        self.classes = listing.classes
+    def __init__(self, tree: Archive, ask: Ask, split: str, labels: str, path: str, left_alone: Sequence[str] = ()):
+        listing = list_images(tree, ask, split=split, labels=labels)
+        self.labels, self.classes = listing.labels, listing.classes
+        self.notes = (*tree.notes, *listing.notes)
+        listing = dataclasses.replace(listing, left_alone=(*left_alone, *listing.left_alone))
+        self.summary = listing.summary(posixpath.join(path, listing.root).rstrip("/"))
+        self._paths = tree.paths
+        self._names = listing.names
         self._listing: Listing | None = listing
-        self._spans = np.array([inside[listing.names[k]] for k in range(len(listing))], np.int64)
+        spans = (tree.spans[listing.root + listing.names[k]] for k in range(len(listing)))
+        self._spans = np.array(list(spans), np.int64).reshape(-1, len(Span._fields))
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return self._names[index]
 
     def fingerprint(self) -> dict[str, int | str]:
         return self._listing.fingerprint() if self._listing else {}
@@ -67,83 +160,200 @@ class ArchiveInput:
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes | BadImage]:
         """The encoded bytes of each image, or why there are none."""
-        with open(self.path, "rb") as file:
+        with contextlib.ExitStack() as stack:
+            number, file = -1, None
             for index in indices:
+                span = Span(*self._spans[index].tolist())
                 try:
-                    yield _read_member(file, *self._spans[index].tolist())
+                    if span.file != number:
+                        stack.close()
+                        file = stack.enter_context(open(self._paths[span.file], "rb"))
+                        number = span.file
+                    data = _read_member(file, span)
+                except OSError as error:
+                    data = failure(error, self._paths[span.file])
                 except BadImage as error:
-                    yield error
+                    data = error
+                if isinstance(data, UserError):
+                    raise data
+                yield data
 
 
-def _read_member(file, offset: int, stored: int, size: int, method: int, crc: int) -> bytes:
-    if max(stored, size) > MAX_FILE_BYTES:
+def _read_member(file: BinaryIO, span: Span) -> bytes:
+    if max(span.stored, span.size) > MAX_FILE_BYTES:
         raise BadImage(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB")
-    file.seek(offset)
-    if method >= 0:
-        header = file.read(_ZIP_LOCAL_HEADER.size)
-        if len(header) < _ZIP_LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise BadImage("damaged zip: no header at the place the directory gives")
-        fields = _ZIP_LOCAL_HEADER.unpack(header)
-        file.seek(fields[-2] + fields[-1], os.SEEK_CUR)
-    data = file.read(stored)
-    if len(data) < stored:
-        raise BadImage("damaged archive: the data ends early")
-    if method == zipfile.ZIP_DEFLATED:
-        try:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        except zlib.error as error:
-            raise BadImage(f"damaged zip: {error}") from None
-    elif method not in (-1, zipfile.ZIP_STORED):
-        raise BadImage(f"zip compression method {method} is not supported")
-    if method >= 0 and (len(data) != size or zlib.crc32(data) != crc):
-        raise BadImage("damaged zip: wrong checksum")
+    file.seek(span.offset)
+    if span.method == _NO_METHOD:
+        data = file.read(span.size)
+        if len(data) < span.size:
+            raise BadImage("damaged archive: the data ends early")
+        return data
+    header = file.read(_LOCAL_HEADER_BYTES)
+    if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
+        raise BadImage("damaged zip: no header at the offset the directory gives")
+    file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+    info = zipfile.ZipInfo()
+    info.compress_type, info.compress_size, info.file_size, info.CRC = span.method, span.stored, span.size, span.crc
+    try:
+        data = zipfile.ZipExtFile(file, "r", info).read()
+    except NotImplementedError:
+        raise BadImage(f"zip compression method {span.method} is not supported") from None
+    except zipfile.BadZipFile:
+        raise BadImage("damaged zip: wrong checksum") from None
+    except (zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+        raise BadImage(f"damaged zip: {' '.join(str(error).split()) or 'the data ends early'}") from None
+    if len(data) != span.size:
+        raise BadImage("damaged zip: the data ends early")
     return data
 
 
-def open_zip(path: str, where: str) -> ArchiveInput:
-    """Lists the images of a zip file. Raises UserError for a damaged, encrypted or unsafe one."""
-    members: dict[str, tuple[int, int, int, int, int]] = {}
-    folders: set[str] = set()
-    total = 0
+def open_zip(path: str, ask: Ask, endings: tuple[str, ...], names: str | None = None) -> Archive:
+    """Lists a zip file.
+
+    Args:
+      names: encoding of file names that are not marked as UTF-8; None takes UTF-8 where that is possible, else the code
+        page 437 of the format.
+
+    Raises:
+      UserError: damaged, encrypted or unsafe.
+    """
+    where = ask.where
+    tree, total, old = Archive([path], endings), 0, []
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path, metadata_encoding=names) as archive:
             for info in archive.infolist():
-                name = _safe_name(info.orig_filename, where)
+                raw = info.orig_filename
+                if not (raw.isascii() or names or info.flag_bits & _UTF8_FLAG):
+                    try:
+                        raw = raw.encode("cp437").decode("utf-8")
+                    except UnicodeError:
+                        old.append(raw)
+                name = _safe_name(raw, where)
                 if stat.S_ISLNK(info.external_attr >> 16):
-                    raise UserError(f"{where} is refused: {info.orig_filename!r} is a link; pack the files themselves")
+                    raise UserError(f"{where} is refused: {raw!r} is a link; pack the files themselves")
                 total += info.file_size
-                if info.flag_bits & 1:
+                if info.flag_bits & _ENCRYPTED_FLAG:
                     raise UserError(f"{where} is encrypted; unpack it and give the folder")
-                span = (info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-                _add(members, folders, name, info.orig_filename.endswith(("/", "\\")), span, where)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError) as error:
+                span = Span(0, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
+                tree.add(name, None if raw.endswith(("/", "\\")) else span, where)
+    except LookupError:
+        raise UserError(f"--zip_names={names} is no encoding that Python knows; try gbk, shift_jis or cp866") from None
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeError, ValueError, EOFError) as error:
         raise UserError(f"{where} is a damaged zip file: {error}") from None
+    if old:
+        tree.notes.append(
+            f"{where}: {len(old)} names are in an old code page and were read as cp437 (such as {old[0]!r}); if they look "
+            "wrong give their encoding, for instance --zip_names=gbk"
+        )
     _refuse_bomb(total, os.path.getsize(path), where)
-    return ArchiveInput(path, where, members, folders)
+    return tree
 
 
-def open_tar(path: str, where: str) -> ArchiveInput:
-    """Lists the images of an uncompressed tar file. Raises UserError for a damaged or unsafe one."""
-    members: dict[str, tuple[int, int, int, int, int]] = {}
-    folders: set[str] = set()
-    length = os.path.getsize(path)
+def open_tars(paths: Sequence[str], ask: Ask, endings: tuple[str, ...], labels: str, prefixes: Sequence[str] = ()) -> Archive:
+    """Lists uncompressed tar files as one tree.
+
+    One tar is its own tree; tars inside it are folders of its name (ImageNet's tar of tars). Several tars are the shards
+    of one tree where their names count up (WebDataset) or files with labels lie in them; else each is a folder of its
+    name.
+
+    Args:
+      prefixes: the name of each tar among several, without ending.
+
+    Raises:
+      UserError: damaged or unsafe, or whether the tars are shards or classes is not clear.
+    """
+    tree = Archive(paths, endings)
+    members = [list(_tar_members(path, f"{ask.where} ({os.path.basename(path)})" if prefixes else ask.where)) for path in paths]
+    prefixes = list(prefixes) or [""] * len(paths)
+    shards = len(paths) > 1 and _are_shards(prefixes, members, ask, labels)
+    counts = collections.Counter(name for found in members for name, size, _ in found if size is not None) if shards else {}
+    repeated = any(count > 1 for count in counts.values())
+    for number, (prefix, found) in enumerate(zip(prefixes, members, strict=True)):
+        inner = [name for name, size, _ in found if size is not None and name.lower().endswith(".tar")]
+        pictures = any(name.lower().endswith(endings) for name, _, _ in found)
+        for name, size, offset in found:
+            if repeated and size is not None:
+                folder, _, base = name.rpartition("/")
+                name = posixpath.join(folder, f"{prefix.replace('.', '_').replace('/', '_')}_{base}")
+            elif prefix and not shards:
+                name = f"{prefix}/{name}"
+            if inner and not pictures and size is not None and name.lower().endswith(".tar"):
+                _add_inner(tree, number, name, size, offset, ask)
+            else:
+                tree.add(name, None if size is None else Span(number, offset, size, size, _NO_METHOD, 0), ask.where)
+    return tree
+
+
+def _are_shards(names: list[str], members: list[list], ask: Ask, labels: str) -> bool:
+    """Whether several tars are parts of one data set rather than a class each."""
+    if any(name.lower().endswith((".cls", ".json")) for found in members for name, _, _ in found):
+        return True
+    numbers = [re.fullmatch(r"(.*?)(\d+)(?:-of-\d+)?", name) for name in names]
+    if not all(numbers) or len({match[1] for match in numbers}) > 1 or all(re.fullmatch(r"n\d{8}", n) for n in names):
+        return False
+    order = sorted(int(match[2]) for match in numbers)
+    if order == list(range(order[0], order[0] + len(order))) or labels == "none":
+        return True
+    if labels == "folders":
+        return False
+    raise UserError(
+        f"{ask.where} holds tars whose numbers have gaps ({listed(sorted(names), 3)}): shards or classes? choose with "
+        f"{ask.labels}=none (shards without labels) or {ask.labels}=folders (each tar is a class)"
+    )
+
+
+def _add_inner(tree: Archive, number: int, name: str, size: int, offset: int, ask: Ask) -> None:
+    with open(tree.paths[number], "rb") as file:
+        window = _Part(file, offset, size)
+        for inner, inner_size, inner_offset in _members(window, size, f"{ask.where} ({name})"):
+            span = None if inner_size is None else Span(number, offset + inner_offset, inner_size, inner_size, _NO_METHOD, 0)
+            tree.add(f"{name[: -len('.tar')]}/{inner}", span, ask.where)
+
+
+class _Part:
+    """A part of a file as a file for `tarfile`, which needs read, seek and tell."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence] + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if count < 0 else min(count, left))
+        self._at += len(data)
+        return data
+
+
+def _tar_members(path: str, where: str) -> Iterator[tuple[str, int | None, int]]:
+    with open(path, "rb") as file:
+        yield from _members(file, os.path.getsize(path), where)
+
+
+def _members(file: BinaryIO | _Part, length: int, where: str) -> Iterator[tuple[str, int | None, int]]:
+    """(name, bytes or None for a folder, offset of the data) of every member."""
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps every header otherwise
+                archive.members.clear()  # tarfile saves every header otherwise
                 name = _safe_name(info.name, where)
                 if not (info.isdir() or info.isreg()) or info.issparse():
                     kind = "a link" if info.issym() or info.islnk() else "not a plain file"
                     raise UserError(f"{where} is refused: {info.name!r} is {kind}; pack the files themselves")
                 if info.offset_data + info.size > length:
                     raise UserError(f"{where} is truncated: {info.name!r} is not complete; fetch it again")
-                _add(members, folders, name, info.isdir(), (info.offset_data, info.size, info.size, -1, 0), where)
+                yield name, info.size if info.isreg() else None, info.offset_data
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0") or archive.offset >= length:
                 raise UserError(f"{where} is damaged or truncated at byte {archive.offset}; fetch it again")
     except tarfile.TarError as error:
         raise UserError(f"{where} is a damaged tar file: {error}") from None
-    return ArchiveInput(path, where, members, folders)
 
 
 def outer_compression(path: str):
@@ -186,34 +396,3 @@ def _safe_name(name: str, where: str) -> str:
     if plain.startswith("/") or re.match(r"[A-Za-z]:", plain) or ".." in plain.split("/") or "\0" in plain:
         raise UserError(f"{where} is refused: the member {name!r} points outside the archive")
     return posixpath.normpath(plain)
-
-
-def _add(members: dict, folders: set[str], name: str, is_folder: bool, span: tuple, where: str) -> None:
-    parent = name if is_folder else posixpath.dirname(name)
-    while parent not in ("", ".") and parent + "/" not in folders:
-        if not is_hidden(parent + "/"):
-            folders.add(parent + "/")
-        parent = posixpath.dirname(parent)
-    if is_folder or not is_image_name(name) or is_hidden(name):
-        return
-    if name in members:
-        raise UserError(f"{where} holds {name!r} twice; which one is meant is not clear")
-    members[name] = span
-
-
-def _image_root(members: Iterable[str], folders: Iterable[str]) -> str:
-    """The folder inside the archive that is the data set: wrappers are passed through, then `train/` is taken."""
-    root = ""
-    while True:
-        inside = [name[len(root) :] for name in members if name.startswith(root)]
-        tops = {name[len(root) :].partition("/")[0] for name in folders if name.startswith(root) and name != root}
-        flat = any("/" not in name for name in inside)
-        train = train_folder(tops, flat)
-        if train:
-            return f"{root}{train}/"
-        if flat or len(tops) != 1:
-            return root
-        (top,) = tops
-        if any(name.count("/") == 1 for name in inside) or not inside:
-            return root  # images directly in it: it is a class, not a wrapper
-        root = f"{root}{top}/"

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import logging
 import os
-import stat
-import time
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
-from jitjax.data import prepared
-from jitjax.data.image import MAX_FILE_BYTES, BadImage, decode
-from jitjax.data.listing import Names, list_folder
+from jitjax.data import prepared, rules
+from jitjax.data.containers import find_containers
+from jitjax.data.files import read_file
+from jitjax.data.image import HIGH_DEPTH, BadImage, decode, is_constant, is_high_depth
+from jitjax.data.listing import Names, list_images, summary
+from jitjax.data.rules import Ask
+from jitjax.data.tree import FolderTree, reading
 from jitjax.errors import UserError
 
 _FLAG = "--config.data.path"
-_READ_ATTEMPTS = 3  # a network disk may fail once; a file that is missing or forbidden fails at once
+_DEEP_ENDINGS = (".png", ".tif", ".tiff", ".pgm", ".pnm", ".ppm", ".pfm", ".jp2", ".j2k", ".avif")  # may have over 8 bits
+_LOOKED_AT = 64  # files, spread over the set, when it is opened
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -42,6 +49,8 @@ class FolderSource:
     labels: np.ndarray
     image_size: int
     exif_rotate: bool
+    all_formats: bool = False
+    high_depth: str = "clip"
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
@@ -50,40 +59,17 @@ class FolderSource:
         failures = []
         for k, index in enumerate(indices.tolist()):
             try:
-                images[k] = decode(read_file(self.name(index)), self.image_size, self.exif_rotate)
+                images[k] = decode(
+                    read_file(self.name(index)),
+                    self.image_size,
+                    self.exif_rotate,
+                    all_formats=self.all_formats,
+                    high_depth=self.high_depth,
+                )
                 labels[k] = self.labels[index]
             except BadImage as error:
                 failures.append((k, str(error)))
         return failures
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a file. Raises BadImage with the reason where there are none."""
-    for attempt in range(_READ_ATTEMPTS):
-        try:
-            return _read_once(path)
-        except OSError as error:
-            lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-            if lasting or attempt == _READ_ATTEMPTS - 1:
-                raise BadImage(error.strerror or type(error).__name__) from None
-            time.sleep(0.1 * 4**attempt)
-    raise AssertionError("unreachable")
-
-
-def _read_once(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe must not wait for a writer
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise BadImage(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB")
-        data = os.read(descriptor, status.st_size)
-        while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):
-            data += more
-        return data
-    finally:
-        os.close(descriptor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +77,8 @@ class DataSet:
     """Images of one size with labels, in a fixed order.
 
     path: where it was found. kind: "folder" or "prepared". class_names: in label order, empty for a flat folder.
-    fingerprint: {"count", "classes", "checksum"}, JSON-able, to notice a data set that changed under a run.
+    fingerprint: {"count", "classes", "checksum"}, JSON-able, to notice a data set that changed under a run. summary: one
+    line on what was found and what was left alone.
     """
 
     path: str
@@ -100,6 +87,7 @@ class DataSet:
     class_names: tuple[str, ...]
     fingerprint: dict[str, Any]
     source: Source
+    summary: str = ""
 
     def __len__(self) -> int:
         return self.fingerprint["count"]
@@ -124,36 +112,96 @@ class DataSet:
         return {"image": images[0], "label": labels[0]}
 
 
-def open_dataset(path: str | os.PathLike, image_size: int, *, exif_rotate: bool = False) -> DataSet:
-    """Opens a folder of images or a directory written by `python -m jitjax.prepare`; which one is found out here.
+def open_dataset(
+    path: str | os.PathLike,
+    image_size: int,
+    *,
+    exif_rotate: bool = False,
+    split: str = "",
+    labels: str = "",
+    all_formats: bool = False,
+    high_depth: str = "clip",
+) -> DataSet:
+    """Opens a folder of images or a directory written by `jitjax prepare`; which one is found out here.
 
-    A folder holds one sub-folder per class (sorted as ImageFolder does), or images directly (unlabelled). Where `path`
-    is the parent of `train/`, that is taken.
+    docs/data.md states how a folder is read; `jitjax prepare` reads it alike. What is odd about it is logged.
 
     Args:
       image_size: edge in pixels. exif_rotate: turn photographs as their EXIF orientation says (the official loader does
-        not).
+        not). split: which split is read, by name or role; "" for training, "." for all below `path`. labels: "" finds them;
+        "folders", "none", "cls", "json", a label file's name or FILE:COLUMN. all_formats: JPEG 2000 and other formats that
+        the official loader passes over. high_depth: one of `image.HIGH_DEPTH`.
 
     Raises:
-      UserError: nothing usable at `path`, or it was prepared for another size.
+      UserError: nothing usable at `path`, it was prepared for another size, or there is more than one way to read it.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     where = f"{_FLAG}={path}"
+    ask = Ask(where, "--config.data.split", "--config.data.labels")
     if not path:
         raise UserError(f"{_FLAG} is not set; give it a folder of images or a prepared directory")
     if not os.path.exists(path):
         raise UserError(f"{where} does not exist; give it a folder of images or a prepared directory")
     if not os.path.isdir(path):
-        raise UserError(f"{where} is a file; unpack it, or turn it into a prepared directory with python -m jitjax.prepare")
-    root = prepared.find(path, where)
+        raise UserError(f"{where} is a file; unpack it, or turn it into a prepared directory with jitjax prepare")
+    if high_depth not in HIGH_DEPTH:
+        raise UserError(f"--config.data.high_depth={high_depth} must be one of {', '.join(HIGH_DEPTH)}")
+    options = {"exif_rotate": exif_rotate, "all_formats": all_formats, "high_depth": high_depth}
+    root = prepared.find(path, ask, split)
     if root is not None:
+        if labels:
+            raise UserError(f"{where} is a prepared directory: its labels are chosen already; leave {ask.labels} unset")
         index = prepared.read_index(root, where)
-        prepared.check_usable(index, image_size, exif_rotate, where)
+        prepared.check_usable(index, image_size, where, **options)
         source = prepared.PreparedSource.from_index(root, index)
-        return DataSet(root, "prepared", image_size, tuple(index["classes"]), prepared.fingerprint(index), source)
-    root, listing = list_folder(path, where)
-    source = FolderSource(root, listing.names, listing.labels, image_size, exif_rotate)
-    return DataSet(root, "folder", image_size, listing.classes, listing.fingerprint(), source)
+        text = summary(index["count"], index["classes"], f"{root} (prepared)", "", ())
+        return DataSet(root, "prepared", image_size, tuple(index["classes"]), prepared.fingerprint(index), source, text)
+    tree = FolderTree(path, rules.endings(all_formats))
+    with reading(ask):
+        containers = find_containers(tree, ask)
+    if containers:
+        raise UserError(
+            f"{where} holds its images in {rules.ending(containers[0])} files, which training does not read directly: turn it "
+            f"into a prepared directory with jitjax prepare --data_path={path}"
+        )
+    with reading(ask):
+        listing = list_images(tree, ask, split=split, labels=labels)
+    root = tree.path(listing.root)
+    for note in listing.notes:
+        _log.warning("%s", note)
+    source = FolderSource(root, listing.names, listing.labels, image_size, **options)
+    if high_depth == "clip":
+        _look_for_clipped(source, where)
+    return DataSet(
+        root, "folder", image_size, listing.classes, listing.fingerprint(), source, listing.summary(os.path.abspath(root))
+    )
+
+
+def _look_for_clipped(source: FolderSource, where: str) -> None:
+    """Warns where some of the pictures are of 16 bits or floats and come out of one colour."""
+    count = len(source.names)
+    spread = {k * count // _LOOKED_AT for k in range(_LOOKED_AT)} if count > _LOOKED_AT else range(count)
+    chosen = [k for k in spread if source.names[k].lower().endswith(_DEEP_ENDINGS)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        clipped = sum(pool.map(lambda index: _is_clipped(source, index), chosen))
+    if clipped:
+        _log.warning(
+            "%s: %d of the %d pictures looked at come out constant: their 16-bit or float values are clipped to 8 bits, as the "
+            "official loader does; scale them with --config.data.high_depth=range or picture",
+            where,
+            clipped,
+            len(chosen),
+        )
+
+
+def _is_clipped(source: FolderSource, index: int) -> bool:
+    try:
+        with Image.open(source.name(index), formats=tuple(rules.FORMATS)) as picture:
+            if not is_high_depth(picture):
+                return False
+        return is_constant(decode(read_file(source.name(index)), source.image_size))
+    except Exception:  # a damaged file is reported when it is its turn
+        return False
 
 
 def check_fingerprint(saved: dict[str, Any], dataset: DataSet, *, allow_changed: bool = False) -> None:

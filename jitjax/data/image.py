@@ -13,13 +13,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from jitjax.data.halve import halve
 from jitjax.data.jpeg import decode_plain_jpeg
 from jitjax.data.resample import centre_square
+from jitjax.data.rules import FORMATS, MORE_FORMATS
 
-# Formats that Pillow recognises by a signature and decodes in process. (EPS, for one, would start Ghostscript; TGA has
-# no signature.)
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+# What becomes of 16-bit, 32-bit and float pictures. "clip": every value above 255 is white, as in the official loader;
+# "range": the range of the type (float: 0..1) becomes 0..255; "picture": each picture's own least and greatest value do.
+HIGH_DEPTH = ("clip", "range", "picture")
 # Pillow's own hard limit, on which the official loader fails too; here it also holds for the enlarged copy of an oblong
 # picture.
 MAX_PIXELS = 178_956_970
@@ -68,7 +68,7 @@ def preprocess(picture: Image.Image | np.ndarray, size: int) -> np.ndarray:
             return square
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     for _ in steps[:-1]:
-        picture = halve(picture)
+        picture = picture.resize((picture.width // 2, picture.height // 2), resample=Image.Resampling.BOX)
     if scaled != picture.size:
         picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
@@ -84,23 +84,29 @@ def _sizes(edges: tuple[int, int], size: int) -> list[tuple[int, int]]:
     return [*sizes, (round(edges[0] * scale), round(edges[1] * scale))]
 
 
-def open_picture(file: BinaryIO | bytes, exif_rotate: bool = False) -> Image.Image:
+def open_picture(
+    file: BinaryIO | bytes, exif_rotate: bool = False, *, all_formats: bool = False, high_depth: str = "clip"
+) -> Image.Image:
     """Decodes the first frame of an image file to RGB as the official loader does.
 
     Args:
       file: the encoded bytes or an open binary file. exif_rotate: turn the picture as its EXIF orientation says (the
-        official pipeline does not).
+        official pipeline does not). all_formats: JPEG 2000 and the other `rules.MORE_FORMATS` too. high_depth: one of
+        `HIGH_DEPTH`.
 
     Raises:
       BadImage: anything that keeps the picture from being decoded completely.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as picture:
+        formats = (*FORMATS, *MORE_FORMATS) if all_formats else tuple(FORMATS)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadImage(f"{picture.width}x{picture.height} pixels are more than the {MAX_PIXELS} allowed")
             if exif_rotate:
                 picture = ImageOps.exif_transpose(picture)
             picture.load()
+            if high_depth != "clip" and is_high_depth(picture):
+                picture = _scaled(picture, high_depth)
             return picture if picture.mode == "RGB" else picture.convert("RGB")
     except BadImage:
         raise
@@ -114,12 +120,48 @@ def open_picture(file: BinaryIO | bytes, exif_rotate: bool = False) -> Image.Ima
         raise BadImage(reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}") from None
 
 
-def decode(data: bytes, size: int, exif_rotate: bool = False) -> np.ndarray:
-    """Encoded bytes -> (size, size, 3) uint8 crop. Raises BadImage with the reason."""
+def is_high_depth(picture: Image.Image) -> bool:
+    """Whether a picture has more than 8 bits a channel, which `convert("RGB")` clips at 255."""
+    return picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+
+
+def _scaled(picture: Image.Image, high_depth: str) -> Image.Image:
+    """An 8-bit grey picture of a high-depth one, by "range" or "picture"."""
+    values = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadImage("it holds values that are not finite")
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if high_depth == "range":
+        top = 1.0 if picture.mode == "F" else 65535.0 if high <= 65535 else 2.0**31 - 1
+        if low < 0 or high > top:
+            raise BadImage(f"values from {low:g} to {high:g} are outside 0..{top:g}; scale each picture by its own range")
+        low, high = 0.0, top
+    return Image.fromarray(np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+
+
+def is_constant(pixels: np.ndarray) -> bool:
+    """Whether all pixels of (H, W, 3) uint8 are of one colour, within 1: what clipping leaves of 16-bit and float pictures.
+
+    Five pixels are enough to rule out most pictures.
+    """
+    height, width = pixels.shape[:2]
+    first = int(pixels[0, 0, 0])
+    for y, x in ((height // 2, width // 2), (0, -1), (-1, 0), (-1, -1)):
+        if abs(int(pixels[y, x, 0]) - first) > 1:
+            return False
+    return bool((np.abs(pixels - pixels[0, 0].astype(np.int16)) <= 1).all())
+
+
+def decode(
+    data: bytes, size: int, exif_rotate: bool = False, *, all_formats: bool = False, high_depth: str = "clip"
+) -> np.ndarray:
+    """Encoded bytes -> (size, size, 3) uint8 crop. Options as for `open_picture`. Raises BadImage with the reason."""
     if not data:
         raise BadImage("the file is empty")
     try:
         pixels = None if exif_rotate else decode_plain_jpeg(data, MAX_PIXELS)
-        return preprocess(open_picture(data, exif_rotate) if pixels is None else pixels, size)
+        if pixels is None:
+            return preprocess(open_picture(data, exif_rotate, all_formats=all_formats, high_depth=high_depth), size)
+        return preprocess(pixels, size)
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None

@@ -20,39 +20,23 @@ except Exception:  # not installed, or not made for this Python or NumPy
 
 
 def decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """(H, W, 3) uint8, RGB, of a flawless 8-bit JPEG of three channels and at most `max_pixels`; maybe read-only.
+    """(H, W, 3) uint8, RGB, of a flawless YCbCr JPEG of at most `max_pixels`; maybe read-only.
 
-    None for anything else. A file with the least oddity is left to the caller, who asks Pillow for the verdict.
+    None for anything else: Pillow decides about every file with the least oddity.
     """
-    size = _frame_size(data) if data[:2] == b"\xff\xd8" else None
-    if size is None or not 0 < size[0] * size[1] <= max_pixels:
+    if data[:2] != b"\xff\xd8" or not _simplejpeg_is_pillow():
         return None
     try:
-        if _simplejpeg_is_pillow():
-            pixels = _decode(data)
-            return pixels if pixels.shape == (size[1], size[0], 3) else None
-        return np.asarray(Image.frombytes("RGB", size, data, "jpeg", "RGB", ""))
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours != "YCbCr" or not 0 < height * width <= max_pixels:
+            return None
+        return _decode(data)
     except Exception:
         return None
 
 
 def _decode(data: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
-
-
-def _frame_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an 8-bit three-channel JPEG, from its frame header; None for anything else or unusual."""
-    place, end = 2, len(data)
-    while place + 10 <= end and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker in (0xC0, 0xC1, 0xC2):
-            if data[place + 4] != 8 or data[place + 9] != 3:
-                return None
-            return int.from_bytes(data[place + 7 : place + 9], "big"), int.from_bytes(data[place + 5 : place + 7], "big")
-        if not (0xE0 <= marker <= 0xEF or marker in (0xDB, 0xC4, 0xDD, 0xFE)):
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
 
 
 @functools.cache

@@ -84,9 +84,9 @@ class ExampleOrder:
     def images(self, examples: np.ndarray) -> np.ndarray:
         """(n,) global example indices -> (n,) int64 indices into the data set."""
         examples = np.asarray(examples, np.int64)
-        epochs, places = np.divmod(examples, self.examples_per_epoch)
+        epochs, positions = np.divmod(examples, self.examples_per_epoch)
         keys = _mix(epochs.astype(np.uint64) + _key(self.seed, _PERMUTATION))
-        return permute(places, self.count, keys)
+        return permute(positions, self.count, keys)
 
     def flips(self, examples: np.ndarray) -> np.ndarray:
         """(n,) global example indices -> (n,) bool, True (half of the time) where the image is mirrored left-right."""

@@ -12,12 +12,14 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 
 from jitjax.data.dataset import DataSet
+from jitjax.data.files import CANNOT_READ
+from jitjax.data.image import is_constant
 from jitjax.data.order import ExampleOrder
 from jitjax.data.pool import available_cpus, obey_parent
 from jitjax.errors import UserError
@@ -31,7 +33,7 @@ _MIN_SHARED_BYTES = 16384  # smaller arrays (labels) travel through the queue, l
 
 @dataclasses.dataclass(frozen=True)
 class BadFile:
-    """An image that a worker could not use and replaced by its neighbour."""
+    """An image that a worker could not use and replaced by the next one."""
 
     index: int
     name: str
@@ -40,7 +42,10 @@ class BadFile:
 
 @dataclasses.dataclass
 class ChunkSource:
-    """Chunk number -> {"image", "label", "bad"}; what Grain's workers hold. `bad` is a tuple of `BadFile`."""
+    """Chunk number -> {"image", "label", "bad", "constant"}; what Grain's workers hold.
+
+    `bad` is a tuple of `BadFile`, `constant` of the indices of images of one colour.
+    """
 
     dataset: DataSet
     order: ExampleOrder
@@ -73,32 +78,34 @@ class ChunkSource:
         size = self.dataset.image_size
         images = np.empty((last - first, size, size, 3), np.uint8)
         labels = np.empty(last - first, np.int32)
-        bad = self._read(self.order.images(examples), images, labels)
+        indices = self.order.images(examples)
+        bad = self._read(indices, images, labels)
+        constant = tuple(int(index) for index, image in zip(indices, images, strict=True) if is_constant(image))
         if self.flip:
             flips = self.order.flips(examples)
             _mirror(images, flips)
-        return {"image": images, "label": labels, "bad": bad}
+        return {"image": images, "label": labels, "bad": bad, "constant": constant}
 
     def _read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[BadFile, ...]:
         """Reads the images; one that cannot be decoded is replaced by the next in the data set's order that can."""
-        rows, met = np.arange(len(indices)), []
+        rows, found = np.arange(len(indices)), []
         failures = self.dataset.source.read(indices, images, labels)
         while failures:
             for k, reason in failures:
-                met.append(self._remember(int(indices[k]), reason))
+                found.append(self._remember(int(indices[k]), reason))
             rows = rows[[k for k, _ in failures]]
             indices = (indices[[k for k, _ in failures]] + 1) % len(self.dataset)
             retry_images, retry_labels = images[rows], labels[rows]
             failures = self.dataset.source.read(indices, retry_images, retry_labels)
             images[rows], labels[rows] = retry_images, retry_labels
-        return tuple({bad.index: bad for bad in met}.values())
+        return tuple({bad.index: bad for bad in found}.values())
 
     def _remember(self, index: int, reason: str) -> BadFile:
         with self._lock:
             bad = self._bad.setdefault(index, BadFile(index, self.dataset.source.name(index), reason))
-            # do not search the whole of a disk that has gone away for a good neighbour
+            # do not search the whole of a disk that has gone away for a good image
             if len(self._bad) > self.max_bad:
-                raise too_many_bad(len(self._bad), len(self.dataset), self.max_bad, bad)
+                raise too_many_bad(self._bad.values(), len(self.dataset), self.max_bad)
             return bad
 
 
@@ -110,23 +117,31 @@ def _mirror(images: np.ndarray, which: np.ndarray) -> None:
     rows[which] = np.take(rows[which], mirrored, axis=2)
 
 
-def too_many_bad(found: int, count: int, allowed: int, last: BadFile) -> UserError:
+def too_many_bad(found: Collection[BadFile], count: int, allowed: int) -> UserError:
+    """The error for more bad images than allowed; the last of `found` is named."""
+    *_, last = found
+    unread = sum(bad.reason.startswith(CANNOT_READ) for bad in found)
+    kinds = {"read": unread, "decoded": len(found) - unread}
+    what = " and ".join(f"{n} of {count} images cannot be {kind}" for kind, n in kinds.items() if n)
+    remedy = "check the disk and its permissions" if unread == len(found) else "repair the data set"
     return UserError(
-        f"{found} of {count} images cannot be decoded, more than the {allowed} that "
-        f"--config.data.max_bad_fraction allows (last: {last.name}: {last.reason}); repair the data set or raise it"
+        f"{what}, more than the {allowed} that --config.data.max_bad_fraction allows (last: {last.name}: {last.reason}); "
+        f"{remedy} or raise it"
     )
 
 
 class HostIterator(Iterator[dict[str, np.ndarray]]):
     """Endless host batches {"image": (local_batch, H, W, 3) uint8, "label": (local_batch,) int32}.
 
-    bad_files: the images replaced so far, by index in the data set. Each is logged once.
+    bad_files: the images replaced so far, by index in the data set. Each is logged once. constant_images: those that came
+    out as one colour, by index; their number is logged when it reaches 1, 10, 100, ...
     """
 
     def __init__(self, chunks: Iterator[dict[str, Any]], source: ChunkSource):
         self._chunks = chunks
         self._source = source
         self.bad_files: dict[int, BadFile] = {}
+        self.constant_images: set[int] = set()
 
     def __next__(self) -> dict[str, np.ndarray]:
         source = self._source
@@ -141,6 +156,8 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
             filled = after
             for bad in chunk["bad"]:
                 self._count(bad)
+            for index in chunk["constant"]:
+                self._count_constant(index)
         return {"image": images, "label": labels}
 
     def _next_chunk(self) -> dict[str, Any]:
@@ -158,9 +175,23 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
         if bad.index in self.bad_files:
             return
         self.bad_files[bad.index] = bad
-        _log.warning("%s cannot be used, a neighbour takes its place: %s", bad.name, bad.reason)
+        _log.warning("%s cannot be used, using the next image instead: %s", bad.name, bad.reason)
         if len(self.bad_files) > self._source.max_bad:
-            raise too_many_bad(len(self.bad_files), len(self._source.dataset), self._source.max_bad, bad)
+            raise too_many_bad(self.bad_files.values(), len(self._source.dataset), self._source.max_bad)
+
+    def _count_constant(self, index: int) -> None:
+        if index in self.constant_images:
+            return
+        self.constant_images.add(index)
+        count = len(self.constant_images)
+        if count == 10 ** (len(str(count)) - 1):
+            _log.warning(
+                "%d image%s so far came out constant, all of one colour (last: %s); 16-bit and float pictures are clipped "
+                "as the official loader does, see --config.data.high_depth",
+                count,
+                "" if count == 1 else "s",
+                self._source.dataset.source.name(index),
+            )
 
     def close(self) -> None:
         """Stops the workers. Safe to call twice."""
@@ -228,18 +259,28 @@ def make_iterator(
 
 def _start_grain(source: ChunkSource, num_workers: int, read_threads: int, worker_buffer: int) -> Any:
     import grain  # imports jax, two seconds: not for those who only prepare or list
-    from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain reads its flags when it starts workers
-        flags.FLAGS.mark_as_parsed()
     options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=max(2, read_threads))
     chunks = grain.MapDataset.source(source).to_iter_dataset(options)
     if num_workers:
+        _let_grain_read_its_flags()
         shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
         chunks = grain.experimental.WithOptionsIterDataset(chunks, shared)
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=worker_buffer)
         chunks = chunks.mp_prefetch(workers, worker_init_fn=_init_worker)
     return iter(chunks)
+
+
+def _let_grain_read_its_flags() -> None:
+    """Grain reads absl flags of its own when it starts workers. In a notebook or a test nobody has parsed any: they count
+    as given with their defaults, and the flags of other programs stay unparsed.
+    """
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        for name in flags.FLAGS:
+            if name.startswith("grain_"):
+                flags.FLAGS[name].present = 1
 
 
 def _init_worker(worker_index: int, worker_count: int) -> None:

@@ -1,6 +1,4 @@
-"""Worker processes with a progress line, for `python -m jitjax.prepare`. They die with their parent and stop at its
-word.
-"""
+"""Worker processes with a progress bar, for `jitjax prepare`. They end with their parent and stop when it asks."""
 
 from __future__ import annotations
 
@@ -16,7 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import rich.console
+import rich.progress
+import rich.text
+
 from jitjax.errors import UserError
+
+_LOG_SECONDS = 10  # between lines where stderr is no terminal
 
 
 class Stopped(Exception):
@@ -66,7 +70,7 @@ def step(images: int = 1) -> None:
 
 
 class Pool:
-    """Worker processes with a progress line. Leaving the context by an error stops them within one image."""
+    """Worker processes with a progress bar. Leaving the context by an error stops them within one image."""
 
     def __init__(self, workers: int | None, total: int, jobs: int, unit: str, shared: Any):
         self._workers = max(1, min(workers or available_cpus(), jobs))
@@ -89,41 +93,41 @@ class Pool:
         """Yields (key, function(*arguments)) as they finish; a few calls more than workers are under way, to bound
         memory.
         """
-        waiting, running = collections.deque(calls), {}
-        line = _ProgressLine(self._total, self._unit)
-        while waiting or running:
-            while waiting and len(running) < self._workers + 2:
-                key, arguments = waiting.popleft()
-                running[self._executor.submit(function, *arguments)] = key
-            finished, _ = concurrent.futures.wait(running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-            line.show(self._done.value)
-            for future in finished:
-                key = running.pop(future)
-                try:
-                    yield key, future.result()
-                except concurrent.futures.process.BrokenProcessPool:
-                    raise UserError(
-                        "a worker was killed, mostly because memory ran out; run again with fewer --workers"
-                    ) from None
-        line.show(self._done.value, last=True)
+        waiting, running, due = collections.deque(calls), {}, time.monotonic() + _LOG_SECONDS
+        with progress_bar() as bar:
+            task = bar.add_task(self._unit, total=self._total)
+            while waiting or running:
+                while waiting and len(running) < self._workers + 2:
+                    key, arguments = waiting.popleft()
+                    running[self._executor.submit(function, *arguments)] = key
+                finished, _ = concurrent.futures.wait(running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+                bar.update(task, completed=self._done.value)
+                if not bar.console.is_terminal and time.monotonic() > due:  # a log file: Rich would write but the last line
+                    due = time.monotonic() + _LOG_SECONDS
+                    print(f"{self._done.value}/{self._total} {self._unit}", file=sys.stderr, flush=True)
+                for future in finished:
+                    key = running.pop(future)
+                    try:
+                        yield key, future.result()
+                    except concurrent.futures.process.BrokenProcessPool:
+                        raise UserError(
+                            "a worker was killed, mostly because memory ran out; run again with fewer --workers"
+                        ) from None
+            bar.update(task, completed=self._done.value)
 
 
-class _ProgressLine:
-    """A bar, count, rate and time left on stderr; where that is a file, a line every ten seconds."""
+def progress_bar() -> rich.progress.Progress:
+    """Bar, count, rate and time left on stderr; where that is no terminal, one line at the end."""
+    columns = (
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.description},"),
+        _Rate(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    return rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
 
-    def __init__(self, total: int, unit: str):
-        self._total, self._unit = total, unit
-        self._start = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
 
-    def show(self, done: int, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self._shown < (0.2 if self._terminal else 10):
-            return
-        self._shown = now
-        rate = done / max(now - self._start, 1e-9)
-        left = f", {(self._total - done) / rate:.0f} s left" if rate and not last else ""
-        bar = "#" * (20 * done // max(1, self._total))
-        line = f"[{bar:.<20}] {done}/{self._total} {self._unit}, {rate:.0f} images/s{left}"
-        end = "\n" if last or not self._terminal else ""
-        print(f"\r{line}\x1b[K" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+class _Rate(rich.progress.ProgressColumn):
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(f"{task.completed / max(task.elapsed or 0, 1e-9):.0f} images/s")

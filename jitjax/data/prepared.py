@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from jitjax.data import rules
 from jitjax.data.image import BadImage, decode
-from jitjax.data.listing import INDEX_FILE, is_prepared, train_folder
+from jitjax.data.rules import Ask
+from jitjax.data.tree import INDEX_FILE, is_prepared
 from jitjax.errors import UserError
 
 FORMAT = "jitjax-prepared"
@@ -30,20 +32,25 @@ _READER_BUFFER = 32768
 LABEL_BYTES = 4
 
 
-def find(path: str, where: str) -> str | None:
-    """The prepared directory at `path` or at its `train/` sub-folder; None where there is none.
+def find(path: str, ask: Ask, split: str) -> str | None:
+    """The prepared directory at `path`, or the one of a split below it; None where there is none.
 
     Raises:
-      UserError: there is one, but its preparation was interrupted.
+      UserError: there is one, but its preparation was interrupted; or there are several.
     """
-    candidates = [path]
-    folders = [entry.name for entry in os.scandir(path) if entry.is_dir()] if os.access(path, os.R_OK | os.X_OK) else []
-    train = train_folder(folders, has_images=False)
-    if train:
-        candidates.append(os.path.join(path, train))
-    found = next((candidate for candidate in candidates if is_prepared(candidate)), None)
+    found = path if is_prepared(path) else None
+    if found is None and os.access(path, os.R_OK | os.X_OK):
+        entries = (entry.name for entry in os.scandir(path) if entry.is_dir())
+        folders = [name for name in entries if not rules.system_folder(name)]
+        ready = [name for name in folders if is_prepared(os.path.join(path, name))]
+        wanted = (rules.split_of(split) or rules.Split("", True)).role if split else "train"
+        raw = [name for name in folders if name not in ready and (s := rules.split_of(name)) and s.role == wanted]
+        if ready and not raw and (rules.is_split_layout(ready) or len(ready) == len(folders)):
+            found = os.path.join(path, ready[0] if len(ready) == 1 and not split else rules.pick_split(ready, split, ask))
+    elif found and split:
+        raise UserError(f"{ask.where} is a prepared directory: its split is chosen already; leave {ask.split} unset")
     if found is not None and not os.path.isfile(os.path.join(found, INDEX_FILE)):
-        raise UserError(f"{where} is not completely prepared; run the same python -m jitjax.prepare command again")
+        raise UserError(f"{ask.where} is not completely prepared; run the same jitjax prepare command again")
     return found
 
 
@@ -57,7 +64,7 @@ def read_index(root: str, where: str) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{where}: {INDEX_FILE} is damaged; prepare the data set again") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UserError(f"{where}: {INDEX_FILE} was not written by python -m jitjax.prepare")
+        raise UserError(f"{where}: {INDEX_FILE} was not written by jitjax prepare")
     if index.get("version") != VERSION:
         raise UserError(f"{where} has format version {index.get('version')}, this program reads {VERSION}; prepare it again")
     if index.get("checksum") != index_checksum(index):
@@ -81,7 +88,9 @@ def fingerprint(index: dict[str, Any]) -> dict[str, int | str]:
     return {"count": index["count"], "classes": len(index["classes"]), "checksum": index["checksum"]}
 
 
-def check_usable(index: dict[str, Any], image_size: int, exif_rotate: bool, where: str) -> None:
+def check_usable(
+    index: dict[str, Any], image_size: int, where: str, *, exif_rotate: bool, all_formats: bool, high_depth: str
+) -> None:
     """Raises UserError where the prepared pixels are not those that the configuration asks for."""
     if index["image_size"] != image_size:
         raise UserError(
@@ -92,6 +101,14 @@ def check_usable(index: dict[str, Any], image_size: int, exif_rotate: bool, wher
         raise UserError(
             f"{where} was prepared without EXIF rotation; prepare it with --exif_rotate or leave --config.data.exif_rotate"
         )
+    settings = index.get("plan", {}).get("settings", {})
+    if settings.get("high_depth", "clip") != high_depth:
+        raise UserError(
+            f"{where} was prepared with --high_depth={settings.get('high_depth', 'clip')}, not {high_depth}; prepare it "
+            "again or change --config.data.high_depth"
+        )
+    if all_formats and not settings.get("all_formats", False):
+        raise UserError(f"{where} was prepared without --all_formats; prepare it again or leave --config.data.all_formats")
     if index["count"] == 0:
         raise UserError(f"{where} holds no image")
 

@@ -1,7 +1,7 @@
 """Pillow's `resize` to the centre square, bit for bit, in a quarter of the time: compiled by Numba, for that square alone.
 
 Pillow resizes one axis after the other, horizontally first. Each output is a sum of uint8 samples times weights rounded
-to 22 bits after the point, itself rounded to uint8. Here that is done in the same integers, 64 rows turned on their side
+to 22 bits after the point, itself rounded to uint8. Here that is done in the same integers, 64 rows transposed
 at a time so that a whole vector of samples meets each weight, and without the part of an oblong picture that the crop
 cuts off. What this relies on is tried out on noise with the Pillow that is installed; where it does not hold, or without
 Numba, `centre_square` is None and Pillow does the work.
@@ -24,7 +24,7 @@ except Exception:  # not installed, or not made for this Python or NumPy
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 _BITS = 22  # of a weight, after the point
-_ROWS = 64  # turned on their side at a time; their samples stay in the cache
+_ROWS = 64  # transposed at a time; their samples stay in the cache
 # Pillow decides by the shape which axis comes first; within this ratio, either way, it is the horizontal one.
 _MAX_ASPECT = 1.8
 _lock = threading.Lock()  # one thread compiles, the others wait
@@ -96,7 +96,7 @@ def _steps(start: tuple[int, int], sizes: tuple[tuple[int, int], ...], size: int
 def _window(old: int, new: int, kind: Image.Resampling) -> _Window | None:
     """The whole of one axis, or None where Pillow's pixels are others; tried on a strip of noise."""
     window = _pillows_window(old, new, kind)
-    if kind == _BOX and window.count.max() > 3:  # `_halve` has room for three
+    if kind == _BOX and window.count.max() > 3:  # `_halve` has buffers for three
         return None
     return window if _equals_pillow((8, old), (4, new), kind, one_by_one=True) else None
 
@@ -199,7 +199,7 @@ def _resize(source, x_first, x_count, x_weights, y_first, y_count, y_weights, ou
     left, right = x_first[0], x_first[-1] + x_count[-1]
     top, bottom = y_first[0], y_first[-1] + y_count[-1]
     width = x_first.shape[0]
-    turned = np.empty((right - left, _ROWS * 3), np.uint8)
+    transposed = np.empty((right - left, _ROWS * 3), np.uint8)
     narrow = np.empty((width, _ROWS * 3), np.uint8)
     middle = np.empty((bottom - top, width * 3), np.uint8)
     total = np.empty(max(_ROWS, width) * 3, np.int32)
@@ -209,8 +209,8 @@ def _resize(source, x_first, x_count, x_weights, y_first, y_count, y_weights, ou
             line = source[start + y]
             for x in range(right - left):
                 for c in range(3):
-                    turned[x, y * 3 + c] = line[left + x, c]
-        _weigh(turned, left, x_first, x_count, x_weights, total, narrow)
+                    transposed[x, y * 3 + c] = line[left + x, c]
+        _weigh(transposed, left, x_first, x_count, x_weights, total, narrow)
         for y in range(rows):
             line = middle[start - top + y]
             for x in range(width):

@@ -1,7 +1,7 @@
 """A labelled data set that the program draws itself: one shape and one colour a class, as PNG files in class folders.
 
 For a first run without a download. The colours are corners of the RGB cube around a mid-grey ground and all shapes
-cover about the same area, so the mean colour of an image alone tells its class, and so does a look.
+cover about the same area, so the mean colour of an image is enough to know its class, and so is a look.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COLOURS = {
 }
 CLASSES = tuple(COLOURS)
 
+PER_CLASS = 64
 GROUND = 112  # grey of the background
 AREA = 0.26  # of the image that a shape of average size covers
 SUPERSAMPLING = 4
@@ -44,7 +45,7 @@ def draw_dataset(
     root: str | os.PathLike,
     *,
     image_size: int = 32,
-    per_class: int = 64,
+    per_class: int = PER_CLASS,
     seed: int = 0,
     classes: Sequence[str] = CLASSES,
 ) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jitjax.data.image import BadImage, decode
+from jitjax.data.image import BadImage, decode, is_constant
 from jitjax.data.inputs import Input
 from jitjax.data.prepared import LABEL_BYTES, WRITER_OPTIONS, PreparedSource
 from jitjax.errors import UserError
@@ -34,6 +34,8 @@ class Settings:
     exif_rotate: bool
     limit: int | None
     shards: int
+    all_formats: bool = False
+    high_depth: str = "clip"
 
 
 def shard_name(number: int, total: int) -> str:
@@ -64,8 +66,8 @@ def write_shard(
       indices: (n,) which images, increasing. step: called after every image; may raise `pool.Stopped`.
 
     Returns:
-      The shard's entry for the index ("file", "count", "bytes", "sha256", "class_counts") and "skipped": [{"name",
-      "reason"}].
+      The shard's entry for the index ("file", "count", "bytes", "sha256", "class_counts"), "skipped": [{"name", "reason"}]
+      and "constant", the number of images of one colour.
 
     Raises:
       UserError: the disk is full, or `fail_on_bad` and an image cannot be decoded.
@@ -74,14 +76,20 @@ def write_shard(
 
     skipped: list[dict[str, str]] = []
     class_counts = np.zeros(max(1, len(source.classes)), np.int64)
-    temporary = path + ".tmp"
+    temporary, constant = path + ".tmp", 0
     try:
         writer = array_record_module.ArrayRecordWriter(temporary, WRITER_OPTIONS)
         for index, data in zip(indices.tolist(), source.read(indices), strict=True):
             try:
                 if isinstance(data, BadImage):
                     raise data
-                image = decode(data, settings.image_size, settings.exif_rotate)
+                image = decode(
+                    data,
+                    settings.image_size,
+                    settings.exif_rotate,
+                    all_formats=settings.all_formats,
+                    high_depth=settings.high_depth,
+                )
             except BadImage as error:
                 if fail_on_bad:
                     raise UserError(f"{source.name(index)} cannot be used: {error}; repair it or use --on_bad skip") from None
@@ -89,6 +97,7 @@ def write_shard(
             else:
                 label = int(source.labels[index])
                 class_counts[label] += 1
+                constant += is_constant(image)
                 writer.write(
                     label.to_bytes(LABEL_BYTES, "little", signed=True) + encode(image, settings.encoding, settings.quality)
                 )
@@ -105,7 +114,7 @@ def write_shard(
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:  # ArrayRecord turns a failed write into one of the latter two
         raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
-    return {**entry, "class_counts": class_counts.tolist(), "skipped": skipped}
+    return {**entry, "class_counts": class_counts.tolist(), "skipped": skipped, "constant": constant}
 
 
 def check_shard(root: str, shard: dict[str, Any], index: dict[str, Any], step: Callable[[int], None]) -> str | None:

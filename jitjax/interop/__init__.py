@@ -1,1 +1,1 @@
-"""Weights in and out: the published PyTorch checkpoints (.pth) and safetensors. Nothing here needs PyTorch."""
+"""Weights in and out: official and forked PyTorch checkpoints, safetensors, Diffusers folders. Nothing here needs PyTorch."""

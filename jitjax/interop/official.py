@@ -7,29 +7,26 @@ and reshapes, so nothing is rounded in either direction.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from jitjax.errors import UserError
-from jitjax.interop.pth import PthFile
-from jitjax.model import CHANNELS, SIZES, TIME_FEATURES, Geometry, JiT, graphdef_of, merge, position_table
+from jitjax.interop.names import some
+from jitjax.model import CHANNELS, SIZES, TIME_FEATURES, Geometry, position_table
 
 _log = logging.getLogger(__name__)
 
 PREFIX = "net."
 POSITIONS = "pos_embed"
-# The official code averages this constant along with the weights, and the average drifts by rounding: by half a unit in
-# the last place over (1 - decay), 3e-4 at 0.9999. So the tables in model_ema1 and model_ema2 are not exact.
+SETS = ("model", "model_ema1", "model_ema2")
+# The official code applies the EMA to this constant too, and it drifts by rounding: by half a unit in the last place over
+# (1 - decay), 3e-4 at 0.9999. So the tables in model_ema1 and model_ema2 are not exact.
 POSITION_TOLERANCE = 1e-3
 Arrays = Mapping[str, Any]  # values have .shape; `.numpy()` or the array protocol gives their values
 
@@ -129,12 +126,18 @@ def strip_prefix(state_dict: Arrays) -> dict[str, Any]:
     return {name.removeprefix(PREFIX): value for name, value in state_dict.items() if isinstance(name, str)}
 
 
-def infer_geometry(state_dict: Arrays, args: Mapping[str, Any] | None = None, *, context_start: int | None = None) -> Geometry:
+def infer_geometry(
+    state_dict: Arrays,
+    args: Mapping[str, Any] | None = None,
+    *,
+    context_start: int | None = None,
+    notes: list[str] | None = None,
+) -> Geometry:
     """The geometry that the tensors' shapes imply.
 
-    Shapes do not tell from which block on the context tokens are there. That is `context_start` if given, else that of
-    the published size with the same depth and width, else, with a warning, depth // 3 as in the published B, L and H. The
-    dropout rates are those of `args`, the official arguments.
+    The tensors do not say where context tokens start. That is `context_start` if given, else the start of the published
+    size with the same depth and width, else depth // 3 as in the published B, L and H; what was assumed is added to
+    `notes`, or logged without one. The dropout rates are those of `args`, the official arguments.
 
     Raises:
       UserError: tensors are missing, or their shapes do not describe a JiT, or `context_start` is beyond the blocks.
@@ -143,7 +146,7 @@ def infer_geometry(state_dict: Arrays, args: Mapping[str, Any] | None = None, *,
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in tensors:
-            raise UserError(f"not the weights of a JiT: expected a tensor {name}, found {_some(tensors)}")
+            raise UserError(f"not the weights of a JiT: expected a tensor {name}, found {some(tensors)}")
         found = tuple(getattr(tensors[name], "shape", ()))
         if len(found) != ndim or not all(found):
             raise UserError(f"{name} has shape {found}: expected {ndim} dimensions")
@@ -165,12 +168,16 @@ def infer_geometry(state_dict: Arrays, args: Mapping[str, Any] | None = None, *,
     if context_start is None:
         known = {(s["depth"], s["width"]): s["context_start"] for s in SIZES.values()}
         context_start = known.get((depth, width), depth // 3 if context_length else 0)
-        if context_length and (depth, width) not in known:
-            _log.warning(
-                "depth %d and width %d are no published size, and the tensors do not tell from which block on the %d context "
-                "tokens are there: taking block %d (depth // 3, as in B, L and H); context_start says otherwise",
-                *(depth, width, context_length, context_start),
+        if context_length:
+            why = "as in the published size" if (depth, width) in known else "depth // 3, as in the published B, L and H"
+            text = (
+                f"the tensors do not say where the {context_length} context tokens start: block {context_start} is assumed "
+                f"({why}); context_start says otherwise"
             )
+            if notes is not None:
+                notes.append(text)
+            elif (depth, width) not in known:
+                _log.warning("%s", text)
     if context_length and not 0 <= context_start < depth:
         raise UserError(f"--context_start={context_start}: must lie in [0, {depth}), the file has {depth} blocks")
     args = args or {}
@@ -231,14 +238,29 @@ def positions_delta(state_dict: Arrays, geometry: Geometry) -> np.ndarray | None
     Raises:
       UserError: the table differs by more than rounding, so the weights belong to another position encoding.
     """
-    theirs = _float32(strip_prefix(state_dict)[POSITIONS])
+    tensor = strip_prefix(state_dict)[POSITIONS]
+    theirs = _float32(tensor)
     ours = position_table(geometry.width, geometry.grid)[None]
     if np.array_equal(theirs.view(np.uint32), ours.view(np.uint32)):
         return None
+    if not np.isfinite(theirs).all():
+        raise UserError("pos_embed has values that are not finite: the run had diverged, or the file is damaged")
     error = np.abs(theirs - ours).max()
-    if not error <= POSITION_TOLERANCE:
+    coarse = rounded_to(tensor)
+    # Values lie in [-1, 1], where rounding moves them by at most a quarter of the type's epsilon.
+    tolerance = POSITION_TOLERANCE + (float(ml_dtypes.finfo(coarse).eps) / 4 if coarse else 0)
+    if not error <= tolerance:
         raise UserError(f"pos_embed differs from the fixed sin-cos table by {error:.3g}: not the positions of a JiT")
     return theirs
+
+
+def rounded_to(tensor: Any) -> np.dtype | None:
+    """bfloat16 or float16 if the tensor has that type, or is float32 with values of that type; else None."""
+    values = _float32(tensor)
+    for dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)):
+        if np.array_equal(values, values.astype(dtype).astype(np.float32)):
+            return dtype
+    return None
 
 
 def optimizer_order(geometry: Geometry) -> tuple[list[str], list[str]]:
@@ -249,103 +271,12 @@ def optimizer_order(geometry: Geometry) -> tuple[list[str], list[str]]:
     return plain, [name for name in trained if name not in set(plain)]
 
 
-# ---------------------------------------------------------------- files
-
-SETS = ("model", "model_ema1", "model_ema2")
-
-
-def sets_of(content: Any, path: Any) -> dict[str, Arrays]:
-    """The sets of weights in a loaded .pth: those of an official checkpoint, or a bare state dict as "model".
-
-    Raises:
-      UserError: neither of the two.
-    """
-    if isinstance(content, Mapping):
-        found = {name: content[name] for name in SETS if isinstance(content.get(name), Mapping)}
-        if found:
-            return found
-        if POSITIONS in strip_prefix(content):
-            return {"model": content}
-    raise UserError(
-        f"{path}: expected a checkpoint with {', '.join(SETS)} or a state dict of JiT, found "
-        f"{_some(content) if isinstance(content, Mapping) else type(content).__name__}"
-    )
-
-
-def load_official(path: Any, which: str = "model_ema1", *, context_start: int | None = None) -> JiT:
-    """A model with the weights of an official checkpoint. Nothing in the file is executed; PyTorch is not needed.
-
-    Args:
-      path: a .pth of the official code (or a bare state dict in one), or a .safetensors file that `jitjax.convert` wrote.
-      which: "model", "model_ema1" (what the paper samples from) or "model_ema2". A file with one set has no choice.
-      context_start: first block that sees the context tokens; default as in the published sizes, see `infer_geometry`.
-
-    Returns:
-      an `nnx` module; `model(z, t, y)` on NHWC float images.
-
-    Raises:
-      UserError: the file is not there, damaged, hostile, or not a JiT's; or it lacks `which`.
-    """
-    if str(path).endswith(".safetensors"):
-        geometry, params = read_safetensors(path, context_start=context_start)
-    else:
-        with PthFile(path) as file:
-            sets = sets_of(file.content, path)
-            if which not in sets and len(sets) > 1 or which not in SETS:
-                raise UserError(f"{path}: which={which!r} is not in the file: use one of {', '.join(sets)}")
-            chosen = sets.get(which) or next(iter(sets.values()))
-            args = file.content.get("args")
-            geometry = infer_geometry(chosen, args if isinstance(args, Mapping) else None, context_start=context_start)
-            params = to_params(chosen, geometry)
-    return merge(graphdef_of(geometry), {name: jnp.asarray(value) for name, value in params.items()})
-
-
-def write_safetensors(path: Any, params: Arrays, geometry: Geometry) -> None:
-    """One set of weights under its official names (with `net.`); the geometry goes into the file's metadata.
-
-    Raises:
-      UserError: the path cannot be written.
-    """
-    try:
-        safetensors.numpy.save_file(
-            to_state_dict(params, geometry),
-            path,
-            {"format": "pt", "geometry": json.dumps(dataclasses.asdict(geometry))},
-        )
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
-
-
-def read_safetensors(path: Any, *, context_start: int | None = None) -> tuple[Geometry, dict[str, np.ndarray]]:
-    """Geometry and flat parameters of a .safetensors file with official names, with or without `net.`.
-
-    Raises:
-      UserError: not such a file, or not a JiT's weights.
-    """
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            saved = json.loads((file.metadata() or {}).get("geometry", "null"))
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: expected a .safetensors file, found: {error}") from None
-    known = saved if isinstance(saved, dict) else {}
-    if context_start is None:
-        context_start = known.get("context_start")
-    geometry = infer_geometry(state_dict, known, context_start=context_start)
-    return geometry, to_params(state_dict, geometry)
-
-
 # ---------------------------------------------------------------- helpers
 
 
 def _float32(value: Any) -> np.ndarray:
     array = value.numpy() if hasattr(value, "numpy") else np.asarray(value)
     return array.astype(np.float32, copy=False)
-
-
-def _some(tensors: Mapping[str, Any]) -> str:
-    names = [str(name)[:60] for name in list(tensors)[:3]]
-    return f"{len(tensors)} entries ({', '.join(names)}{', ...' if len(tensors) > 3 else ''})" if names else "none"
 
 
 def _mlp_ratio(width: int, hidden: int) -> float:
@@ -362,7 +293,7 @@ def _check_shapes(tensors: Mapping[str, Any], geometry: Geometry) -> None:
     missing, unknown = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
     if missing or unknown:
         kinds = {"missing": missing, "unknown": unknown}
-        parts = "; ".join(f"{kind} {_some(dict.fromkeys(names))}" for kind, names in kinds.items() if names)
+        parts = "; ".join(f"{kind} {some(names)}" for kind, names in kinds.items() if names)
         raise UserError(f"not the weights of a JiT with {len(shapes)} tensors: {parts}")
     for name, expected in shapes.items():
         found = tuple(getattr(tensors[name], "shape", ()))

@@ -1,8 +1,7 @@
 """PyTorch's .pth files (the zip layout of torch >= 1.6) without PyTorch, read without executing anything from them.
 
-A .pth is a zip archive with one pickle, `data.pkl`, and the bytes of every tensor beside it. Unpickling may call
-anything that the pickle names, so here it may name only what `_Unpickler` lists, all of it inert: tensors, ordered
-dictionaries and argparse.Namespace (as a plain dictionary). Anything else ends the reading before it is called.
+A .pth is a zip archive with one pickle, `data.pkl`, and the bytes of every tensor beside it. `jitjax.interop.pickles`
+reads the pickle; this module checks the archive, gives tensors their bytes, and writes such files.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from jitjax.errors import UserError
+from jitjax.interop import pickles
+from jitjax.interop.pickles import BadFile
 
 DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -34,13 +35,9 @@ DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-MAX_PICKLE_BYTES = 64 * 2**20  # JiT-H with optimizer state takes half a megabyte
+MAX_PICKLE_BYTES = 16 * 2**20  # JiT-H with optimizer state takes half a megabyte
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files of torch < 1.6 begin
 ALIGNMENT = 64  # bytes, of each tensor in the file, as torch aligns them
-
-
-class BadFile(UserError):
-    """A file that is not what it should be; the message says what was expected and found."""
 
 
 class LazyTensor:
@@ -63,6 +60,9 @@ class LazyTensor:
 class PthFile:
     """An open .pth file: `content` is what `torch.save` was given, with `LazyTensor` for every tensor.
 
+    `strays` names the classes (module.name) of values that are neither tensors nor plain; an inert `pickles.Stray` stands
+    for each of them in `content`.
+
     Example:
       >>> with PthFile("checkpoint-last.pth") as file:
       ...     weight = file.content["model"]["net.final_layer.linear.weight"].numpy()
@@ -71,13 +71,27 @@ class PthFile:
     def __init__(self, path: str | Path):
         """
         Raises:
-          BadFile: missing, truncated, damaged, of an older format, or naming anything but tensors and plain values.
+          BadFile: missing, truncated, damaged, of an older format, or naming a function (see `pickles`).
         """
         self.path = Path(path).expanduser()
         self._zip = _open_zip(self.path)
         try:
             self._root = _check_archive(self.path, self._zip)
-            self.content = self._unpickle()
+            unpickler = pickles.InertUnpickler(
+                self._bytes("data.pkl"),
+                names={
+                    ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+                    ("torch._utils", "_rebuild_tensor"): self._tensor,
+                    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+                    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+                    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, _, args, *__: pickles.call(rebuild, args),
+                },
+                values={("torch", name): dtype for name, dtype in DTYPES.items()},
+                persistent=self._storage,
+                where=str(self.path),
+            )
+            self.content = unpickler.load()
+            self.strays = unpickler.strays
         except BaseException:
             self._zip.close()
             raise
@@ -94,20 +108,24 @@ class PthFile:
         except (zipfile.BadZipFile, EOFError, OSError, struct.error, NotImplementedError) as error:
             raise BadFile(f"{self.path}: damaged or cut off at {name}: {error}") from None
 
-    def _storage(self, persistent_id: Any) -> tuple[str, np.dtype, int]:
+    def _storage(self, persistent_id: Any) -> tuple[str, Any, int]:
         """("data/<key>", dtype, number of elements) of a checked reference to tensor bytes."""
         try:
             kind, dtype, key, _device, numel = persistent_id
             size = self._zip.getinfo(f"{self._root}/data/{key}").file_size
         except (TypeError, ValueError, KeyError):
             raise BadFile(f"{self.path}: a tensor has no bytes in the archive: expected data/<number>") from None
+        if kind == "storage" and pickles.is_stray(dtype):  # complex, float8, ...: the tensor becomes a stray value
+            return f"data/{key}", dtype, 0
         if kind != "storage" or not isinstance(dtype, np.dtype) or not _is_count(numel):
             raise BadFile(f"{self.path}: expected a reference to tensor bytes, found {str(kind)[:40]!r}")
         if size != numel * dtype.itemsize:
             raise BadFile(f"{self.path}: data/{key} has {size} bytes, expected {numel} x {dtype.itemsize} ({dtype})")
         return f"data/{key}", dtype, numel
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor | pickles.Stray:
+        if isinstance(storage, tuple) and len(storage) == 3 and pickles.is_stray(storage[1]):
+            return storage[1]()
         try:
             name, dtype, numel = storage
             counts = [offset, *shape, *strides]
@@ -120,52 +138,6 @@ class PthFile:
         if not usable or last >= numel + (size == 0) or size > numel:
             raise BadFile(f"{self.path}: a tensor reaches outside its bytes: the file is damaged or was tampered with")
         return LazyTensor(lambda: np.frombuffer(self._bytes(name), dtype), dtype, offset, tuple(shape), tuple(strides))
-
-    def _unpickle(self) -> Any:
-        try:
-            return _Unpickler(self).load()
-        except BadFile:
-            raise
-        except RecursionError:
-            raise BadFile(f"{self.path}: data.pkl is nested too deep for a checkpoint") from None
-        except MemoryError:
-            raise BadFile(f"{self.path}: data.pkl asks for more memory than there is") from None
-        except Exception as error:  # unpickling hostile bytes may raise anything; nothing of the file has run
-            detail = " ".join(f"{error}".split())[:80]
-            raise BadFile(f"{self.path}: data.pkl is not a checkpoint's pickle ({type(error).__name__}: {detail})") from None
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the names below and no others. Functions and classes are made anew for each file: a pickle may set
-    attributes on what it was given, which then dies with the file."""
-
-    def __init__(self, file: PthFile):
-        super().__init__(io.BytesIO(file._bytes("data.pkl")))
-
-        class Namespace(dict):
-            def __setstate__(self, state: dict) -> None:
-                self.update(state)
-
-        self._path, self._storage = file.path, file._storage
-        self._known = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("argparse", "Namespace"): Namespace,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *args: file._tensor(*args),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            **{("torch", name): dtype for name, dtype in DTYPES.items()},
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._known[module, name]
-        except KeyError:
-            raise BadFile(
-                f"{self._path}: refused: it names {module[:60]}.{name[:60]}; an official checkpoint names only "
-                "tensors, collections.OrderedDict and argparse.Namespace (nothing was executed)"
-            ) from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self._storage(pid)
 
 
 def _is_count(value: Any) -> bool:

@@ -1,18 +1,18 @@
 """The five operations that JiT is written on, each as plain jnp and as fused GPU kernels with the same result.
 
-What is not a matrix product in a transformer block moves bytes. Left to XLA it moves them several times; here each chain
-between two matrix products is one operation, one pass over memory forward and one backward:
+Everything but the matmuls of a transformer block is bound by memory bandwidth. XLA alone reads and writes the activations
+several times between two matmuls; here each such chain is one operation, one pass over memory forward and one backward:
 
-    qkv_attention            bias, query/key norm, RoPE, softmax attention        between the qkv and proj products
+    qkv_attention            bias, query/key norm, RoPE, softmax attention        between the qkv and output projections
     residual_norm_modulate   bias, gate, residual, RMSNorm, adaLN modulation      between proj and w12, w3 and the next qkv
-    mlp                      w12, bias, silu(a) * b, w3: on Hopper beside the products, else between them
+    mlp                      w12, bias, silu(a) * b, w3: on Hopper inside the matmul kernels, else between them
     norm_modulate, gated_residual    the two ends of the chain that stand alone at the first block and where tokens are added
 
 Kernels for Hopper are in `hopper_forward`, `hopper_backward`, `hopper_wide` and `hopper_rope` (attention), `hopper_norm` and
 `hopper_swiglu`, on Pallas' Mosaic GPU backend (`mosaic`); those for what these do not take, and for other cards, on its
 Triton backend (`triton`, `flash`, `attention`, `norm`, `swiglu`). Dropout is in `masks`.
 
-All biases of the matrix products live inside the operations, so their gradients fall out of the same pass.
+The biases of all projections belong to the operations, so the same pass computes their gradients.
 
 Shape letters as in `jitjax.model`: B images, T tokens, D width, H heads, N head dimension, F SwiGLU hidden width, C = 3*D.
 """
@@ -31,7 +31,7 @@ from jitjax.kernels import attention, norm, swiglu, triton
 from jitjax.kernels.attention import qkv_attention_with_dropout
 from jitjax.kernels.masks import dropout
 
-__all__ = ["Ops", "dropout", "get_ops", "qkv_attention_with_dropout", "resolve", "with_visible_products"]
+__all__ = ["Ops", "dropout", "get_ops", "qkv_attention_with_dropout", "resolve", "with_visible_matmuls"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Ops:
 
     residual_norm_modulate(x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD) -> (x_BTD, h_BTD)
         x + gate * (branch + bias), rounded to the compute type; h = RMSNorm(x) * weight * (1 + scale) + shift.
-        A branch of fewer tokens goes with the last ones of x; those before are dropped.
+        A branch of fewer tokens belongs to the last tokens of x; those before are dropped.
     norm_modulate(x_BTD, weight_D, shift_BD, scale_BD) -> h_BTD
     gated_residual(x_BTD, branch_BTD, bias_D, gate_BD) -> x_BTD
     mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None) -> BTD
@@ -53,8 +53,8 @@ class Ops:
         The first `drop` tokens are keys and values only. cos_TN and sin_TN hold each angle twice in a row (published
         interleaved RoPE); constants, no gradient.
     prepare_qkv(kernel_DC, bias_C, q_weight_N, k_weight_N, num_heads) -> the same four
-        Turns published weights into the column order that this implementation's `qkv_attention` wants. Apply it to the
-        weights, before the matrix product: it is a permutation within each head of q and k, cheap on weights.
+        Reorders the columns of published weights as this implementation's `qkv_attention` expects them: a permutation within
+        each head of q and k. Applied to the weights, before the matmul, where it is cheap.
     """
 
     residual_norm_modulate: Callable[..., tuple[jax.Array, jax.Array]]
@@ -85,8 +85,8 @@ FUSED = Ops(
 )
 
 
-def with_visible_products(ops: Ops) -> Ops:
-    """The same operations with every matrix product one of XLA's own, which a checkpoint policy can tell from the rest."""
+def with_visible_matmuls(ops: Ops) -> Ops:
+    """The same operations with every matmul left to XLA, where a rematerialisation policy can see it."""
     return dataclasses.replace(ops, mlp=swiglu.separate_mlp) if ops == FUSED else ops
 
 
@@ -113,13 +113,13 @@ def resolve(
     """Which implementation a run uses and, in words, why: ("plain" | "fused", reason).
 
     The fused kernels take any batch size, number of tokens, width and SwiGLU width, and head dimensions up to 128. Attention
-    has kernels of its own for Hopper, which take fewer shapes; the reason says when it falls back from those.
+    has kernels of its own for Hopper, which take fewer shapes; the reason names a fallback.
 
     Args:
-      kernels: "auto" (fused where it is known to win, else plain), "fused" (or say why not) or "plain".
+      kernels: "auto" (fused where it is known to be faster, else plain), "fused" (or say why not) or "plain".
       dtype: compute type of the activations.
       geometry: the model's, a `jitjax.model.Geometry`.
-      device: where the run takes place; default the first device.
+      device: the one that the run uses; default the first.
 
     Raises:
       UserError: "fused" was asked for and cannot run here, or `kernels` is none of the three.
@@ -127,13 +127,13 @@ def resolve(
     if kernels not in ("auto", "fused", "plain"):
         raise UserError(f"--config.kernels={kernels!r} is unknown: use auto, fused or plain")
     if kernels == "plain":
-        return "plain", "asked for"
+        return "plain", "as configured"
     device = device or jax.local_devices()[0]
     obstacle = _obstacle(device, jnp.dtype(dtype), geometry.head_dim)
     if kernels == "fused":
         if obstacle:
             raise UserError(f"--config.kernels=fused cannot run here: {obstacle}; use --config.kernels=auto or plain")
-        return "fused", f"asked for; {_attention(device, geometry)}"
+        return "fused", f"as configured; {_attention(device, geometry)}"
     if not obstacle and _compute_capability(device) < 9.0:
         obstacle = f"{device.device_kind} is older than Hopper, where the kernels were tuned (try --config.kernels=fused)"
     if obstacle:
@@ -145,7 +145,7 @@ def resolve(
 def _attention(device: jax.Device, geometry: Any) -> str:
     """Which fused kernels attention uses, in words."""
     if _compute_capability(device) != 9.0:
-        return "attention by the Triton kernels, being no Hopper card"
+        return "attention by the Triton kernels (not a Hopper card)"
     tokens, context = geometry.tokens, geometry.context_length
     shapes = {(tokens, 0), (tokens + context, 0), (tokens + context, context)}
     reasons = sorted({attention.no_hopper(*shape, geometry.head_dim) for shape in shapes} - {""})

@@ -1,4 +1,4 @@
-"""Attention from the fused qkv product to the input of the output projection: bias, qk-norm, RoPE, softmax attention."""
+"""Attention from the fused qkv projection to the input of the output projection: bias, qk-norm, RoPE, softmax attention."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import flash, hopper_backward, hopper_forward, hopper_rope, hopper_wide, mosaic, triton
+from jitjax.kernels.constants import ATTENTION, EPS, ROPE
 from jitjax.kernels.masks import dropout
 from jitjax.kernels.triton import Span, load, store
 
-EPS = 1e-6
 f32 = jnp.float32
 
 
 def rotate_pairs(x: jax.Array) -> jax.Array:
-    """Each adjacent pair (a, b) of the last axis becomes (-b, a): a quarter turn of interleaved RoPE."""
+    """Each adjacent pair (a, b) of the last axis becomes (-b, a): interleaved RoPE's rotation by 90 degrees."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
 
 
+@jax.named_scope(ROPE)
 def _norm_rope(x_BTHN: jax.Array, weight_N: jax.Array, cos_TN: jax.Array, sin_TN: jax.Array) -> jax.Array:
     """RMSNorm over the head, times weight, then RoPE; float32 in and out."""
     x = x_BTHN * jax.lax.rsqrt(jnp.mean(x_BTHN * x_BTHN, axis=-1, keepdims=True) + EPS) * weight_N.astype(f32)
@@ -32,13 +33,14 @@ def _norm_rope(x_BTHN: jax.Array, weight_N: jax.Array, cos_TN: jax.Array, sin_TN
 
 
 def _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
-    """(B, T, 3*H*N) -> q, k, v, each (B, T, H, N) in the compute type; q and k normalised and turned."""
+    """(B, T, 3*H*N) -> q, k, v, each (B, T, H, N) in the compute type; q and k normalised and rotated."""
     b, t, c = qkv_BTC.shape
     qkv = (qkv_BTC.astype(f32) + bias_C.astype(f32)).reshape(b, t, 3, num_heads, c // (3 * num_heads))
     q, k = (_norm_rope(qkv[:, :, i], w, cos_TN, sin_TN) for i, w in ((0, q_weight_N), (1, k_weight_N)))
     return tuple(z.astype(qkv_BTC.dtype) for z in (q, k, qkv[:, :, 2]))
 
 
+@jax.named_scope(ATTENTION)
 def plain_qkv_attention(
     qkv_BTC: jax.Array,
     bias_C: jax.Array,
@@ -55,12 +57,13 @@ def plain_qkv_attention(
     half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     cudnn = jax.default_backend() == "gpu" and half_precision and fits
-    if q.dtype == jnp.float16 and not cudnn:  # XLA on CPU has no float16 product with float32 sums
+    if q.dtype == jnp.float16 and not cudnn:  # XLA on CPU has no float16 matmul with float32 sums
         q, k, v = (x.astype(f32) for x in (q, k, v))
     o_BTHN = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
     return o_BTHN.astype(qkv_BTC.dtype).reshape(*q.shape[:2], -1)
 
 
+@jax.named_scope(ATTENTION)
 def qkv_attention_with_dropout(
     qkv_BTC: jax.Array,
     bias_C: jax.Array,
@@ -72,7 +75,7 @@ def qkv_attention_with_dropout(
     rate: float,
     keys_B: jax.Array,
 ) -> jax.Array:
-    """`plain_qkv_attention` with dropout of the softmax weights (inverted, one random key an image). Published column
+    """`plain_qkv_attention` with dropout of the softmax weights (inverted, one random key per image). Published column
     order. No recipe uses it, so it is written out in jnp and holds the (B, H, T, T) weights."""
     q, k, v = _split_qkv(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads)
     logits = jnp.einsum("BTHN,BSHN->BHTS", q, k, preferred_element_type=f32) * q.shape[-1] ** -0.5
@@ -84,10 +87,10 @@ def qkv_attention_with_dropout(
 
 # ---------------------------------------------------------------- fused
 #
-# Interleaved RoPE turns neighbours, which is awkward for vectors in registers. Attention does not care in which order the
-# features of a head stand as long as q and k agree, so the fused kernels want all first members of the pairs, then all second
-# ones ("half-split"). `prepare_qkv` permutes the weights to that order, inside the step and in front of the matrix
-# product: parameters and checkpoints stay in the published order, and no activation is ever permuted.
+# Interleaved RoPE rotates neighbours, which is awkward for vectors in registers. The order of a head's features does not matter
+# to attention as long as q and k agree, so the fused kernels take all first members of the pairs, then all second ones
+# ("half-split"). `prepare_qkv` permutes the weights to that order, inside the step and before the matmul: parameters and
+# checkpoints stay in the published order, and no activation is ever permuted.
 
 HOPPER = {module.HEAD_DIM: module for module in (hopper_forward, hopper_wide)}  # by features of a head
 FORWARD = dict(rows=4, heads=4, warps=1)
@@ -115,11 +118,12 @@ def _half_split(x: jax.Array, n: int, groups: int) -> jax.Array:
 
 
 def _permuted(x: jax.Array, pair: tuple[int, int], columns: int) -> jax.Array:
-    """Each product(pair) of the last axis transposed as a matrix of that shape, up to `columns`. One pass, casts included."""
+    """Every `pair` of the last axis transposed as a matrix of that shape, up to `columns`. One pass, casts included."""
     swapped = x.reshape(*x.shape[:-1], -1, *pair).swapaxes(-1, -2).reshape(x.shape)
     return jnp.where(np.arange(x.shape[-1]) < columns, swapped, x) if columns < x.shape[-1] else swapped
 
 
+@jax.named_scope(ROPE)
 def _half_split_backward(n, groups, _, dx):
     return (jax.lax.optimization_barrier(_permuted(dx, (2, n // 2), n * groups)),)
 
@@ -127,12 +131,13 @@ def _half_split_backward(n, groups, _, dx):
 _half_split.defvjp(lambda x, n, groups: (_half_split(x, n, groups), None), _half_split_backward)
 
 
+@jax.named_scope(ATTENTION)
 def fused_qkv_attention(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop=0):
     """`plain_qkv_attention` for weights that went through `prepare_qkv`.
 
     On Hopper one kernel forward, one backward for dq, dk, dv (`hopper_forward`, `hopper_backward`), where they take the
-    shapes; else a row kernel and the attention kernels of `hopper_wide` or `flash`. A last kernel (`hopper_rope`, or a row
-    kernel) goes back through RoPE and norm and completes the gradient of the qkv product in place.
+    shapes; else `_norm_rope_forward` and the attention kernels of `hopper_wide` or `flash`. A last kernel (`hopper_rope` or
+    `_norm_rope_backward`) is the backward pass of RoPE and norm and completes the gradient of the qkv projection in place.
     """
     return _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, mosaic.hopper())
 
@@ -156,11 +161,12 @@ def _hopper_kernels(tokens: int, drop: int, head_dim: int) -> types.ModuleType |
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _fused(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper):
-    # No gradient is wanted here: on Hopper the normalised queries and keys need not leave the kernel.
+    # No gradient is needed here: on Hopper the normalised queries and keys need not leave the kernel.
     arguments = qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper
     return _fused_forward(*arguments, save_qk=False)[0]
 
 
+@jax.named_scope(ATTENTION)
 def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads, drop, hopper, save_qk=True):
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
@@ -183,6 +189,7 @@ def _fused_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_
     return o_BTHN.reshape(b, t - drop, -1), saved
 
 
+@jax.named_scope(ATTENTION)
 def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
     qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, q_BTHN, k_BTHN, o_BTHN, lse_BHT = saved
     b, t, _, n = k_BTHN.shape
@@ -209,6 +216,7 @@ def _fused_backward(num_heads, drop, hopper, saved, do_BTD):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
+@jax.named_scope(ROPE)
 def _norm_rope_backward_on_hopper(
     dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads
 ):
@@ -233,16 +241,17 @@ def _head_group(num_heads: int, most: int) -> int:
     return math.gcd(num_heads, most)
 
 
+@jax.named_scope(ROPE)
 def _norm_rope_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
     """Bias, RMSNorm and RoPE of queries and keys: (B, T, C) -> q, k, each (B, T, H, N) in the compute type."""
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     heads = _head_group(num_heads, FORWARD["heads"])
-    rows, pieces = FORWARD["rows"], triton.pieces(n // 2, waste=0.4)
+    rows, spans = FORWARD["rows"], triton.spans(n // 2, waste=0.4)
 
     def kernel(qkv_ref, bias_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, q_ref, k_ref):
         image, r, group = pl.program_id(0), triton.tile(pl.program_id(1), rows, t), pl.program_id(2) * heads
-        columns, own = triton.at_run_time(pieces), Span(group, heads)
+        columns, own = triton.at_run_time(spans), Span(group, heads)
         cos, sin = ([load(ref, r, c)[:, None] for c in columns] for ref in (cos_ref, sin_ref))
         for part, (weight_ref, out_ref) in enumerate(((q_weight_ref, q_ref), (k_weight_ref, k_ref))):
             slots = Span(part * num_heads + group, heads)
@@ -261,7 +270,8 @@ def _norm_rope_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, 
         kernel,
         *(_halves(array, n) for array in (qkv_BTC, bias_C, q_weight_N, k_weight_N)),
         *(cos_TN[:, ::2].astype(f32), sin_TN[:, ::2].astype(f32)),
-        name="norm_rope_forward",
+        scope=ROPE,
+        name="forward",
         grid=(b, -(-t // rows), num_heads // heads),
         out=[q_or_k, q_or_k],
         warps=FORWARD["warps"],
@@ -270,12 +280,13 @@ def _norm_rope_forward(qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, 
 
 
 def _sum_of_squares(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
-    """Over the features of each head; pieces are (rows, heads, columns), the result (rows, heads, 1)."""
+    """Over the features of each head; spans are (rows, heads, columns), the result (rows, heads, 1)."""
     return sum(jnp.sum(x * x, axis=2, keepdims=True) for x in (*first, *second))
 
 
+@jax.named_scope(ROPE)
 def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N, k_weight_N, cos_TN, sin_TN, num_heads):
-    """Back through RoPE, RMSNorm and bias for queries and keys; fills their two thirds of dqkv in place.
+    """Backward pass of RoPE, RMSNorm and bias for queries and keys; writes their two thirds of dqkv in place.
 
     RoPE is a rotation, so its gradient g = (dq rotated back). With x = qkv + bias, r = 1 / rms(x), xhat = x r:
 
@@ -288,8 +299,8 @@ def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N
     b, t, c = qkv_BTC.shape
     n = c // (3 * num_heads)
     heads = _head_group(num_heads, BACKWARD["heads"])
-    pieces = triton.pieces(n // 2, waste=0.4)
-    wide = sum(piece.size for piece in pieces) > 32  # with as many rows these spill: at 80 features 2.3 times the time
+    spans = triton.spans(n // 2, waste=0.4)
+    wide = sum(span.size for span in spans) > 32  # with as many rows these spill: at 80 features 2.3 times the time
     rows = BACKWARD["rows"] // 2 if wide else BACKWARD["rows"]
     tokens = triton.chunk(t, BACKWARD["tokens"], rows)
     chunks = -(-t // tokens)
@@ -297,7 +308,7 @@ def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N
     def kernel(_, dq_ref, dk_ref, qkv_ref, bias_ref, q_weight_ref, k_weight_ref, cos_ref, sin_ref, *outputs):
         dqkv_ref, dbias_ref, dweight_ref = outputs
         image, chunk, group = pl.program_id(0), pl.program_id(1), pl.program_id(2) * heads
-        columns, own = triton.at_run_time(pieces), Span(group, heads)
+        columns, own = triton.at_run_time(spans), Span(group, heads)
         for part, (weight_ref, gradient_ref) in enumerate(((q_weight_ref, dq_ref), (k_weight_ref, dk_ref))):
             slots = Span(part * num_heads + group, heads)
             bias, weight = (
@@ -311,12 +322,12 @@ def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N
                 # All loads come before the first sum, which would make them wait.
                 x = [[load(qkv_ref, image, r, slots, half, c) for c in columns] for half in (0, 1)]
                 d = [[load(gradient_ref, image, r, own, half, c) for c in columns] for half in (0, 1)]
-                turns = [(load(cos_ref, r, c)[:, None], load(sin_ref, r, c)[:, None]) for c in columns]
+                angles = [(load(cos_ref, r, c)[:, None], load(sin_ref, r, c)[:, None]) for c in columns]
                 xhat = [[x[half][j] + bias[half][j] for j in range(len(columns))] for half in (0, 1)]
                 rstd = jax.lax.rsqrt(_sum_of_squares(*xhat) / n + EPS)
                 xhat = [[x * rstd for x in half] for half in xhat]
                 dxhat, dweight, mean = [[], []], [[], []], 0.0
-                for j, (cos, sin) in enumerate(turns):
+                for j, (cos, sin) in enumerate(angles):
                     d0, d1 = d[0][j], d[1][j]
                     for half, g in enumerate((d0 * cos + d1 * sin, d1 * cos - d0 * sin)):
                         dweight[half].append(jnp.sum(g * xhat[half][j], 0))
@@ -343,7 +354,8 @@ def _norm_rope_backward(dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N
         kernel,
         *(_halves(array, n) for array in (dqkv_BTGN, dq_BTHN, dk_BTHN, qkv_BTC, bias_C, q_weight_N, k_weight_N)),
         *(cos_TN[:, ::2].astype(f32), sin_TN[:, ::2].astype(f32)),
-        name="norm_rope_backward",
+        scope=ROPE,
+        name="backward",
         grid=(b, chunks, groups),
         out=[
             ((b, t, 3 * num_heads, 2, n // 2), qkv_BTC.dtype),

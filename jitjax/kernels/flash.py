@@ -2,17 +2,17 @@
 
 The usual algorithm (Dao, arXiv 2205.14135 and 2307.08691), shaped by what was measured on an H200 at T = 256 and 288:
 
-- Values are read in place from the qkv product and their bias is added to the *output*: softmax rows sum to one. Their
-  gradient is written in place into the gradient of the qkv product, so nothing is split or concatenated.
+- Values are read in place from the qkv projection and their bias is added to the *output*: softmax rows sum to one. Their
+  gradient is written in place into the gradient of the qkv projection, so nothing is split or concatenated.
 - Tiles of 64 x 64 (forward) and 64 x 32 (backward) on 4 warps. Larger ones waste work at T = 288 (a library kernel with
   tiles of 128 pays for 384) and lower the occupancy that hides latency here.
 - The backward pass is one kernel for dq and one for dk and dv, each recomputing the scores. It needs no atomic
   additions, so gradients are the same bit for bit from run to run.
 
-The first `drop` tokens may go without an output: then o, lse and do start behind them, and dq is zero for them.
+The first `drop` tokens may have no output: then o, lse and do start after them, and dq is zero for them.
 
-q_BTHN and k_BTHN are normalised, rotated and rounded to the compute type; qkv_BTGN is the raw qkv product with G = 3 H head
-slots (queries, keys, values). Scores are kept in units of log2, since the hardware's exponential is 2^x.
+q_BTHN and k_BTHN are normalised, rotated and rounded to the compute type; qkv_BTGN is the qkv projection without bias, with
+G = 3 H heads (queries, keys, values). Scores are in units of log2, since the hardware's exponential is 2^x.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import triton
+from jitjax.kernels.constants import ATTENTION, LOG2E
 from jitjax.kernels.triton import Span, load, store
 
 f32 = jnp.float32
@@ -34,18 +35,18 @@ SMALLEST_DOT = 16  # the matrix units take no smaller dimension
 MASKED_SCORE = -1e30
 
 
-def head_pieces(head_dim: int) -> tuple[Span, ...]:
+def head_spans(head_dim: int) -> tuple[Span, ...]:
     """A head cut for the matrix units: 64 -> 64, 80 -> 64 + 16, 104 -> 64 + 32 + 16 (half of the last masked)."""
-    return triton.pieces(head_dim, smallest=SMALLEST_DOT)
+    return triton.spans(head_dim, smallest=SMALLEST_DOT)
 
 
 def _dot(xs, ys):
-    """Sum of x @ y.T over the pieces of the head, in float32."""
+    """Sum of x @ y.T over the spans of the head, in float32."""
     return sum(jnp.dot(x, y.T, preferred_element_type=f32) for x, y in zip(xs, ys, strict=True))
 
 
 def _accumulate(sums, weights, xs):
-    """sums + weights @ x for each piece of the head."""
+    """sums + weights @ x for each span of the head."""
     return tuple(s + jnp.dot(weights, x, preferred_element_type=f32) for s, x in zip(sums, xs, strict=True))
 
 
@@ -69,11 +70,11 @@ def _keep(values, span: Span, axis: int, otherwise: float = 0.0):
 def forward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, drop=0):
     """Returns o_BTHN = softmax(q k^T / sqrt(N)) (v + bias) and lse_BHT, log2 of the softmax denominators, float32."""
     b, t, h, n = q_BTHN.shape
-    kept = t - drop
-    rows, dims, scale = FORWARD["rows"], head_pieces(n), math.log2(math.e) / math.sqrt(n)
+    tq = t - drop
+    rows, dims, scale = FORWARD["rows"], head_spans(n), LOG2E / math.sqrt(n)
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref):
-        r, head, image = triton.tile(pl.program_id(0), rows, kept), pl.program_id(1), pl.program_id(2)
+        r, head, image = triton.tile(pl.program_id(0), rows, tq), pl.program_id(1), pl.program_id(2)
         columns = triton.at_run_time(dims)
         q = [load(q_ref, image, triton.later(r, drop), head, c, dtype=None) for c in columns]
 
@@ -97,9 +98,10 @@ def forward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, drop=0):
     return triton.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN),
-        name="attention_forward",
-        grid=(-(-kept // rows), h, b),
-        out=[((b, kept, h, n), q_BTHN.dtype), ((b, h, kept), f32)],
+        scope=ATTENTION,
+        name="forward",
+        grid=(-(-tq // rows), h, b),
+        out=[((b, tq, h, n), q_BTHN.dtype), ((b, h, tq), f32)],
         warps=FORWARD["warps"],
         stages=FORWARD["stages"],
     )
@@ -127,14 +129,14 @@ def backward(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
 def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
     """One tile of queries against all keys: dq, and on the way delta and the sum of do."""
     b, t, h, n = q_BTHN.shape
-    kept = do_BTHN.shape[1]
-    drop = t - kept
-    rows, dims, scale = BACKWARD_Q["rows"], head_pieces(n), 1 / math.sqrt(n)
-    tiles = -(-kept // rows)
+    tq = do_BTHN.shape[1]
+    drop = t - tq
+    rows, dims, scale = BACKWARD_Q["rows"], head_spans(n), 1 / math.sqrt(n)
+    tiles = -(-tq // rows)
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref, do_ref, dq_ref, delta_ref, dbias_ref):
         tile, head, image = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        r, columns = triton.tile(tile, rows, kept), triton.at_run_time(dims)
+        r, columns = triton.tile(tile, rows, tq), triton.at_run_time(dims)
         q = [load(q_ref, image, triton.later(r, drop), head, c, dtype=None) for c in columns]
         do = [load(do_ref, image, r, head, c, dtype=None) for c in columns]
         lse, delta = load(lse_ref, image, head, r), jnp.zeros((rows,), f32)
@@ -147,7 +149,7 @@ def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
         def body(dq, keys):
             k = [load(k_ref, image, keys, head, c, dtype=None) for c in columns]
             v = [load(qkv_ref, image, keys, 2 * h + head, c, dtype=None) for c in columns]
-            p = jnp.exp2(_dot(q, k) * (scale * math.log2(math.e)) - lse[:, None])
+            p = jnp.exp2(_dot(q, k) * (scale * LOG2E) - lse[:, None])
             ds = _keep(p * (_dot(do, v) - delta[:, None]), keys, 1)
             return _accumulate(dq, ds.astype(k[0].dtype), k)
 
@@ -160,9 +162,10 @@ def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
     dq, delta, dbias = triton.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN),
-        name="attention_backward_q",
+        scope=ATTENTION,
+        name="backward_q",
         grid=(tiles, h, b),
-        out=[(q_BTHN.shape, q_BTHN.dtype), ((b, h, kept), f32), ((b, tiles, h, n), f32)],
+        out=[(q_BTHN.shape, q_BTHN.dtype), ((b, h, tq), f32), ((b, tiles, h, n), f32)],
         warps=BACKWARD_Q["warps"],
         stages=BACKWARD_Q["stages"],
     )
@@ -172,8 +175,8 @@ def _backward_q(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BTHN, lse_BHT, do_BTHN):
 def _backward_kv(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN):
     """One tile of keys and values against all queries, in transposed form (scores are keys x queries)."""
     b, t, h, n = q_BTHN.shape
-    kept = do_BTHN.shape[1]
-    rows, dims, scale = BACKWARD_KV["rows"], head_pieces(n), 1 / math.sqrt(n)
+    tq = do_BTHN.shape[1]
+    rows, dims, scale = BACKWARD_KV["rows"], head_spans(n), 1 / math.sqrt(n)
 
     def kernel(q_ref, k_ref, qkv_ref, lse_ref, delta_ref, do_ref, dk_ref, dqkv_ref):
         r, head, image = triton.tile(pl.program_id(0), rows, t), pl.program_id(1), pl.program_id(2)
@@ -183,17 +186,17 @@ def _backward_kv(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN):
 
         def body(carry, queries):
             dk, dv = carry
-            q = [load(q_ref, image, triton.later(queries, t - kept), head, c, dtype=None) for c in columns]
+            q = [load(q_ref, image, triton.later(queries, t - tq), head, c, dtype=None) for c in columns]
             do = [load(do_ref, image, queries, head, c, dtype=None) for c in columns]
             lse, delta = load(lse_ref, image, head, queries), load(delta_ref, image, head, queries)
             # Masked queries load as zeros throughout: p is 1 there, times a zero do and a zero q.
-            p = jnp.exp2(_dot(k, q) * (scale * math.log2(math.e)) - lse[None])
+            p = jnp.exp2(_dot(k, q) * (scale * LOG2E) - lse[None])
             dv = _accumulate(dv, p.astype(q[0].dtype), do)
             ds = p * (_dot(v, do) - delta[None])
             return _accumulate(dk, ds.astype(q[0].dtype), q), dv
 
         zeros = tuple(jnp.zeros((rows, c.size), f32) for c in columns)
-        dk, dv = _loop(kept, BACKWARD_KV["step"], body, (zeros, zeros))
+        dk, dv = _loop(tq, BACKWARD_KV["step"], body, (zeros, zeros))
         for x, y, c in zip(dk, dv, columns, strict=True):
             store(dk_ref, image, r, head, c, value=x * scale)
             store(dqkv_ref, image, r, 2 * h + head, c, value=y)
@@ -201,7 +204,8 @@ def _backward_kv(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN):
     return triton.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, lse_BHT, delta_BHT, do_BTHN),
-        name="attention_backward_kv",
+        scope=ATTENTION,
+        name="backward_kv",
         grid=(-(-t // rows), h, b),
         out=[(k_BTHN.shape, k_BTHN.dtype), (qkv_BTGN.shape, qkv_BTGN.dtype)],
         warps=BACKWARD_KV["warps"],

@@ -1,7 +1,7 @@
 """Attention backward on Hopper: one kernel for the gradients of queries, keys and values, without atomics.
 
 A block has one head of one image, with its queries, keys, values and output gradients in shared memory (4 x 288 x 64 values,
-144 KiB). With P the softmax weights (computed again from the logarithms of their sums), V = v + bias and S = q k^T / sqrt(N):
+144 KiB). With P the softmax weights (recomputed from the logarithms of their sums), V = v + bias and S = q k^T / sqrt(N):
 
     dV = P^T do        dP = do V^T        dS = P * (dP - delta)        delta = rowsum(P * dP) = rowsum(do * o)
     dq = dS k / sqrt(N)                   dk = dS^T q / sqrt(N)
@@ -9,16 +9,18 @@ A block has one head of one image, with its queries, keys, values and output gra
 The bias drops out of dS, being the same for every key: dP - delta is unchanged if both use v for V, and o - bias for o.
 Its own gradient is the sum of do over the queries.
 
-1. The first two warpgroups take turns at tiles of 64 keys. For each they go over the queries in chunks of 64, in transposed
-   form (scores are keys x queries), so that P and dS are left-hand operands in registers of the products that make dv and dk.
-2. The third warpgroup keeps the gradients of all queries in registers (4.5 x 64 x 64 floats). It adds dS k for each chunk of
-   dS, which comes to it through a ring of slots in shared memory. So no product is done twice, nothing is added up in
-   memory, and the order of all sums is fixed: gradients are the same bit for bit from run to run.
-3. Before that, the third warpgroup starts all copies in the order in which they are needed and turns o and do into delta,
-   chunk by chunk, while the other two already work on the first ones. The outputs o land where the ring will be.
+A tile is 64 keys, a chunk 64 queries, a slot one chunk of dS in shared memory.
 
-Where the number of keys is no multiple of 64 the last tile runs on into rows that hold anything at all; these rows stay apart
-(they are rows of dk and dv that are never stored) and are left out of dS k.
+1. The first two warpgroups take alternate tiles. For each they loop over the chunks, in transposed form (scores are keys x
+   queries), so that P and dS are left-hand operands in registers of the matmuls for dv and dk.
+2. The third warpgroup has the gradients of all queries in registers (4.5 x 64 x 64 floats). It adds dS k for each chunk of
+   dS, which it receives through a ring buffer of slots. So no matmul is done twice, nothing is accumulated in memory,
+   and the order of all sums is fixed: gradients are the same bit for bit from run to run.
+3. Before that, the third warpgroup starts all copies in the order in which they are needed and computes delta from o and do,
+   chunk by chunk, while the other two already work on the first ones. The outputs o use the memory of the ring buffer.
+
+Where the number of keys is no multiple of 64 the last tile extends into rows with undefined contents. They do not mix with
+others (they are rows of dk and dv that are never stored) and are left out of dS k.
 
 Measured on an H200 at 256 images of 12 heads: 574 us at 288 tokens (360 at 256), where two Triton kernels take 766 (594).
 """
@@ -33,12 +35,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.constants import ATTENTION, LOG2E
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import COLUMNS, ROWS, TILE, broadcast, plgpu
 
-LOG2E = math.log2(math.e)
-SLOTS = 2  # of the ring of each warpgroup with keys
-FEW_QUERIES = 256  # their gradients leave enough registers to all warpgroups
+SLOTS = 2  # of the ring buffer of each warpgroup with keys
+FEW_QUERIES = 256  # up to here all warpgroups have enough registers
 # Otherwise, of a thread that works on keys and of one that has the queries' gradients (144 of them for 288 queries).
 REGISTERS = 160, 184
 f32 = jnp.float32
@@ -52,7 +54,7 @@ def unsupported(tokens: int) -> str:
 
 
 class _Sum:
-    """What stands for an accumulator in the interpreter."""
+    """An accumulator in the interpreter."""
 
     def __init__(self, value):
         self.value = value
@@ -77,8 +79,8 @@ def backward(
       qkv_BTGN, bias_GN: its input, of which the values are used.
 
     Returns:
-      dq_BTHN (zero for dropped tokens), dk_BTHN; dqkv_BTGN with the third of the values filled in and the rest not
-      written; dbias_HN of the values, float32.
+      dq_BTHN (zero for dropped tokens), dk_BTHN; dqkv_BTGN with the third of the values written and the rest
+      undefined; dbias_HN of the values, float32.
     """
     b, tq, h, n = o_BQHN.shape
     tk = k_BTHN.shape[1]
@@ -113,7 +115,7 @@ def backward(
         else:
             pl.run_scoped(fn, plgpu.ACC(shape, f32), plgpu.ACC(shape, f32))
 
-    def add_product(acc, a, b, which=""):
+    def add_matmul(acc, a, b, which=""):
         """Starts acc += a @ b, those of a and b transposed that `which` names."""
         if interpret:
             a, b = ((x if isinstance(x, jax.Array) else x[...]).astype(f32) for x in (a, b))
@@ -122,15 +124,15 @@ def backward(
             plgpu.wgmma(acc, a.transpose((1, 0)) if "a" in which else a, b.transpose((1, 0)) if "b" in which else b)
 
     def value_of(acc, in_flight):
-        """The accumulator when all but the last `in_flight` products are done."""
+        """The accumulator when all but the last `in_flight` matmuls are done."""
         return acc.value if interpret else plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
 
-    def wait_for_products(in_flight):
+    def wait_for_matmuls(in_flight):
         if not interpret:
             plgpu.wgmma_wait(in_flight)
 
     def loop(count, body):
-        """The interpreter's sums are values, which have to be carried from one turn to the next."""
+        """The interpreter's sums are values, which have to be carried from one iteration to the next."""
         if interpret:
             for i in range(count):
                 body(i)
@@ -161,10 +163,10 @@ def backward(
                 q, do = rows(q_at, c * TILE, size), rows(do_at, c * TILE, size)
 
                 def scores(s, dp):
-                    wait_for_products(0)
+                    wait_for_matmuls(0)
                     pl.when(i == 0)(lambda: plgpu.barrier_wait(queries_ready.at[c]))
-                    add_product(s, k, q, "b")
-                    add_product(dp, v, do, "b")
+                    add_matmul(s, k, q, "b")
+                    add_matmul(dp, v, do, "b")
                     pl.when(i == 0)(lambda: plgpu.barrier_wait(delta_ready.at[c]))
 
                     def columns(ref):
@@ -174,8 +176,8 @@ def backward(
                     p = jnp.exp2(value_of(s, 1) * (scale * LOG2E) - columns(lse_smem))
                     weights = p.astype(dtype)
                     ds = (p * (value_of(dp, 0) - columns(delta_smem))).astype(dtype)
-                    add_product(dv, weights, do)
-                    add_product(dk, ds, q)
+                    add_matmul(dv, weights, do)
+                    add_matmul(dk, ds, q)
                     plgpu.barrier_wait(empty.at[wg * SLOTS + c % SLOTS])
                     slot(wg, c).at[:, pl.ds(0, size)][...] = ds
                     plgpu.commit_smem()
@@ -209,19 +211,19 @@ def backward(
                     pl.when(wg == w)(lambda w=w: loop((len(tiles) + 1 - w) // 2, tile_of_keys))
             else:
                 loop((len(tiles) + 1 - wg) // 2, tile_of_keys)
-            pl.when(wg == 1)(sum_of_do)  # has a tile less, or as many
+            pl.when(wg == 1)(sum_of_do)  # it has one tile less, or as many
             for i in range(SLOTS):
                 plgpu.barrier_wait(empty.at[wg * SLOTS + i])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def sum_of_do():
-            """As a product with ones, whose eight columns are all the same."""
+            """As a matmul with ones, whose eight columns are all the same."""
             ones_smem[...] = cast(jnp.ones((ROWS, COLUMNS), dtype), mosaic.ROW_LAYOUT)
             plgpu.commit_smem()
 
             def add(sums):
                 for at in range(0, tq, COLUMNS):
-                    add_product(sums[0], rows(do_at, at, COLUMNS), ones_smem.at[pl.ds(0, 8)], "ab")
+                    add_matmul(sums[0], rows(do_at, at, COLUMNS), ones_smem.at[pl.ds(0, 8)], "ab")
 
             (total,) = with_sums([(n, 8)], add)
             dbias_smem[...] = jnp.max(total, axis=1)
@@ -232,10 +234,10 @@ def backward(
 
         def copy_queries(c):
             at, size = chunks[c]
-            kept, own, ready = pl.ds(drop + at, size), pl.ds(at, size), queries_ready.at[c]
+            source, own, ready = pl.ds(drop + at, size), pl.ds(at, size), queries_ready.at[c]
             plgpu.copy_gmem_to_smem(do_ref.at[image, own, head], rows(do_at, at, size), ready)
             plgpu.copy_gmem_to_smem(o_ref.at[image, own, head], rows(ring_at, at, size), ready)
-            plgpu.copy_gmem_to_smem(q_ref.at[image, kept, head], rows(q_at, at, size), ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[image, source, head], rows(q_at, at, size), ready)
 
         def copy_keys(tile):
             at, size = tiles[tile]
@@ -255,7 +257,7 @@ def backward(
 
         def deltas(bias):
             bias = bias.astype(f32)  # not earlier, since that would wait for the load before the copies
-            slots = [w * SLOTS + s for s in range(SLOTS) for w in range(2)]  # as the outputs lie in the ring
+            slots = [w * SLOTS + s for s in range(SLOTS) for w in range(2)]  # in the order of their memory
             for c, (first, size) in enumerate(chunks):
                 plgpu.barrier_wait(queries_ready.at[c])
                 for at in range(first, first + size, ROWS):
@@ -270,19 +272,19 @@ def backward(
 
         def add_all(dq):
             def release(w, c, in_flight):
-                wait_for_products(in_flight)
+                wait_for_matmuls(in_flight)
                 plgpu.barrier_arrive(empty.at[w * SLOTS + c % SLOTS])
 
             def go_over(pairs, size):
                 """All chunks of dS of one tile each of one or both warpgroups: pairs of tile and warpgroup."""
-                before = None  # whose slot the last but one product reads
+                before = None  # whose slot the last but one matmul reads
                 for tile, _ in pairs:
                     plgpu.barrier_wait(keys_ready.at[tile])
                 for c, (_, width) in enumerate(chunks):
                     for tile, w in pairs:
                         plgpu.barrier_wait(full.at[w * SLOTS + c % SLOTS])
                         ds = slot(w, c).at[pl.ds(0, size), pl.ds(0, width)]
-                        add_product(dq[c], rows(k_at, tile * TILE, size), ds, "a")
+                        add_matmul(dq[c], rows(k_at, tile * TILE, size), ds, "a")
                         if before:
                             release(*before, 1)
                         before = w, c
@@ -327,7 +329,8 @@ def backward(
     dq, dk, dqkv, dbias = mosaic.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BQHN, lse_BHQ, do_BQHN),
-        name="hopper_attention_backward",
+        scope=ATTENTION,
+        name="hopper_backward",
         grid=(h, b),
         grid_names=("head", "image"),
         warpgroups=3,

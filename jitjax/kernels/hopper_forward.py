@@ -1,21 +1,21 @@
-"""Attention forward on Hopper, from the raw qkv product on, in one kernel: bias, qk-norm, RoPE and softmax attention.
+"""Attention forward on Hopper, from the qkv projection on, in one kernel: bias, qk-norm, RoPE and softmax attention.
 
-Each multiprocessor keeps one block of four warpgroups, which goes through its share of the (image, head) pairs. Shared memory
-holds the queries, keys and values of two pairs (2 x 3 x 288 x 64 values, 216 KiB): bulk copies bring the next pair while the
-present one is computed, so no load is waited for.
+Each multiprocessor has one persistent block of four warpgroups, which loops over its share of the (image, head) pairs. Shared
+memory has two slots, each with the queries, keys and values of a pair (2 x 3 x 288 x 64 values, 216 KiB): bulk copies load the
+next pair while the present one is computed, so no load is waited for. A tile is 64 queries.
 
 1. The rows are normalised and rotated in place. Each thread has eight features of a row and the eight they are rotated
    with, and does the query and the key of a token together, for they have the same angles.
-2. Each warpgroup takes a tile of 64 queries and goes over all keys in steps with the usual online softmax, in units of
+2. Each warpgroup takes a tile and loops over all keys in steps with the usual online softmax, in units of
    log2. The finished tile goes out through the rows of its queries, which are no longer needed.
 3. Where half a tile is left over (288 tokens) the last warpgroup does it while the others already prepare the next pair. It
-   runs on into the first keys, which stand behind the queries; what comes of those rows is dropped.
+   extends into the first keys, which follow the queries in memory; the results of those rows are dropped.
 
-One barrier a pair says that the next one is prepared and that the memory of the last one is free. The bias of the values is
+One barrier per pair signals that the next one is prepared and that the slot of the last one is free. The bias of the values is
 added to the output: softmax rows sum to one.
 
 Measured on an H200 at 256 images of 12 heads: 270 us at 288 tokens (226 at 256) for the outputs alone, 320 (266) in
-an earlier version with the queries and keys that the backward pass wants, where the two Triton kernels take 410 (329).
+an earlier version with the queries and keys that the backward pass needs, where the two Triton kernels take 410 (329).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.constants import ATTENTION, EPS, LOG2E
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import ROWS, TILE, broadcast, plgpu
 
-EPS = 1e-6
 HEAD_DIM = 64
 MOST_TOKENS = 288  # two pairs fill the shared memory
 WARPGROUPS = 4
@@ -44,7 +44,7 @@ f32 = jnp.float32
 def online_softmax(
     scores: Callable[[Any], jax.Array],
     values: Callable[[Any], Any],
-    product: Callable[..., jax.Array],
+    matmul: Callable[..., jax.Array],
     *,
     steps: int,
     scale: float,
@@ -53,8 +53,8 @@ def online_softmax(
     """Inside a kernel: a warpgroup's tile of queries over all keys, in steps.
 
     Args:
-      scores: products of queries and keys of step j, (rows, keys) float32. values: place of those of step j.
-      product: of (sum or None, left operand, place of the right one).
+      scores: q k^T with the keys of step j, (rows, keys) float32. values: reference to those of step j.
+      matmul: of (accumulator or None, left operand, reference to the right one).
       scale: of the scores, in units of log2.
 
     Returns:
@@ -71,13 +71,13 @@ def online_softmax(
         new_top = jnp.maximum(top, jnp.max(s, axis=1) * scale)
         p, sums = weights(s, new_top)
         shrink = jnp.exp2(top - new_top)
-        o = product(o * broadcast(shrink, o.shape, 0), p, values(j))
+        o = matmul(o * broadcast(shrink, o.shape, 0), p, values(j))
         return o, new_top, total * broadcast(shrink, sums.shape, 0) + sums
 
     s = scores(0)
     top = jnp.max(s, axis=1) * scale
     p, total = weights(s, top)
-    o, top, total = lax.fori_loop(1, steps, step, (product(None, p, values(0)), top, total))
+    o, top, total = lax.fori_loop(1, steps, step, (matmul(None, p, values(0)), top, total))
     return o, top, jnp.sum(total, axis=1)
 
 
@@ -104,7 +104,7 @@ def forward(
     """Softmax attention of normalised, rotated queries and keys (see `attention.plain_qkv_attention`).
 
     Args:
-      qkv_BTGN: the qkv product without bias, G = 3 H heads of queries, keys, values; features in half-split order.
+      qkv_BTGN: the qkv projection without bias, G = 3 H heads of queries, keys, values; features in half-split order.
       bias_GN: in the compute type. q_weight_N, k_weight_N: float32.
       cos_TM, sin_TM: float32, M = N / 2.
       drop: the first tokens, which are keys and values only; Q = T - drop queries are left.
@@ -113,10 +113,10 @@ def forward(
       o_BQHN; lse_BHQ, log2 of the softmax denominators, float32; with `save_qk` the normalised, rotated q_BTHN and k_BTHN.
     """
     b, t, g, n = qkv_BTGN.shape
-    kept, h, dtype, scale = t - drop, g // 3, qkv_BTGN.dtype, math.log2(math.e) / math.sqrt(n)
+    tq, h, dtype, scale = t - drop, g // 3, qkv_BTGN.dtype, LOG2E / math.sqrt(n)
     keys = next(size for size in (96, 64, 32) if t % size == 0)  # of one step
-    full, half = divmod(kept, TILE)
-    # Warpgroups that normalise rows: the last one has none to spare time for where it does the half tile.
+    full, half = divmod(tq, TILE)
+    # Warpgroups that normalise rows: the last one does not where it has the half tile to do.
     workers = next(w for w in range(WARPGROUPS - bool(half), 0, -1) if t // ROWS % w == 0)
     share = t // ROWS // workers
     blocks = min(mosaic.multiprocessors(), b * h)
@@ -125,21 +125,21 @@ def forward(
     def load(ref, layout, optimized=True):
         return mosaic.load(ref, layout, interpret, optimized)
 
-    def product(acc, a, b_ref, transposed=""):
-        return mosaic.products((acc, a, b_ref, transposed), interpret=interpret)[0]
+    def matmul(acc, a, b_ref, transposed=""):
+        return mosaic.matmuls((acc, a, b_ref, transposed), interpret=interpret)[0]
 
     def kernel(qkv_ref, bias_ref, weight_ref, cos_ref, sin_ref, o_ref, lse_ref, *rest):
         *qk_refs, qk_smem, v_smem, half_smem, lse_smem, q_ready, k_ready, v_ready, prepared = rest
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         count = (b * h - block + blocks - 1) // blocks
 
-        def place(i):
+        def locate(i):
             """Image, head and slot of the i-th pair of this block."""
             pair = block + i * blocks
             return pair // h, pair % h, i % SLOTS
 
         def fetch(i):
-            image, head, slot = place(i)
+            image, head, slot = locate(i)
             for part, smem, ready in (
                 (0, qk_smem.at[slot, pl.ds(0, t)], q_ready),
                 (1, qk_smem.at[slot, pl.ds(t, t)], k_ready),
@@ -149,7 +149,7 @@ def forward(
 
         def prepare(i):
             """Normalise and rotate the queries and keys of a pair."""
-            image, head, slot = place(i)
+            image, head, slot = locate(i)
             layout = mosaic.ROW_LAYOUT
 
             def vectors(ref, index):
@@ -161,8 +161,8 @@ def forward(
             def tile(j, _):
                 first = (wg * share + j) * ROWS
                 cos, sin = (load(ref.at[pl.ds(first, ROWS)], layout, optimized=False) for ref in (cos_ref, sin_ref))
-                places = [qk_smem.at[slot, pl.ds(part * t + first, ROWS)] for part in (0, 1)]
-                for part, smem in enumerate(places):
+                targets = [qk_smem.at[slot, pl.ds(part * t + first, ROWS)] for part in (0, 1)]
+                for part, smem in enumerate(targets):
                     x = [load(smem.at[:, half], layout).astype(f32) for half in features]
                     x = [v + broadcast(c, cos.shape, 1) for v, c in zip(x, bias[part], strict=True)]
                     squares = jnp.sum(x[0] * x[0] + x[1] * x[1], axis=1)
@@ -172,7 +172,7 @@ def forward(
                     smem.at[:, features[1]][...] = (c * cos + a * sin).astype(dtype)
                 if save_qk:
                     plgpu.commit_smem()
-                    for smem, ref in zip(places, qk_refs, strict=True):
+                    for smem, ref in zip(targets, qk_refs, strict=True):
                         plgpu.copy_smem_to_gmem(smem, ref.at[image, pl.ds(first, ROWS), head])
                 return _
 
@@ -182,21 +182,21 @@ def forward(
                 plgpu.barrier_wait(k_ready.at[slot])
                 lax.fori_loop(0, share, tile, None)
                 plgpu.commit_smem()
-                # The queries have to be out before a tile of output may take their place; the last keys need not.
+                # The queries must have been copied out before a tile of output may overwrite them; the last keys need not.
                 plgpu.wait_smem_to_gmem(1 if save_qk else 0, wait_read_only=True)
 
         def attend(i, tile, size, stage, lse_row):
-            """One tile of queries, of which the first `size` rows exist; it leaves through `stage`."""
-            image, head, slot = place(i)
+            """One tile of queries, of which the first `size` rows exist; its output is written by way of `stage`."""
+            image, head, slot = locate(i)
             q_tile = qk_smem.at[slot, pl.ds(drop + tile * TILE, TILE)]
 
             def scores(j):
-                return product(None, q_tile, qk_smem.at[slot, pl.ds(t + j * keys, keys)], "b")
+                return matmul(None, q_tile, qk_smem.at[slot, pl.ds(t + j * keys, keys)], "b")
 
             def values(j):
                 return v_smem.at[slot, pl.ds(j * keys, keys)]
 
-            o, top, total = online_softmax(scores, values, product, steps=t // keys, scale=scale, dtype=dtype)
+            o, top, total = online_softmax(scores, values, matmul, steps=t // keys, scale=scale, dtype=dtype)
             bias = load(bias_ref.at[2 * h + head], mosaic.OF_COLUMNS, optimized=False).astype(f32)
             o = o * broadcast(1 / total, o.shape, 0) + broadcast(bias, o.shape, 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -239,11 +239,12 @@ def forward(
     def rows_of(*shape):
         return mosaic.rows_of(*shape, n, dtype=dtype, interpret=interpret)
 
-    o, lse = jax.ShapeDtypeStruct((b, kept, h, n), dtype), jax.ShapeDtypeStruct((b, h, kept), f32)
+    o, lse = jax.ShapeDtypeStruct((b, tq, h, n), dtype), jax.ShapeDtypeStruct((b, h, tq), f32)
     return mosaic.call(
         kernel,
         *(qkv_BTGN, bias_GN, jnp.stack([q_weight_N, k_weight_N]).astype(f32), cos_TM.astype(f32), sin_TM.astype(f32)),
-        name="hopper_attention_forward",
+        scope=ATTENTION,
+        name="hopper_forward",
         grid=(blocks,),
         grid_names=("block",),
         warpgroups=WARPGROUPS,

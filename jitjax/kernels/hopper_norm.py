@@ -1,9 +1,10 @@
-"""The row kernels of `norm` on Hopper, with loads that run ahead of the arithmetic.
+"""The kernels of `norm` on Hopper, with prefetched loads.
 
-The kernels of `norm` are bound by memory, and yet a third of their time is waiting: a warp loads its rows, waits, sums them up,
-computes and stores. Here one warpgroup has a part of the tokens of an image and a ring of tiles of a few rows in shared memory.
-Bulk copies fill the tiles that come next while it works on one; results replace what they were computed from (the same thread
-reads and writes an element) and leave by bulk copies as well. Two blocks share a multiprocessor.
+The Triton kernels of `norm` are bound by memory, and yet a third of their time is waiting: a warp loads its rows, waits, sums
+them, computes and stores. Here one warpgroup has a chunk of the tokens of an image and a ring buffer of stages in shared
+memory, each one tile of a few rows. Bulk copies prefetch the next tiles while it works on one; results overwrite their inputs
+(the same thread reads and writes an element) and are copied out in bulk as well. Two blocks share a multiprocessor. A span is a
+range of columns.
 
 A warp takes whole rows, or two warps share a row that is too wide for one: every thread has the same columns of all rows, so
 that sums over tokens stay in registers, and a row sum is five shuffles (and one exchange where warps share a row). Both row
@@ -25,10 +26,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.constants import EPS, NORM
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import broadcast, plgpu
 
-EPS = 1e-6
 WARPS, LANES = 4, 32  # of a warpgroup
 BLOCKS = 480  # fewer would leave a multiprocessor with one block while others have two
 SHARED = 115_712  # bytes of shared memory for each of two blocks of a multiprocessor
@@ -49,8 +50,8 @@ def unsupported(tokens: int, width: int, dropped: int = 0) -> str:
 class Tiles:
     """What the blocks do.
 
-    warps: that share a row. vector: neighbouring columns of a thread. rows: of a tile. stages: tiles of the ring. steps: tiles
-    that a block goes through. chunks: blocks of an image.
+    warps: that share a row. vector: neighbouring columns of a thread. rows: of a tile. stages: tiles in the ring buffer. steps:
+    tiles that a block processes. chunks: blocks of an image.
     """
 
     warps: int
@@ -67,7 +68,7 @@ class Tiles:
 
     @classmethod
     def choose(cls, images: int, tokens: int, width: int, arrays: int, itemsize: int) -> Tiles:
-        """For a ring of tiles of so many arrays with elements of `itemsize` bytes."""
+        """For a ring buffer of tiles of so many arrays with elements of `itemsize` bytes."""
         warps = 1 if width <= WIDEST_FOR_ONE_WARP else 2
         vector = next(n for n in (8, 4, 2, 1) if width % (n * LANES * warps) == 0)
         rows = WARPS // warps
@@ -79,16 +80,16 @@ class Tiles:
 
 
 def _layout(warps: int, vector: int) -> Any:
-    """How (rows, columns) lie on a warpgroup: each row on `warps` warps, `vector` neighbouring columns in a thread."""
-    piece, rest = LANES * vector, {"lane_dims": (-2,), "vector_dim": -1}
+    """How (rows, columns) are spread over a warpgroup: each row on `warps` warps, `vector` neighbouring columns in a thread."""
+    columns, rest = LANES * vector, {"lane_dims": (-2,), "vector_dim": -1}
     if warps == 1:
-        return plgpu.Layout.TILED(plgpu.Tiling(((WARPS, piece), (vector,))), warp_dims=(-3,), **rest)
-    tiling = plgpu.Tiling(((WARPS // warps, warps * piece), (piece,), (vector,)))
+        return plgpu.Layout.TILED(plgpu.Tiling(((WARPS, columns), (vector,))), warp_dims=(-3,), **rest)
+    tiling = plgpu.Tiling(((WARPS // warps, warps * columns), (columns,), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,) if warps == WARPS else (-4, -3), **rest)
 
 
 class _Rows:
-    """Tiles of rows in registers, piece by piece of their columns."""
+    """Tiles of rows in registers, span by span of their columns."""
 
     def __init__(self, width: int, tiles: Tiles, interpret: bool):
         self.interpret, self.shape = interpret, (tiles.rows, tiles.width)
@@ -96,18 +97,18 @@ class _Rows:
         self.columns = [pl.ds(start, tiles.width) for start in range(0, width, tiles.width)]
 
     def tile(self, ref) -> list[jax.Array]:
-        """A tile, (rows, width) float32 for each piece."""
+        """A tile, (rows, width) float32 for each span."""
         return [self._load(ref.at[:, c], self.layout).astype(f32) for c in self.columns]
 
     def vector(self, ref) -> list[jax.Array]:
-        """A vector, (width,) float32 for each piece."""
+        """A vector, (width,) float32 for each span."""
         return [self._load(ref.at[c], self.layout.reduce(0)).astype(f32) for c in self.columns]
 
     def _load(self, ref, layout):
         return mosaic.load(ref, layout, self.interpret, optimized=False)
 
     def down(self, vector: jax.Array) -> jax.Array:
-        """One piece of a vector, the same for every row of a tile."""
+        """One span of a vector, the same for every row of a tile."""
         return broadcast(vector, self.shape, 1)
 
     def across(self, scalars: jax.Array) -> jax.Array:
@@ -115,7 +116,7 @@ class _Rows:
         return broadcast(scalars, self.shape, 0)
 
     def row_sum(self, terms: Sequence[jax.Array]) -> jax.Array:
-        """The sum over all pieces of each row, (rows,)."""
+        """The sum over all spans of each row, (rows,)."""
         return jnp.sum(sum(terms[1:], terms[0]), axis=1)
 
     def zeros(self) -> jax.Array:
@@ -127,7 +128,7 @@ class _Rows:
 
 
 def _stream(ring, ready, sources: Sequence[Callable], targets: Sequence[tuple[int, Callable]], steps: int) -> Callable:
-    """Sends for the first tiles and returns run(body, carry), which applies carry = body(tile refs, carry) to each tile.
+    """Starts the first copies and returns run(body, carry), which applies carry = body(tile refs, carry) to each tile.
 
     Args:
       ring: refs of (stages, rows, width), one for each source.
@@ -153,7 +154,7 @@ def _stream(ring, ready, sources: Sequence[Callable], targets: Sequence[tuple[in
             plgpu.commit_smem()
             for k, (index, target) in enumerate(targets):
                 plgpu.copy_smem_to_gmem(ring[index].at[slot], target(i), commit_group=k == len(targets) - 1)
-            # The tile before this one has most likely left by now; a later one takes its place.
+            # The tile before this one has most likely been copied out by now; a later one reuses its stage.
             following = i - 1 + stages
 
             @pl.when((i > 0) & (following < steps))
@@ -175,6 +176,7 @@ def _call(kernel, *args, name, images, tiles, out, arrays, width, dtype, scratch
     return mosaic.call(
         kernel,
         *args,
+        scope=NORM,
         name=name,
         grid=(tiles.chunks, images),
         grid_names=("chunk", "image"),
@@ -237,7 +239,7 @@ def forward(
     return _call(
         kernel,
         *(x_BTD, weight_D, shift_BD, scale_BD, *(residual or ())),
-        name="hopper_norm_forward",
+        name="hopper_forward",
         images=b,
         tiles=tiles,
         out=[jax.ShapeDtypeStruct((b, t, d), dtype)] * arrays,
@@ -313,8 +315,8 @@ def backward(
             return [[s + x for s, x in zip(*pair, strict=True)] for pair in zip(sums, terms, strict=True)]
 
         sums = run(tile, [[rows.zeros() for _ in rows.columns] for _ in range(n_sums)])
-        for k, pieces in enumerate(sums):
-            for c, x in zip(rows.columns, pieces, strict=True):
+        for k, spans in enumerate(sums):
+            for c, x in zip(rows.columns, spans, strict=True):
                 mosaic.store(sums_smem, x, interpret, optimized=False)
                 plgpu.commit_smem()
                 for start in range(0, tiles.width, 128):
@@ -336,7 +338,7 @@ def backward(
     dx, *dbranch, sums = _call(
         kernel,
         *(x_BTD, weight_D, scale_BD, dh_BTD, *(residual or ())),
-        name="hopper_norm_backward",
+        name="hopper_backward",
         images=b,
         tiles=tiles,
         out=[

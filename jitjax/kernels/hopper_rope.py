@@ -1,12 +1,12 @@
-"""Back through RoPE, qk-norm and bias on Hopper, with loads that run ahead of the arithmetic.
+"""Backward pass of RoPE, qk-norm and bias on Hopper, with prefetched loads.
 
-The row kernel of `attention` waits for its loads, and loads the angles and the weights anew for every few tokens. Here a block
-of one warpgroup has a few tokens and heads of the queries or the keys, and goes through the images. So everything but the
+The Triton kernel in `attention` waits for its loads, and reloads the angles and the weights for every few tokens. Here a block
+of one warpgroup has a few tokens and heads of the queries or the keys, and loops over the images. So everything but the
 data stays in registers from the first image to the last: cosines, sines, bias and weight, and the sums for the gradients of the
-last two. A ring of tiles in shared memory is filled by bulk copies that run ahead; results replace what they were computed from
-(the same thread reads and writes an element) and leave by bulk copies, into the gradient that has the values' third already.
+last two. Bulk copies prefetch tiles into a ring buffer of stages in shared memory; results overwrite their inputs (the same
+thread reads and writes an element) and are copied in bulk into the gradient that already has the values' third.
 
-A tile has 8 tokens of 4 heads (one piece of memory a token) of one or two images. A thread has features of the
+A tile has 8 tokens of 4 heads (contiguous in memory for each token) of one or two images. A thread has features of the
 first half of a row and those of the second half that they form pairs with: RoPE needs no exchange, and a row sum is two
 shuffles. Both row sums are formed at once, since mean(dxhat * xhat) = r mean(dxhat * x).
 
@@ -27,13 +27,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.constants import EPS, ROPE
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import COLUMNS, plgpu
 
-EPS = 1e-6
 HEAD_DIMS = 64, 80
 HEADS, TOKENS = 4, 8  # of a tile: a warp for each head
-BLOCKS = 1600  # about four times as many as the card can have at a time: the last ones to end are short
+BLOCKS = 1600  # about four times as many as the card can have at a time: so that little time is lost at the end
 f32 = jnp.float32
 
 
@@ -59,7 +59,7 @@ def unsupported(tokens: int, head_dim: int, num_heads: int) -> str:
 class Tiles:
     """What the blocks do.
 
-    images: of a tile. stages: tiles of the ring. steps: tiles that a block goes through.
+    images: of a tile. stages: tiles in the ring buffer. steps: tiles that a block processes.
     """
 
     images: int
@@ -121,7 +121,7 @@ def backward(
         r, chunk, group = (lax.axis_index(name) for name in ("range", "chunk", "group"))
         first, span = r * tiles.steps, pl.ds(chunk * TOKENS, TOKENS)
         steps = lax.min(tiles.steps, b // images - first)
-        slots = [group * HEADS + i for i in range(HEADS)]  # of the fused product
+        slots = [group * HEADS + i for i in range(HEADS)]  # heads of the fused projection
         is_k = group >= groups // 2
 
         def fetch(i):
@@ -179,7 +179,7 @@ def backward(
             for k, slot in enumerate(slots):
                 target = dqkv_ref.at[some, span, columns(slot)]
                 plgpu.copy_smem_to_gmem(x_ring.at[stage, k], target, commit_group=k == HEADS - 1)
-            # The tile before this one has most likely left by now; a later one takes its place.
+            # The tile before this one has most likely been copied out by now; a later one reuses its stage.
             following = i - 1 + stages
 
             @pl.when((i > 0) & (following < steps))
@@ -203,7 +203,8 @@ def backward(
         *(x.reshape(b, t, -1) for x in (dq_BTHN, dk_BTHN, qkv_BTGN)),
         *(bias_GN, *(x.astype(f32) for x in (q_weight_N, k_weight_N, cos_TM, sin_TM))),
         in_place=dqkv_BTGN.reshape(b, t, -1),
-        name="hopper_norm_rope_backward",
+        scope=ROPE,
+        name="hopper_backward",
         grid=(ranges, chunks, groups),
         grid_names=("range", "chunk", "group"),
         out=[jax.ShapeDtypeStruct((ranges, chunks, groups, 4, HEADS, m), f32)],

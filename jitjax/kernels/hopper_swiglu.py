@@ -1,23 +1,23 @@
-"""The MLP's two products with 2F columns of hidden units on Hopper, with SwiGLU at their side instead of behind them.
+"""The MLP's two large matmuls on Hopper, with SwiGLU computed inside the same kernels.
 
     forward     x12 = x @ w12         u = silu(a) * b     with [a | b] = x12 + bias
     backward    du = dy @ w3^T        dx12 = du * [b silu'(a) | silu(a)]     and its sum over all rows, the bias' gradient
 
-A row kernel behind the product would read x12 again forward, and write and read du as well as read x12 backward. Here the tile
-of a product passes to the row operation through shared memory, and both go on at the same time:
+A separate elementwise kernel after the matmul would read x12 again forward, and write and read du as well as read x12 backward.
+Here a tile of the matmul's result is passed to SwiGLU through shared memory, and both run at the same time:
 
-1. Two warpgroups multiply: 128 rows by 256 columns, 64 rows each. They also start the copies of their operands, one of rows,
-   the other of weights, into a ring of places; a place is filled again when both have used it.
-2. When they have a tile they round it, leave it in shared memory and go on to the next one.
-3. The third warpgroup takes it from there, in pieces of 32 rows and 64 columns. Backward, the pieces of x12 come to it through
-   a ring of their own and leave as dx12 from the same place.
+1. Two warpgroups multiply: a tile is 128 rows by 256 columns, 64 rows each. They also start the copies of their operands, one
+   of rows, the other of weights, into a ring buffer of stages; a stage is refilled once both warpgroups have consumed it.
+2. A finished tile is rounded and written to shared memory, and they continue with the next one.
+3. The third warpgroup reads it from there in subtiles of 32 rows and 64 columns. Backward, it receives the subtiles of x12
+   through a ring buffer of slots of its own, and dx12 is copied out from the same slots. A group is the subtiles of 64 columns.
 
-Blocks stay on their multiprocessor and take tile after tile, columns first, so that rows and weights are read from the L2
-cache. The third warpgroup's code has to fit into the instruction cache: written out for a whole tile it took three times as
-long as in a loop over groups of columns.
+Blocks are persistent and take tile after tile, columns first, so that rows and weights are read from the L2 cache. The third
+warpgroup's code has to fit into the instruction cache: unrolled for a whole tile it took three times as long as in a loop
+over groups.
 
-Measured on an H100, 73 728 rows, width 768, F = 2048: forward 752 us where cuBLAS and the row kernel take 945 to 985 (the
-product alone 650), backward 635 where they take 900 (338).
+Measured on an H100, 73 728 rows, width 768, F = 2048: forward 752 us where cuBLAS and a separate SwiGLU kernel take 945
+to 985 (the matmul alone 650), backward 635 where they take 900 (338).
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import mosaic
+from jitjax.kernels.constants import MLP
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import TILE, broadcast, plgpu
 
-MULTIPLY = 2  # warpgroups that do
+MULTIPLY = 2  # warpgroups that multiply
 ROWS = MULTIPLY * TILE  # of a tile
 COLUMNS = 256
-GROUP = 64  # columns of a piece
-SIZE = 32  # rows of a piece
+GROUP = 64  # columns of a subtile, and of a group
+SIZE = 32  # rows of a subtile
 UNIT = 128  # F is a multiple of it
-FORWARD_SLOTS, BACKWARD_SLOTS = 4, 4  # places for pieces
+FORWARD_SLOTS, BACKWARD_SLOTS = 4, 4  # for subtiles
 f32 = jnp.float32
 
 if plgpu:
@@ -54,19 +55,19 @@ if plgpu:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Places for operands: how many, and how much of the contraction each takes."""
+    """Ring buffer of operands: how many stages, and how much of the contraction each holds."""
 
     stages: int
     depth: int
 
 
-FORWARD, BACKWARD, MASKED_BACKWARD = Ring(3, 64), Ring(5, 32), Ring(4, 32)  # as many as there is room for
+FORWARD, BACKWARD, MASKED_BACKWARD = Ring(3, 64), Ring(5, 32), Ring(4, 32)  # as many as shared memory holds
 
 
 def unsupported(width: int, hidden: int, dtype: jax.typing.DTypeLike) -> str:
-    """Why the kernels cannot take these shapes, or an empty string. Any number of rows goes."""
+    """Why the kernels cannot take these shapes, or an empty string. Any number of rows is possible."""
     if jnp.dtype(dtype).itemsize != 2:
-        return f"products in {jnp.dtype(dtype).name}"
+        return f"matmuls in {jnp.dtype(dtype).name}"
     if width % FORWARD.depth or width < FORWARD.depth * FORWARD.stages:
         return f"a width of {width}, no multiple of {FORWARD.depth} or too small"
     return f"{hidden} hidden units, no multiple of {UNIT}" if hidden % UNIT else ""
@@ -109,12 +110,12 @@ def forward(x_MD: jax.Array, w12_ND: jax.Array, bias_N: jax.Array, *, interpret:
             source = refs.bias.at[pl.ds(half * f + column * wide, wide)]
             plgpu.copy_gmem_to_smem(source, refs.bias_smem.at[buffer, half], refs.bias_ready.at[buffer])
 
-    def begin(refs, place):
-        bring_bias(Refs(*refs), 0, place[1])
+    def begin(refs, position):
+        bring_bias(Refs(*refs), 0, position[1])
 
-    def rows(refs, tile_smem, tile_ready, i, place, following, more):
+    def rows(refs, tile_smem, tile_ready, i, position, following, more):
         refs = Refs(*refs)
-        (row, column), buffer = place, lax.rem(i, 2)
+        (row, column), buffer = position, lax.rem(i, 2)
         pl.when(more)(lambda: bring_bias(refs, 1 - buffer, following[1]))
         plgpu.barrier_wait(refs.bias_ready.at[buffer])
         plgpu.barrier_wait(tile_ready)
@@ -140,13 +141,13 @@ def forward(x_MD: jax.Array, w12_ND: jax.Array, bias_N: jax.Array, *, interpret:
                 plgpu.copy_smem_to_gmem(slot, out)
 
         lax.fori_loop(0, wide // GROUP, group, None)
-        # More copies of u than there are slots came behind those of x12, so x12 has left the tile.
+        # More copies of u than there are slots were started after those of x12, so x12 has been copied out of the tile.
 
-    x12, u = _product(
+    x12, u = _matmul(
         x_MD,
         w12_ND,
         bias_N.astype(f32),
-        name="hopper_swiglu_forward",
+        name="hopper_forward",
         ring=FORWARD,
         weights=lambda column: [(half * f + column * wide, wide) for half in range(2)],
         column_tiles=f // wide,
@@ -180,7 +181,7 @@ def backward(
     Args:
       dy_MD: gradient of u @ w3, M rows, a multiple of 128.
       w3_FD: weights. x12_MN: as `forward` returned it. bias_N: float32, N = 2F.
-      keep_MF: None, or uint8 of which zeros say where dropout let nothing of u through; the rest went on times `scale`.
+      keep_MF: None, or uint8, 0 where dropout zeroed u; the rest was multiplied by `scale`.
 
     Returns:
       dx12_MN; dbias_N, float32.
@@ -188,7 +189,7 @@ def backward(
     m, f, dtype = dy_MD.shape[0], w3_FD.shape[0], dy_MD.dtype
     slots, groups, half_tile = BACKWARD_SLOTS, COLUMNS // GROUP, COLUMNS // 2
     per_group = ROWS // SIZE
-    pieces = per_group * groups
+    subtiles = per_group * groups
     masked = keep_MF is not None
     column_tiles, whole = -(-f // COLUMNS), f % COLUMNS == 0
 
@@ -216,9 +217,9 @@ def backward(
         def of(cls, refs):
             return cls(*refs) if masked else cls(*refs[:2], None, *refs[2:6], None, *refs[6:])
 
-    def bring(refs, place, piece):
-        (row, column), slot = place, piece % slots
-        g, r = piece // per_group, piece % per_group
+    def bring(refs, position, subtile):
+        (row, column), slot = position, subtile % slots
+        g, r = subtile // per_group, subtile % per_group
         at, start = pl.ds(row + r * SIZE, SIZE), column * COLUMNS + g * GROUP
 
         def copy():
@@ -237,26 +238,26 @@ def backward(
                 part = refs.bias_smem.at[buffer, half, pl.ds(j * half_tile, half_tile)]
                 plgpu.copy_gmem_to_smem(source, part, refs.bias_ready.at[buffer])
 
-    def begin(refs, place):
+    def begin(refs, position):
         refs = Refs.of(refs)
-        bring_bias(refs, 0, place[1])
-        for piece in range(slots - 1):
-            bring(refs, place, piece)
+        bring_bias(refs, 0, position[1])
+        for subtile in range(slots - 1):
+            bring(refs, position, subtile)
 
-    def rows(refs, tile_smem, tile_ready, i, place, following, more):
+    def rows(refs, tile_smem, tile_ready, i, position, following, more):
         refs = Refs.of(refs)
-        (row, column), buffer = place, lax.rem(i, 2)
+        (row, column), buffer = position, lax.rem(i, 2)
         pl.when(more)(lambda: bring_bias(refs, 1 - buffer, following[1]))
         plgpu.barrier_wait(refs.bias_ready.at[buffer])
         plgpu.barrier_wait(tile_ready)
 
-        def refill(piece):
-            """In the place of the piece before this one, whose copies have most likely left by now."""
+        def refill(subtile):
+            """In the slot of the subtile before this one, which has most likely been copied out by now."""
             plgpu.wait_smem_to_gmem(2, wait_read_only=True)
-            after = piece - 1 + slots
-            over = after >= pieces
-            source = tuple(jnp.where(over, b, a) for a, b in zip(place, following, strict=True))
-            pl.when(~over | more)(lambda: bring(refs, source, jnp.where(over, after - pieces, after)))
+            after = subtile - 1 + slots
+            over = after >= subtiles
+            source = tuple(jnp.where(over, b, a) for a, b in zip(position, following, strict=True))
+            pl.when(~over | more)(lambda: bring(refs, source, jnp.where(over, after - subtiles, after)))
 
         def group(g, _):
             if_there(column, g, lambda: of_group(g))
@@ -305,13 +306,13 @@ def backward(
 
         lax.fori_loop(0, groups, group, None)
 
-    dx12, sums = _product(
+    dx12, sums = _matmul(
         dy_MD,
         w3_FD,
         x12_MN,
         bias_N.astype(f32),
         *([keep_MF] if masked else []),
-        name="hopper_swiglu_backward",
+        name="hopper_backward",
         ring=MASKED_BACKWARD if masked else BACKWARD,
         weights=lambda column: [(column * COLUMNS, COLUMNS)] if whole else [(start_of(column, j), half_tile) for j in (0, 1)],
         column_tiles=column_tiles,
@@ -332,17 +333,17 @@ def backward(
 
 
 def _along_rows(ref: Any, interpret: bool) -> jax.Array:
-    """GROUP values in shared memory, the same in each row of a piece."""
+    """GROUP values in shared memory, the same in each row of a subtile."""
     x = mosaic.load(ref, LAYOUT.reduce(0), interpret, optimized=False)
     return mosaic.cast(broadcast(x, (SIZE, GROUP), 1), LAYOUT, interpret)
 
 
 def _rows_of(*shape: int, dtype: Any, interpret: bool) -> Any:
-    """Rows in shared memory for pieces of GROUP columns."""
+    """Rows in shared memory for subtiles of GROUP columns."""
     return mosaic.rows_of(*shape, dtype=dtype, interpret=interpret, columns=GROUP)
 
 
-def _product(
+def _matmul(
     x_MD: jax.Array,
     w_ND: jax.Array,
     *others: jax.Array,
@@ -357,15 +358,15 @@ def _product(
     scratch: Sequence[Any],
     interpret: bool,
 ) -> list[jax.Array]:
-    """Tiles of x @ w^T, each handed to `rows` in the compute type.
+    """Tiles of x @ w^T, each passed to `rows` in the compute type.
 
     Args:
       weights: (first row, number) of the parts of w_ND that make up a tile's columns, from the number of the column tile.
-      parts: that a warpgroup's tile is cut into along its columns; a bulk copy takes a whole one.
-      begin: called once by the third warpgroup, with references to others, out and scratch and the place of the first tile.
+      parts: that a warpgroup's tile is divided into along its columns, each one bulk copy.
+      begin: called once by the third warpgroup, with references to others, out and scratch and the position of the first tile.
       rows: called for every tile by the third warpgroup: (references, tile in shared memory (2, parts, 64, 256 / parts),
-        barrier that says when it is there, number of the tile in this block, its place, the following one's place, whether
-        there is one). A place is (first row, number of the column tile). When it returns nothing may read the tile any more.
+        barrier that signals it, number of the tile in this block, its position, the next one's position, whether there is a
+        next one). A position is (first row, number of the column tile). When it returns nothing may read the tile any more.
     """
     (m, d), dtype = x_MD.shape, x_MD.dtype
     if m % ROWS:
@@ -379,7 +380,7 @@ def _product(
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         count = (tiles - block + blocks - 1) // blocks
 
-        def place(i):
+        def position(i):
             tile = block + i * blocks
             return tile // column_tiles * ROWS, lax.rem(tile, column_tiles)
 
@@ -388,7 +389,7 @@ def _product(
 
         def load(i, step):
             """Starts the copies for a step: rows by the first warpgroup, weights by the second."""
-            (row, column), slot, part = place(i), slot_of(i, step), pl.ds(step * depth, depth)
+            (row, column), slot, part = position(i), slot_of(i, step), pl.ds(step * depth, depth)
 
             @pl.when(wg == 0)
             def _rows():
@@ -413,7 +414,7 @@ def _product(
                     return x_smem.at[slot, pl.ds(wg * TILE, TILE)], w_smem.at[slot]
 
                 def replace(step):
-                    """When both warpgroups have done a step: the one that follows in its place, of this tile or the next."""
+                    """When both warpgroups have consumed a step, refill its stage for a later one, of this tile or the next."""
                     slot, after = slot_of(i, step), step + stages
                     plgpu.barrier_arrive(empty.at[slot])
                     plgpu.barrier_wait(empty.at[slot])
@@ -430,21 +431,21 @@ def _product(
                             replace(jnp.int32(step))
                     return total
 
-                def product(acc):
+                def accumulate(acc):
                     def start(step):
                         x, w = operands(step)
                         plgpu.wgmma(acc, x, w.transpose((1, 0)))
 
                     def one(step, _):
                         start(step)
-                        plgpu.wgmma_wait(1)  # the one before is through
+                        plgpu.wgmma_wait(1)  # the one before is done
                         replace(step - 1)
 
                     start(0)
                     lax.fori_loop(1, steps, one, None)
                     return acc[...]
 
-                sums = simulated() if interpret else pl.run_scoped(product, plgpu.ACC((TILE, COLUMNS), f32))
+                sums = simulated() if interpret else pl.run_scoped(accumulate, plgpu.ACC((TILE, COLUMNS), f32))
                 replace(jnp.int32(steps - 1))
                 plgpu.barrier_wait(tile_read)
                 for part in range(parts):
@@ -457,10 +458,10 @@ def _product(
 
         def side():
             plgpu.barrier_arrive(tile_read)
-            begin(refs, place(0))
+            begin(refs, position(0))
 
             def tile(i, _):
-                rows(refs, tile_smem, tile_ready, i, place(i), place(i + 1), i + 1 < count)
+                rows(refs, tile_smem, tile_ready, i, position(i), position(i + 1), i + 1 < count)
                 plgpu.barrier_arrive(tile_read)
 
             lax.fori_loop(0, count, tile, None)
@@ -475,6 +476,7 @@ def _product(
     return mosaic.call(
         kernel,
         *(x_MD, w_ND, *others),
+        scope=MLP,
         name=name,
         grid=(blocks,),
         grid_names=("block",),

@@ -1,23 +1,23 @@
 """Attention on Hopper for heads of 80 features (JiT-H): softmax attention forward, and one kernel for all gradients.
 
 Two pairs of image and head do not fit into shared memory at this size, which `hopper_forward` wants; what `hopper_backward`
-keeps in registers, the gradients of all queries, is too much, and 80 is no multiple of the 64 rows that a product has. So
-these kernels are simpler. Queries and keys come to them normalised and rotated (by `attention._norm_rope_forward`).
+keeps in registers, the gradients of all queries, is too much, and 80 is no multiple of the 64 rows of a wgmma. So
+these kernels are simpler. Their queries and keys are already normalised and rotated (by `attention._norm_rope_forward`).
 
 Forward, a block of two warpgroups has one head of one image, and a multiprocessor holds two blocks, of which one computes while
-the other loads. Each warpgroup takes a tile of 64 queries and goes over all keys with the usual online softmax.
+the other loads. Each warpgroup takes a tile of 64 queries and loops over all keys with the usual online softmax.
 
-Backward, scores are formed twice, and there are seven products where five would do. A block of three warpgroups has one head of
+Backward, scores are computed twice: seven matmuls where five would do. A block of three warpgroups has one head of
 one image, with its queries, keys, values and output gradients in shared memory (4 x 288 x 80 values, 180 KiB), where every
-product finds its operands. The mathematics is that of `hopper_backward`.
+matmul finds its operands. The mathematics is that of `hopper_backward`.
 
-1. Bulk copies bring everything but the outputs, which the warpgroups load themselves to form delta.
-2. A job is a tile of 64 keys (dk and dv, from transposed scores: four products with every step of queries) or a tile of 64
-   queries (dq: three products with every step of keys). No two jobs add to the same place and nothing is exchanged between
+1. Bulk copies load everything but the outputs, which the warpgroups load themselves to compute delta.
+2. A job is a tile of 64 keys (dk and dv, from transposed scores: four matmuls with every step of queries) or a tile of 64
+   queries (dq: three matmuls with every step of keys). No two jobs add to the same output and nothing is exchanged between
    warpgroups, so gradients are the same bit for bit from run to run. Jobs are dealt out so that the warpgroups have about
-   equally many products.
-3. P and dS are operands from registers. The products with those of one step are started together with the scores of the next,
-   so that there is one wait a step.
+   equally many matmuls.
+3. P and dS are operands in registers. The matmuls with those of one step are started together with the scores of the next,
+   so that there is one wait per step.
 
 Measured on an H100 at 208 images of 16 heads: forward 347 us at 288 tokens (284 at 256), where the Triton kernel takes 465
 (331); backward 999 (826), where the two Triton kernels take 1 454 (1 229).
@@ -36,17 +36,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import hopper_forward, mosaic
+from jitjax.kernels.constants import ATTENTION, LOG2E
 from jitjax.kernels.lowered import lowered_once
 from jitjax.kernels.mosaic import ROWS, TILE, broadcast, plgpu
 
 HEAD_DIM = 80
 UNIT = 16  # columns of a unit of the layout in shared memory
 WARPGROUPS = 3  # of a block backward
-KEY_PRODUCTS, QUERY_PRODUCTS = 4, 3  # of a job, with one step of the other side
+KEY_MATMULS, QUERY_MATMULS = 4, 3  # of a job, with one step of the other side
 FORWARD_WARPGROUPS = 2  # of a block, of which a multiprocessor holds two
 KEY_STEPS = 48, 64, 32  # keys of a step, the first of these that divides their number: what registers allow
 QUERIES = 32  # of a step
-LOG2E = math.log2(math.e)
 f32 = jnp.float32
 
 if plgpu:
@@ -67,17 +67,17 @@ def deal(query_tiles: int, key_tiles: int) -> list[tuple[int, int, int, int]]:
         return [list(itertools.pairwise((0, *cut, tiles))) for cut in cuts]
 
     dealt = (zip(*both, strict=True) for both in itertools.product(ranges(key_tiles), ranges(query_tiles)))
-    return min(([(*k, *q) for k, q in pairs] for pairs in dealt), key=lambda jobs: max(map(products_of, jobs)))
+    return min(([(*k, *q) for k, q in pairs] for pairs in dealt), key=lambda jobs: max(map(matmuls_of, jobs)))
 
 
 def _keys_of_step(tokens: int) -> int:
     return next(size for size in KEY_STEPS if tokens % size == 0)
 
 
-def products_of(jobs: tuple[int, int, int, int]) -> int:
-    """Products of a warpgroup with each step."""
+def matmuls_of(jobs: tuple[int, int, int, int]) -> int:
+    """Matmuls of a warpgroup with each step."""
     k_first, k_end, q_first, q_end = jobs
-    return KEY_PRODUCTS * (k_end - k_first) + QUERY_PRODUCTS * (q_end - q_first)
+    return KEY_MATMULS * (k_end - k_first) + QUERY_MATMULS * (q_end - q_first)
 
 
 @lowered_once
@@ -94,21 +94,21 @@ def forward(
 
     Args:
       q_BTHN, k_BTHN: normalised and rotated.
-      qkv_BTGN: the qkv product without bias, G = 3 H, of which the values are used. bias_GN: in the compute type.
+      qkv_BTGN: the qkv projection without bias, G = 3 H, of which the values are used. bias_GN: in the compute type.
 
     Returns:
       o_BQHN = softmax(q k^T / sqrt(N)) (v + bias); lse_BHQ, log2 of the softmax denominators, float32.
     """
     b, t, h, n = q_BTHN.shape
-    kept, dtype, scale = t - drop, q_BTHN.dtype, LOG2E / math.sqrt(n)
+    tq, dtype, scale = t - drop, q_BTHN.dtype, LOG2E / math.sqrt(n)
     step = _keys_of_step(t)
-    tiles = -(-kept // TILE)
+    tiles = -(-tq // TILE)
 
     def load(ref, layout):
         return mosaic.load(ref, layout, interpret, optimized=False)
 
-    def product(acc, a, b_ref, transposed=""):
-        return mosaic.products((acc, a, b_ref, transposed), interpret=interpret)[0]
+    def matmul(acc, a, b_ref, transposed=""):
+        return mosaic.matmuls((acc, a, b_ref, transposed), interpret=interpret)[0]
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref, k_smem, v_smem, stages, lse_smem, k_ready, v_ready, q_ready):
         image, head, wg = (lax.axis_index(name) for name in ("image", "head", "wg"))
@@ -119,13 +119,13 @@ def forward(
                 source = q_ref.at[image, pl.ds(drop + tile * TILE, size), head]
                 plgpu.copy_gmem_to_smem(source, stage.at[pl.ds(0, size)], q_ready.at[wg])
 
-            mosaic.with_rows_of_tile(tile * TILE, kept, copy)
+            mosaic.with_rows_of_tile(tile * TILE, tq, copy)
 
         def attend(i, _):
             tile = wg + i * FORWARD_WARPGROUPS
 
             def scores(j):
-                return product(None, stage, k_smem.at[pl.ds(j * step, step)], "b")
+                return matmul(None, stage, k_smem.at[pl.ds(j * step, step)], "b")
 
             def values(j):
                 if isinstance(j, int):  # the first ones
@@ -133,7 +133,7 @@ def forward(
                 return v_smem.at[pl.ds(j * step, step)]
 
             plgpu.barrier_wait(q_ready.at[wg])
-            o, top, total = hopper_forward.online_softmax(scores, values, product, steps=t // step, scale=scale, dtype=dtype)
+            o, top, total = hopper_forward.online_softmax(scores, values, matmul, steps=t // step, scale=scale, dtype=dtype)
             bias = load(bias_ref.at[2 * h + head], mosaic.OF_COLUMNS).astype(f32)
             stage[...] = (o * broadcast(1 / total, o.shape, 0) + broadcast(bias, o.shape, 1)).astype(dtype)
             lse_smem[wg] = top + jnp.log2(total)
@@ -144,7 +144,7 @@ def forward(
                 plgpu.copy_smem_to_gmem(stage.at[part], o_ref.at[image, rows, head])
                 plgpu.copy_smem_to_gmem(lse_smem.at[wg, part], lse_ref.at[image, head, rows])
 
-            mosaic.with_rows_of_tile(tile * TILE, kept, copy)
+            mosaic.with_rows_of_tile(tile * TILE, tq, copy)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             following = tile + FORWARD_WARPGROUPS
             pl.when(following < tiles)(lambda: fetch(following))
@@ -165,11 +165,12 @@ def forward(
     o, lse = mosaic.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN),
-        name="hopper_attention_forward",
+        scope=ATTENTION,
+        name="hopper_forward",
         grid=(h, b),
         grid_names=("head", "image"),
         warpgroups=FORWARD_WARPGROUPS,
-        out=[jax.ShapeDtypeStruct((b, kept, h, n), dtype), jax.ShapeDtypeStruct((b, h, kept), f32)],
+        out=[jax.ShapeDtypeStruct((b, tq, h, n), dtype), jax.ShapeDtypeStruct((b, h, tq), f32)],
         scratch=[
             *(rows_of(t), rows_of(t), rows_of(FORWARD_WARPGROUPS, TILE)),
             plgpu.SMEM((FORWARD_WARPGROUPS, TILE), f32),
@@ -199,8 +200,8 @@ def backward(
     drop, dtype, scale = tk - tq, q_BTHN.dtype, 1 / math.sqrt(n)
     keys = _keys_of_step(tk)
     dealt = deal(-(-tq // TILE), -(-tk // TILE))
-    least_busy = min(range(WARPGROUPS), key=lambda i: products_of(dealt[i]))
-    # Rows of the one array in shared memory, in this order so that a last tile that reads on finds something.
+    least_busy = min(range(WARPGROUPS), key=lambda i: matmuls_of(dealt[i]))
+    # Rows of the one array in shared memory, in this order so that a last tile that extends past its array stays inside.
     at, end = {}, 0
     for name, size in (("q", tq), ("do", tq), ("k", tk), ("v", tk), ("stage", WARPGROUPS * TILE)):
         at[name], end = end, end + size
@@ -211,7 +212,7 @@ def backward(
     def zeros_of(*shape):
         return mosaic.cast(jnp.zeros(shape, f32), mosaic.WGMMA, interpret)
 
-    products = functools.partial(mosaic.products, interpret=interpret)
+    matmuls = functools.partial(mosaic.matmuls, interpret=interpret)
 
     def kernel(q_ref, k_ref, qkv_ref, bias_ref, o_ref, lse_ref, do_ref, dq_ref, dk_ref, dqkv_ref, dbias_ref, *scratch):
         smem, lse_smem, delta_smem, dbias_smem, do_ready, rest_ready, lse_ready, everyone = scratch
@@ -275,12 +276,12 @@ def backward(
                 return (dv, p, part("do", j * QUERIES, QUERIES), ""), (dk, ds, part("q", j * QUERIES, QUERIES), "")
 
             def step(j, carry):
-                s, dp, dv, dk = products(*scores(j + 1), *gradients(j, *carry))
+                s, dp, dv, dk = matmuls(*scores(j + 1), *gradients(j, *carry))
                 return dk, dv, *weights(j + 1, s, dp)
 
             steps = tq // QUERIES
-            carry = zeros_of(TILE, n), zeros_of(TILE, n), *weights(0, *products(*scores(0)))
-            dv, dk = products(*gradients(steps - 1, *lax.fori_loop(0, steps - 1, step, carry)))
+            carry = zeros_of(TILE, n), zeros_of(TILE, n), *weights(0, *matmuls(*scores(0)))
+            dv, dk = matmuls(*gradients(steps - 1, *lax.fori_loop(0, steps - 1, step, carry)))
             store(dv, dqkv_ref.at[image, :, 2 * h + head], first, tk)
             store(dk * scale, dk_ref.at[image, :, head], first, tk)
 
@@ -299,12 +300,12 @@ def backward(
 
             def step(j, carry):
                 dq, ds = carry
-                s, dp, dq = products(*scores(j + 1), (dq, ds, part("k", j * keys, keys), ""))
+                s, dp, dq = matmuls(*scores(j + 1), (dq, ds, part("k", j * keys, keys), ""))
                 return dq, weights(s, dp)
 
             steps = tk // keys
-            dq, ds = lax.fori_loop(0, steps - 1, step, (zeros_of(TILE, n), weights(*products(*scores(0)))))
-            (dq,) = products((dq, ds, part("k", (steps - 1) * keys, keys), ""))
+            dq, ds = lax.fori_loop(0, steps - 1, step, (zeros_of(TILE, n), weights(*matmuls(*scores(0)))))
+            (dq,) = matmuls((dq, ds, part("k", (steps - 1) * keys, keys), ""))
             store(dq * scale, dq_ref.at[image, pl.ds(drop, tq), head], first, tq)
 
         def mine(values):
@@ -322,11 +323,11 @@ def backward(
             plgpu.commit_smem()
             for first in range(0, drop, ROWS):
                 plgpu.copy_smem_to_gmem(stage, dq_ref.at[image, pl.ds(first, ROWS), head])
-            # The sum of do over queries as a product with ones, whose rows are all the same.
+            # The sum of do over queries as a matmul with ones, whose rows are all the same.
             ones = mosaic.cast(jnp.ones((TILE, ROWS), f32), mosaic.WGMMA, interpret).astype(dtype)
 
             def add(j, total):
-                return products((total, ones, part("do", j * ROWS, ROWS), ""))[0]
+                return matmuls((total, ones, part("do", j * ROWS, ROWS), ""))[0]
 
             total = lax.fori_loop(0, tq // ROWS, add, zeros_of(TILE, n))
             dbias_smem[...] = jnp.max(total, axis=0)
@@ -340,7 +341,8 @@ def backward(
     dq, dk, dqkv, dbias = mosaic.call(
         kernel,
         *(q_BTHN, k_BTHN, qkv_BTGN, bias_GN, o_BQHN, lse_BHQ, do_BQHN),
-        name="hopper_attention_backward",
+        scope=ATTENTION,
+        name="hopper_backward",
         grid=(h, b),
         grid_names=("head", "image"),
         warpgroups=WARPGROUPS,

@@ -1,8 +1,8 @@
-"""Keeps what a Mosaic GPU kernel lowers to between starts, beside JAX's compiled programs.
+"""Caches lowered Mosaic GPU kernels between starts, beside JAX's compiled programs.
 
 Mosaic infers the layouts of a kernel in Python, which takes about a second for each of the 17 kernel shapes of JiT-B: more than
 everything else between the start of a run and its first step. JAX's compilation cache cannot help, since its key is the
-lowered program. So the lowered kernel itself is kept, by `jax.export`: the next run reads it in milliseconds and compiles,
+lowered program. So the lowered kernel itself is cached, by `jax.export`: the next run reads it in milliseconds and compiles,
 or finds compiled, the very same program.
 """
 

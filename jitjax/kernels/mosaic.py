@@ -1,9 +1,9 @@
 """The thin layer between our Hopper kernels and Pallas' Mosaic GPU backend; nothing else in the package touches that backend.
 
-Attention on Hopper wants the tensor cores' asynchronous products with operands in shared memory (wgmma) and bulk copies (TMA),
-which the Triton backend uses half-heartedly. Mosaic GPU gives both to Python code. A kernel is written for a block of
+Kernels on Hopper need the tensor cores' asynchronous matmuls with operands in shared memory (wgmma) and bulk copies (TMA),
+which the Triton backend hardly uses. Mosaic GPU gives both to Python code. A kernel is written for a block of
 warpgroups (128 threads each); it says how an array is spread over their threads (a layout), moves data by
-asynchronous copies that arrive at barriers, and multiplies.
+asynchronous copies that complete on barriers, and multiplies.
 
 Everything here has a second meaning in interpret mode, where layouts do not exist: that is how the kernels are tested on a CPU.
 It is Pallas' simulation of barriers and copies, in jax 0.10 to 0.12 with somewhat different names (hence the shims).
@@ -29,16 +29,16 @@ except ImportError:
     UNAVAILABLE = f"jax {jax.__version__} has no Mosaic GPU backend for Pallas"
 
 f32 = jnp.float32
-TILE = 64  # rows of one product of a warpgroup
+TILE = 64  # rows of one matmul (wgmma) of a warpgroup
 ROWS = 32  # rows of one tile in `ROW_LAYOUT`
 COLUMNS = 32  # of a half type in one unit of the shared-memory layout
 
 if plgpu:
     TRANSPOSED_STORES = jax.__version_info__ >= (0, 11)  # whether `ref.transpose((1, 0))[...] = x` can be lowered
-    # jax before 0.11 wants an index for its loads, later ones warn of it.
+    # jax before 0.11 requires an index for loads, later versions warn about it.
     _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
     _LOAD_ALL = (None,) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
-    # Results of products: a thread has pairs of neighbouring columns of two rows. Its reductions over columns and rows.
+    # Results of matmuls: a thread has pairs of neighbouring columns of two rows. Its reductions over columns and rows.
     WGMMA, OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     # 32 x 32 values on a warpgroup: each warp has 8 rows, each thread 8 neighbouring columns of one row (16 bytes of a half
     # type, read without bank conflicts since 8 consecutive lanes have the same columns of 8 rows).
@@ -48,11 +48,11 @@ if plgpu:
 
 
 def hopper() -> bool:
-    """Whether the program is traced for a card that these kernels are for (compute capability 9.0), and they can be had."""
+    """Whether the program is traced for a card of compute capability 9.0 and this jax has the backend."""
     if UNAVAILABLE:
         return False
     abstract, device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.local_devices()[0]
-    if abstract is not None and abstract.device_kind != device.device_kind:  # for a card that is not here
+    if abstract is not None and abstract.device_kind != device.device_kind:  # for a card that this machine does not have
         return abstract.platform == "gpu" and any(kind in abstract.device_kind for kind in ("H100", "H200"))
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
@@ -83,8 +83,8 @@ def store(ref: Any, value: jax.Array, interpret: bool, optimized: bool = True) -
         plgpu.store(ref, value, optimized=False)
 
 
-def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> list[jax.Array]:
-    """[acc + a @ b, ...] in float32, started one behind the other and waited for together.
+def matmuls(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> list[jax.Array]:
+    """[acc + a @ b, ...] in float32, started one after the other and waited for together.
 
     Args:
       jobs: (acc or None for zeros, a in registers or shared memory, b in shared memory, which of "a" and "b" to transpose).
@@ -122,7 +122,7 @@ def products(*jobs: tuple[jax.Array | None, Any, Any, str], interpret: bool) -> 
 
 
 def rows_of(*shape: int, dtype: Any, interpret: bool, columns: int = COLUMNS) -> Any:
-    """Rows (the last axis but one) of a half type in shared memory, laid out for copies and products without bank conflicts, in
+    """Rows (the last axis but one) of a half type in shared memory, laid out for copies and matmuls without bank conflicts, in
     units of 8 rows and 16, 32 or 64 columns."""
     transforms = () if interpret else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -157,6 +157,7 @@ def broadcast(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array
 def call(
     kernel: Callable[..., None],
     *args: jax.Array,
+    scope: str,
     name: str,
     grid: tuple[int, ...],
     grid_names: tuple[str, ...],
@@ -171,8 +172,8 @@ def call(
     The kernel synchronises by itself: no barriers are put in between its statements. `reduction_bytes` of shared memory
     serve sums over axes that several warps share.
     """
-    kernel.__name__ = name  # as it appears in a profile
-    return plgpu.kernel(
+    kernel.__name__ = f"{scope}_{name}"  # as it appears in a profile
+    run = plgpu.kernel(
         kernel,
         out_type=list(out),
         scratch_types=list(scratch),
@@ -181,13 +182,16 @@ def call(
         **(dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}),
         interpret=_interpret_params() if interpret else None,
         compiler_params=_compiler_params(reduction_bytes),
-    )(*args)
+    )
+    with jax.named_scope(scope):
+        return run(*args)
 
 
 def call_in_place(
     kernel: Callable[..., None],
     *args: jax.Array,
     in_place: jax.Array,
+    scope: str,
     name: str,
     grid: tuple[int, ...],
     grid_names: tuple[str, ...],
@@ -196,7 +200,7 @@ def call_in_place(
     interpret: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`call` of kernel(in_place_ref, *input_refs, *output_refs, *scratch_refs) that may write to the array `in_place`,
-    which is returned in front of the outputs. No copy comes about unless the caller uses the old contents as well.
+    which is returned before the outputs. Nothing is copied unless the caller uses the old contents as well.
 
     `plgpu.kernel` would do from jax 0.11 on. It is a wrapper around `pl.kernel` for vmap, which takes no references in 0.10.
     """
@@ -208,13 +212,14 @@ def call_in_place(
         body,
         out_type=list(out),
         mesh=plgpu.Mesh(grid=grid, grid_names=grid_names),
-        name=name,
+        name=f"{scope}_{name}",
         interpret=_interpret_params() if interpret else False,
         compiler_params=_compiler_params(),
     )
-    ref = jax.new_ref(in_place, memory_space=plgpu.GMEM)
-    outputs = run(ref, *args)
-    return jax.freeze(ref), outputs
+    with jax.named_scope(scope):
+        ref = jax.new_ref(in_place, memory_space=plgpu.GMEM)
+        outputs = run(ref, *args)
+        return jax.freeze(ref), outputs
 
 
 def _compiler_params(reduction_bytes: int = 0) -> Any:

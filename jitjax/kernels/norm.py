@@ -14,18 +14,20 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import hopper_norm, mosaic, triton
+from jitjax.kernels.constants import EPS, NORM
 from jitjax.kernels.triton import load, store
 
-EPS = 1e-6
 f32 = jnp.float32
 
 
+@jax.named_scope(NORM)
 def plain_gated_residual(x_BTD: jax.Array, branch_BTD: jax.Array, bias_D: jax.Array, gate_BD: jax.Array) -> jax.Array:
     """x + gate * (branch + bias), computed in float32 and rounded to the type of x."""
     update = gate_BD[:, None].astype(f32) * (branch_BTD.astype(f32) + bias_D.astype(f32))
     return (x_BTD.astype(f32) + update).astype(x_BTD.dtype)
 
 
+@jax.named_scope(NORM)
 def plain_norm_modulate(x_BTD: jax.Array, weight_D: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
     """RMSNorm(x) * weight * (1 + scale) + shift, computed in float32 and rounded to the type of x."""
     x32 = x_BTD.astype(f32)
@@ -34,6 +36,7 @@ def plain_norm_modulate(x_BTD: jax.Array, weight_D: jax.Array, shift_BD: jax.Arr
     return h.astype(x_BTD.dtype)
 
 
+@jax.named_scope(NORM)
 def plain_residual_norm_modulate(
     x_BTD: jax.Array,
     branch_BTD: jax.Array,
@@ -51,27 +54,27 @@ def plain_residual_norm_modulate(
 
 # ---------------------------------------------------------------- fused
 #
-# On Hopper `hopper_norm` has the two kernels, where it takes the shapes. Else:
-# One program takes `tokens` tokens of one image and walks through them `rows` at a time with whole rows in registers, so
-# that per-image vectors are read once and column sums stay in registers until the end.
+# On Hopper `hopper_norm` has the two kernels, where it takes the shapes. In Triton, one program takes a chunk of `tokens`
+# tokens of an image and loops over them `rows` at a time with whole rows in registers, so that per-image vectors are read once
+# and column sums stay in registers until the end.
 
 FORWARD = dict(rows=2, tokens=32, warps=4, waste=0.25)
 BACKWARD = dict(rows=2, tokens=48, warps=4, waste=0.25)
 
 
 def _walk(tiling: dict, t: int, width: int):
-    """The pieces of a row, tokens a program takes, and a function from (chunk, step) to the rows of that step."""
+    """The spans of a row, tokens a program takes, and a function from (chunk, step) to the rows of that step."""
     rows = tiling["rows"]
     tokens = triton.chunk(t, tiling["tokens"], rows)
 
     def rows_at(chunk, i):
         return triton.Span(chunk * tokens + i * rows, rows, t if t % tokens else None)
 
-    return triton.pieces(width, waste=tiling["waste"]), tokens, rows_at
+    return triton.spans(width, waste=tiling["waste"]), tokens, rows_at
 
 
 def _row_sum(terms: list[jax.Array]) -> jax.Array:
-    """Sum over all pieces of each row, (rows, 1)."""
+    """Sum over all spans of each row, (rows, 1)."""
     return sum(jnp.sum(term, axis=1, keepdims=True) for term in terms)
 
 
@@ -79,16 +82,17 @@ def _on_hopper(tokens: int, width: int, dropped: int) -> bool:
     return mosaic.hopper() and not hopper_norm.unsupported(tokens, width, dropped)
 
 
+@jax.named_scope(NORM)
 def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
     """Norm and modulation, after adding the gated branch where `residual` = (branch_BTD, bias_D, gate_BD) is given."""
     b, t, d = x_BTD.shape if residual is None else residual[0].shape
     dropped = x_BTD.shape[1] - t
     if _on_hopper(t, d, dropped):
         return hopper_norm.forward(x_BTD, weight_D, shift_BD, scale_BD, residual)
-    pieces, tokens, rows_at = _walk(FORWARD, t, d)
+    spans, tokens, rows_at = _walk(FORWARD, t, d)
 
     def kernel(x_ref, weight_ref, shift_ref, scale_ref, *refs):
-        image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(pieces)
+        image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(spans)
         shift = [load(shift_ref, image, c) for c in columns]
         gain = [load(weight_ref, c) * (1 + load(scale_ref, image, c)) for c in columns]
         if residual is not None:
@@ -116,13 +120,15 @@ def _forward(x_BTD, weight_D, shift_BD, scale_BD, residual=None):
         kernel,
         *(x_BTD, weight_D, shift_BD, scale_BD),
         *(residual or ()),
-        name="norm_forward" if residual is None else "residual_norm_forward",
+        scope=NORM,
+        name="forward" if residual is None else "residual_forward",
         grid=(b, -(-t // tokens)),
         out=[((b, t, d), x_BTD.dtype)] * (1 if residual is None else 2),
         warps=FORWARD["warps"],
     )
 
 
+@jax.named_scope(NORM)
 def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
     """Backward pass of norm and modulation and, where `residual` is given, of the gated addition before them.
 
@@ -141,7 +147,7 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
     Args:
       x_BTD: the residual stream that was normalised (the output of the addition).
       residual: None or (branch_BTD, bias_D, gate_BD, dx_out_BTD); the last is left out where it is zero.
-      dropped: tokens that the input of the addition had in front of these.
+      dropped: tokens that the input of the addition had before these.
 
     Returns:
       dx_BTD (zero for the dropped tokens), dbranch_BTD (None without `residual`), sums (B, 4 or 2, D) float32.
@@ -149,12 +155,12 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
     b, t, d = x_BTD.shape
     if _on_hopper(t, d, dropped):
         return hopper_norm.backward(x_BTD, weight_D, scale_BD, dh_BTD, residual, dropped=dropped)
-    pieces, tokens, rows_at = _walk(BACKWARD, t, d)
+    spans, tokens, rows_at = _walk(BACKWARD, t, d)
     n_sums = 2 if residual is None else 4
     chunks = -(-t // tokens)
 
     def kernel(x_ref, weight_ref, scale_ref, dh_ref, *refs):
-        image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(pieces)
+        image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(spans)
         gain = [load(weight_ref, c) * (1 + load(scale_ref, image, c)) for c in columns]
         if residual is not None:
             branch_ref, bias_ref, gate_ref, *dx_out_ref, dx_ref, dbranch_ref, sums_ref = refs
@@ -163,7 +169,7 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
             dx_ref, sums_ref = refs
 
         def body(i, sums):
-            # All loads stand before the first row sum, so that they overlap: behind it they would wait for it (a warp issues
+            # All loads come before the first row sum, so that they overlap: after it they would wait for it (a warp issues
             # in order), which cost 30% of this kernel. Masked rows load as zeros and add nothing.
             r = rows_at(chunk, i)
             x = [load(x_ref, image, r, c) for c in columns]
@@ -201,7 +207,8 @@ def _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual=None, dropped=0):
         kernel,
         *(x_BTD, weight_D, scale_BD, dh_BTD),
         *(residual or ()),
-        name="norm_backward" if residual is None else "residual_norm_backward",
+        scope=NORM,
+        name="backward" if residual is None else "residual_backward",
         grid=(b, chunks),
         out=[*outputs, ((b, chunks, n_sums, d), f32)],
         warps=BACKWARD["warps"],
@@ -221,6 +228,7 @@ def _branch_gradients(dx_branch_BD, dx_BD, bias_D, gate_BD):
     return (gate_BD.astype(f32) * dx_BD).sum(0).astype(bias_D.dtype), dx_branch_BD.astype(gate_BD.dtype)
 
 
+@jax.named_scope(NORM)
 def fused_residual_norm_modulate(x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD):
     """`plain_residual_norm_modulate` as one kernel forward and one backward (`_backward` has the mathematics)."""
     dropped = x_BTD.shape[1] - branch_BTD.shape[1]
@@ -232,18 +240,20 @@ def _residual_norm_modulate(dropped, x_BTD, branch_BTD, bias_D, gate_BD, weight_
     return tuple(_forward(x_BTD, weight_D, shift_BD, scale_BD, (branch_BTD, bias_D, gate_BD)))
 
 
+@jax.named_scope(NORM)
 def _rnm_forward(dropped, *primals):
     x_BTD, branch_BTD, bias_D, gate_BD, weight_D, shift_BD, scale_BD = (primal.value for primal in primals)
     x_BTD, h_BTD = _forward(x_BTD, weight_D, shift_BD, scale_BD, (branch_BTD, bias_D, gate_BD))
     return (x_BTD, h_BTD), (x_BTD, branch_BTD, bias_D, gate_BD, weight_D, scale_BD)
 
 
+@jax.named_scope(NORM)
 def _rnm_backward(dropped, saved, cotangents):
     x_BTD, branch_BTD, bias_D, gate_BD, weight_D, scale_BD = saved
     dx_out_BTD, dh_BTD = cotangents
     if isinstance(dh_BTD, SymbolicZero):
         dh_BTD = jnp.zeros(dh_BTD.shape, dh_BTD.dtype)
-    # Behind the last norm nobody uses the residual stream; its zero gradient is then neither written nor read.
+    # After the last norm nothing uses the residual stream; its zero gradient is then neither written nor read.
     residual = branch_BTD, bias_D, gate_BD, *(() if isinstance(dx_out_BTD, SymbolicZero) else (dx_out_BTD,))
     dx_BTD, dbranch_BTD, sums = _backward(x_BTD, weight_D, scale_BD, dh_BTD, residual, dropped)
     branch_gradients = _branch_gradients(sums[:, 2], sums[:, 3], bias_D, gate_BD)
@@ -259,10 +269,12 @@ def fused_norm_modulate(x_BTD, weight_D, shift_BD, scale_BD):
     return _forward(x_BTD, weight_D, shift_BD, scale_BD)[0]
 
 
+@jax.named_scope(NORM)
 def _nm_forward(x_BTD, weight_D, shift_BD, scale_BD):
     return fused_norm_modulate(x_BTD, weight_D, shift_BD, scale_BD), (x_BTD, weight_D, scale_BD)
 
 
+@jax.named_scope(NORM)
 def _nm_backward(saved, dh_BTD):
     x_BTD, weight_D, scale_BD = saved
     dx_BTD, _, sums = _backward(x_BTD, weight_D, scale_BD, dh_BTD)
@@ -279,14 +291,15 @@ def fused_gated_residual(x_BTD, branch_BTD, bias_D, gate_BD):
     return plain_gated_residual(x_BTD, branch_BTD, bias_D, gate_BD)
 
 
+@jax.named_scope(NORM)
 def _gr_backward(saved, dx_BTD):
     """dbranch = gate * dx and the last two sums of `_backward`."""
     branch_BTD, bias_D, gate_BD = saved
     b, t, d = dx_BTD.shape
-    pieces, tokens, rows_at = _walk(BACKWARD, t, d)
+    spans, tokens, rows_at = _walk(BACKWARD, t, d)
 
     def kernel(branch_ref, bias_ref, gate_ref, dx_ref, dbranch_ref, sums_ref):
-        image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(pieces)
+        image, chunk, columns = pl.program_id(0), pl.program_id(1), triton.at_run_time(spans)
         bias, gate = [load(bias_ref, c) for c in columns], [load(gate_ref, image, c) for c in columns]
 
         def body(i, sums):
@@ -308,7 +321,8 @@ def _gr_backward(saved, dx_BTD):
     dbranch_BTD, sums = triton.call(
         kernel,
         *(branch_BTD, bias_D, gate_BD, dx_BTD),
-        name="residual_backward",
+        scope=NORM,
+        name="gated_residual_backward",
         grid=(b, chunks),
         out=[(dx_BTD.shape, dx_BTD.dtype), ((b, chunks, 2, d), f32)],
         warps=BACKWARD["warps"],
@@ -317,6 +331,7 @@ def _gr_backward(saved, dx_BTD):
     return dx_BTD, dbranch_BTD, *_branch_gradients(sums[:, 0], sums[:, 1], bias_D, gate_BD)
 
 
+@jax.named_scope(NORM)
 def _gr_forward(x_BTD, branch_BTD, bias_D, gate_BD):
     return plain_gated_residual(x_BTD, branch_BTD, bias_D, gate_BD), (branch_BTD, bias_D, gate_BD)
 

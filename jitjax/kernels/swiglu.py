@@ -1,7 +1,7 @@
-"""The MLP: a matrix product, bias, split, silu(a) * b, and a second product.
+"""The MLP: a matmul, bias, split, silu(a) * b, and a second matmul.
 
-h_BTF2 is the first product without its bias, [a | b] on the last axis; bias_F2 is float32. On Hopper SwiGLU is worked out
-beside the products (`hopper_swiglu`), elsewhere by row kernels between products of XLA's own.
+h_BTF2 is the first matmul without its bias, [a | b] on the last axis; bias_F2 is float32. On Hopper SwiGLU is computed inside
+the matmul kernels (`hopper_swiglu`), elsewhere by Triton kernels between XLA's matmuls.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jitjax.kernels import hopper_swiglu, mosaic, triton
+from jitjax.kernels.constants import SWIGLU
 from jitjax.kernels.masks import apply_mask, dropout, inverse_keep, keep_mask
 from jitjax.kernels.triton import load, store
 
 f32 = jnp.float32
 
-# One program's tile: rows at a time x columns, and how many rows it walks through in the backward pass. Columns shrink
+# One program's tile: rows at a time x columns, and how many rows it loops over in the backward pass. Columns shrink
 # (and rows grow) where they do not divide F.
 FORWARD = dict(rows=4, columns=1024, warps=4)
 BACKWARD = dict(rows=4, columns=128, tokens=64, warps=4)
 PADDING = hopper_swiglu.UNIT
 
 
+@jax.named_scope(SWIGLU)
 def plain_swiglu(h_BTF2: jax.Array, bias_F2: jax.Array) -> jax.Array:
     """silu(a) * b of h + bias = [a | b], (B, T, 2F) -> (B, T, F), computed in float32 and rounded to the type of h."""
     a, b = jnp.split(h_BTF2.astype(f32) + bias_F2.astype(f32), 2, axis=-1)
@@ -39,11 +41,11 @@ def plain_mlp(
     rate: float = 0.0,
     keys_B: jax.Array | None = None,
 ) -> jax.Array:
-    """(B, T, D) -> (B, T, D): dropout(swiglu(h @ w12, bias), rate, keys) @ w3. Products in the type of h."""
-    return _with_products(plain_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B)
+    """(B, T, D) -> (B, T, D): dropout(swiglu(h @ w12, bias), rate, keys) @ w3. Matmuls in the type of h."""
+    return _with_matmuls(plain_swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B)
 
 
-def _with_products(swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B):
+def _with_matmuls(swiglu, h_BTD, w12_DF2, bias_F2, w3_FD, rate, keys_B):
     u_BTF = swiglu(h_BTD @ w12_DF2.astype(h_BTD.dtype), bias_F2)
     return dropout(u_BTF, rate, keys_B) @ w3_FD.astype(h_BTD.dtype)
 
@@ -64,8 +66,8 @@ def fused_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None):
 
 
 def separate_mlp(h_BTD, w12_DF2, bias_F2, w3_FD, rate=0.0, keys_B=None):
-    """`plain_mlp` with matrix products that a checkpoint policy can see and a row kernel between them."""
-    return _with_products(fused_swiglu, h_BTD, *pad_hidden(w12_DF2, bias_F2, w3_FD), rate, keys_B)
+    """`plain_mlp` with matmuls that a rematerialisation policy can see and `fused_swiglu` between them."""
+    return _with_matmuls(fused_swiglu, h_BTD, *pad_hidden(w12_DF2, bias_F2, w3_FD), rate, keys_B)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -88,9 +90,10 @@ def _as_rows(x_BTD: jax.Array) -> jax.Array:
     return jnp.pad(x_MD, ((0, missing), (0, 0))) if missing else x_MD
 
 
+@jax.named_scope(SWIGLU)
 def _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD, keep_BTF, rate):
     b, t, d = h_BTD.shape
-    w12_F2D = w12_DF2.T  # the contraction last, as the kernel and the product backward want it
+    w12_F2D = w12_DF2.T  # the contraction last, as the kernel and the matmul of the backward pass take it
     x12, u = hopper_swiglu.forward(_as_rows(h_BTD), w12_F2D, bias_F2, interpret=triton.interpreted())
     keep = None if keep_BTF is None else _as_rows(keep_BTF)
     if keep is not None:
@@ -99,6 +102,7 @@ def _hopper_forward(h_BTD, w12_DF2, bias_F2, w3_FD, keep_BTF, rate):
     return y_BTD, (h_BTD, w12_F2D, bias_F2, w3_FD, x12, u, keep)
 
 
+@jax.named_scope(SWIGLU)
 def _hopper_backward(rate, saved, dy_BTD):
     h_BTD, w12_F2D, bias_F2, w3_FD, x12, u, keep = saved
     b, t, d = h_BTD.shape
@@ -143,6 +147,7 @@ def _tiling(hidden: int, rows: int, columns: int) -> tuple[int, int]:
     return rows, columns
 
 
+@jax.named_scope(SWIGLU)
 def _forward(h_BTF2, bias_F2):
     b, t, f2 = h_BTF2.shape
     m, f = b * t, f2 // 2
@@ -158,7 +163,8 @@ def _forward(h_BTF2, bias_F2):
         kernel,
         h_BTF2.reshape(m, 2, f),
         bias_F2.reshape(2, f).astype(h_BTF2.dtype),  # see triton.py on types
-        name="swiglu_forward",
+        scope=SWIGLU,
+        name="forward",
         grid=(-(-m // rows), -(-f // columns)),
         out=[((m, f), h_BTF2.dtype)],
         warps=FORWARD["warps"],
@@ -166,6 +172,7 @@ def _forward(h_BTF2, bias_F2):
     return y.reshape(b, t, f)
 
 
+@jax.named_scope(SWIGLU)
 def _backward(residuals, dy_BTF):
     h_BTF2, bias_F2 = residuals
     b, t, f2 = h_BTF2.shape
@@ -199,7 +206,8 @@ def _backward(residuals, dy_BTF):
         h_BTF2.reshape(m, 2, f),
         bias_F2.reshape(2, f).astype(h_BTF2.dtype),  # see triton.py on types
         dy_BTF.reshape(m, f),
-        name="swiglu_backward",
+        scope=SWIGLU,
+        name="backward",
         grid=(chunks, -(-f // columns)),
         out=[((m, 2, f), h_BTF2.dtype), ((chunks, 2, f), f32)],
         warps=BACKWARD["warps"],

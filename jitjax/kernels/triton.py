@@ -1,17 +1,17 @@
 """The thin layer between our kernels and Pallas' Triton backend; nothing else in the package touches that backend.
 
-These kernels serve what those for Hopper (`mosaic.py`) do not: SwiGLU, RoPE's backward pass, other sizes, older cards. Why
-Pallas on Triton, although JAX marks it deprecated (docs/speed.md has the evidence): its kernels are Python that jax alone
-compiles; they run in interpret mode on a CPU and lower without a GPU, so each is tested where no card is; jax 0.10, 0.11 and
-0.12 take them as written here; and they are fast (row kernels move 2.9 to 3.8 TB/s on an H200, where a copy does 4.2).
+These kernels serve what those for Hopper (`mosaic.py`) do not: other sizes, older cards, matmuls left to XLA. Why Pallas on
+Triton, although JAX marks it deprecated (docs/speed.md has the evidence): its kernels are Python that jax alone compiles; they
+run in interpret mode on a CPU and lower without a GPU, so each is tested where no card is; jax 0.10, 0.11 and 0.12 take them as
+written here; and they are fast (elementwise and reduction kernels move 2.9 to 3.8 TB/s on an H200, where a copy moves 4.2).
 jax-triton would add two packages whose versions must fit jax's, for the same compiler. When the backend goes, `UNAVAILABLE`
 says so, runs fall back to the plain operations, and this file is the one to port.
 
-Arrays inside a kernel must be powers of two. Sizes that are none are cut into `Span`s: pieces of power-of-two size, the
-last one masked where it reaches past the end.
+Arrays inside a kernel must be powers of two. Other sizes are divided into `Span`s: ranges of power-of-two size, the
+last one masked where it extends past the end.
 
 Types: biases are rounded to the compute type before they are added to an activation tile, as autocast and the model's other
-affine maps do. A float32 vector beside a bfloat16 tile is spread differently over the threads and has to change places
+affine maps do. A float32 vector beside a bfloat16 tile is spread differently over the threads and has to change its layout
 through shared memory first. Sums and statistics are float32.
 """
 
@@ -60,21 +60,21 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def pieces(width: int, *, smallest: int = 1, waste: float = 0.0) -> tuple[Span, ...]:
+def spans(width: int, *, smallest: int = 1, waste: float = 0.0) -> tuple[Span, ...]:
     """[0, width) as spans: the fewest powers of two whose masked lanes are at most `waste` of the lanes in all.
 
-    No span is smaller than `smallest`. pieces(768, waste=0.25) is one masked 1024, pieces(768) is 512 + 256,
-    pieces(104, smallest=16) is 64 + 32 + 16 with 8 of the last.
+    No span is smaller than `smallest`. spans(768, waste=0.25) is one masked 1024, spans(768) is 512 + 256,
+    spans(104, smallest=16) is 64 + 32 + 16 with 8 of the last.
     """
-    spans, start = [], 0
+    found, start = [], 0
     while start < width:
         rest = width - start
         size = max(power_of_two(rest), smallest)
         if (size - rest) > waste * size and size > smallest:
             size //= 2
-        spans.append(Span(start, size, width if start + size > width else None))
+        found.append(Span(start, size, width if start + size > width else None))
         start += size
-    return tuple(spans)
+    return tuple(found)
 
 
 def at_run_time(spans: Sequence[Span]) -> list[Span]:
@@ -145,6 +145,7 @@ def interpreted() -> bool:
 def call(
     kernel: Callable[..., None],
     *args: jax.Array,
+    scope: str,
     name: str,
     grid: tuple[int, ...],
     out: Sequence[tuple[tuple[int, ...], Any]],
@@ -155,20 +156,22 @@ def call(
     """Runs `kernel(*input_refs, *output_refs)` over `grid`; every ref is a whole array.
 
     Args:
-      name: as it appears in a profile.
+      scope, name: of the kernel in a profile, scope_name.
       out: (shape, dtype) of each output.
-      warps, stages: warps of a program; depth of software pipelining (matters only in loops that feed matrix products).
+      warps, stages: warps of a program; depth of software pipelining (matters only in loops that feed matmuls).
       aliases: {index of an input: index of the output that takes over its memory}.
     """
     interpret = interpreted()
     kernel = functools.partial(kernel)  # a fresh object: pallas names a kernel after its function
-    kernel.__name__ = name
-    return pl.pallas_call(
+    kernel.__name__ = f"{scope}_{name}"
+    run = pl.pallas_call(
         kernel,
         grid=grid,
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out],
         input_output_aliases=aliases or {},
         compiler_params=None if interpret else pltriton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
-        name=name,
-    )(*args)
+        name=kernel.__name__,
+    )
+    with jax.named_scope(scope):
+        return run(*args)

@@ -1,8 +1,19 @@
-"""What a run tells: one status line, `metrics.jsonl`, Weights & Biases, sample grids. Imports neither jax nor wandb."""
+"""How a run reports: console and `log.txt`, `metrics.jsonl`, W&B, TensorBoard, grids. Imports neither jax nor wandb."""
 
-from jitjax.monitor.images import save_grid
-from jitjax.monitor.late import LateLog
+from jitjax.monitor.images import draw_grid, save_animation, save_grid, save_strip
+from jitjax.monitor.late import LateLog, StopWhenNonFinite
 from jitjax.monitor.monitor import Monitor
+from jitjax.monitor.status import print_status
 from jitjax.monitor.throughput import Throughput
 
-__all__ = ["LateLog", "Monitor", "Throughput", "save_grid"]
+__all__ = [
+    "LateLog",
+    "Monitor",
+    "StopWhenNonFinite",
+    "Throughput",
+    "draw_grid",
+    "print_status",
+    "save_animation",
+    "save_grid",
+    "save_strip",
+]

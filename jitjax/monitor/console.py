@@ -1,18 +1,21 @@
-"""One status line: redrawn in place on a terminal, a plain line per log interval elsewhere."""
+"""Where a run stands: a live view on a terminal, one plain line an interval elsewhere, and the same lines in `log.txt`."""
 
 from __future__ import annotations
 
-import math
-import shutil
+import contextlib
+import datetime
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-BAR = 20  # characters between the brackets
-# What a narrow terminal gets: (characters of the bar, parts left out), the first that fits.
-LAYOUTS = ((BAR, ()), (8, ()), (8, ("lr",)), (8, ("lr", "data wait")), (0, ("lr", "data wait")))
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+from jitjax.monitor.view import View
 
 
 class Console:
@@ -20,120 +23,154 @@ class Console:
 
     Args:
       total_steps: optimizer steps of the whole run.
-      stream: where to print; default stdout as it is at each call.
-      clock: seconds, for the time left.
+      steps_per_epoch: optimizer steps of one epoch; None leaves the epoch out.
+      title: name of the run, shown above the live view.
+      memory: bytes of device memory in use at the peak, or None; asked once an interval.
+      log_path: file to which every printed line is appended, with the time of day; None: no file.
+      stream: where to print; default stdout as it is at the start.
+      clock: seconds, for elapsed and remaining time.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
-        self.total_steps, self._stream, self._clock = total_steps, stream, clock
-        self._drawn = ""  # the status line that stands on the terminal
-        self._first: tuple[int, float] | None = None
-        self._lock = threading.Lock()  # the W&B thread prints notes, too
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        steps_per_epoch: int | None = None,
+        title: str = "",
+        memory: Callable[[], int | None] | None = None,
+        log_path: str | os.PathLike | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._view = View(total_steps, steps_per_epoch, title, clock, begun=clock())
+        self._memory = memory
+        self._stream = _Stream(stream or sys.stdout)
+        self._log = None
+        if log_path is not None:
+            with contextlib.suppress(OSError):  # a full disk: metrics.jsonl warns about it
+                self._log = open(log_path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self._live: Live | None = None
+        self._lock, self._closing = threading.RLock(), threading.Event()
+        if self._stream.isatty():
+            terminal = RichConsole(file=self._stream, force_terminal=True, force_jupyter=False, highlight=False)
+            if not terminal.is_dumb_terminal:
+                # Not Live's own thread: a note that it prints while that thread redraws a view whose height has just
+                # changed lands in the view (seen with rich 15.0).
+                self._live = Live(self._view, console=terminal, auto_refresh=False)
+                self._live.start()
+                self._redrawer = threading.Thread(target=self._redraw, name="console", daemon=True)
+                self._redrawer.start()
+
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of one optimizer step into the live view. Prints nothing."""
+        if self._view.stage:
+            with self._changing():
+                self._view.stage = ""
+        self._view.observe(step, metrics.get("train/loss"))
 
     def status(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows the state after `step`, from whichever of the known metrics are there."""
-        seconds_left = self._seconds_left(step, metrics)
-        with self._lock:
-            if self._is_terminal():
-                self._drawn = status_line(step, self.total_steps, metrics, seconds_left, _columns())
-                self._redraw()
-            else:
-                self._print(status_line(step, self.total_steps, metrics, seconds_left) + "\n")
+        memory = self._memory() if self._memory is not None else None
+        with self._changing():
+            self._view.update(step, metrics, memory)
+        line = self._view.line()
+        self._write_log(line)
+        if self._live is None:
+            self._print(line)
 
     def note(self, text: str) -> None:
-        """Prints a line of its own above the status line."""
-        with self._lock:
-            if self._drawn:
-                self._print("\r\x1b[2K")
-            self._print(text + "\n")
-            self._redraw()
+        """Prints a line of its own, above the live view."""
+        self._write_log(text)
+        self._print(text)
 
-    def close(self) -> None:
-        """Leaves the last status line standing."""
-        with self._lock:
-            if self._drawn:
-                self._print("\n")
-            self._drawn = ""
+    def stage(self, text: str) -> None:
+        """Prints a line before something that takes a while and shows it in the live view until the next status."""
+        with self._changing():
+            self._view.stage = text
+        self.note(text + " ...")
 
-    def _seconds_left(self, step: int, metrics: Mapping[str, Any]) -> float | None:
-        """By the wall clock since the first status line, so that previews and checkpoints count and compilation does
-        not; until there are two lines, by the measured time of a step."""
-        now = self._clock()
-        if self._first is None:
-            self._first = (step, now)
-        first_step, start = self._first
-        per_step = (now - start) / (step - first_step) if step > first_step else metrics.get("time/step")
-        return None if per_step is None else (self.total_steps - step) * per_step
+    def mark(self, name: str, step: int) -> None:
+        """Remembers the step of the last checkpoint or preview for the live view."""
+        with self._changing():
+            self._view.marks = {**self._view.marks, name: step}
+
+    def scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Remembers the last scores for the live view."""
+        with self._changing():
+            self._view.scores = (step, dict(values))
+
+    @property
+    def elapsed(self) -> float | None:
+        """Seconds since the console was opened."""
+        return self._view.elapsed
+
+    def close(self, *lines: str) -> None:
+        """Leaves the last view standing, with these lines below it. A second call does nothing."""
+        if self._live is not None:
+            self._closing.set()
+            self._redrawer.join()
+            self._live.stop()
+            self._live = None
+        for line in lines:
+            self.note(line)
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Changes the view and draws it."""
+        with self._lock:
+            yield
+            if self._live is not None:
+                self._live.refresh()
 
     def _redraw(self) -> None:
-        if self._drawn:
-            # A line as wide as the terminal would wrap and could not be redrawn.
-            self._print("\r\x1b[2K" + self._drawn[: _columns()])
+        while not self._closing.wait(0.5):  # the clock goes on while the loop is busy
+            with self._changing():
+                pass
 
-    def _is_terminal(self) -> bool:
+    def _print(self, text: str) -> None:
+        if self._live is not None:
+            with self._lock:
+                self._live.console.print(Text(text), soft_wrap=True)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def _write_log(self, text: str) -> None:
+        if self._log is not None:
+            now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            with contextlib.suppress(OSError, ValueError):
+                self._log.write(f"{now}  {text}\n")
+
+
+class _Stream:
+    """A stream that loses what it cannot print: a terminal that goes away (a dropped connection) must not end the run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self.encoding
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
         try:
-            return (self._stream or sys.stdout).isatty()
+            return self._stream.isatty()
         except (ValueError, AttributeError):
             return False
 
-    def _print(self, text: str) -> None:
-        try:
-            stream = self._stream or sys.stdout
-            stream.write(text)
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass  # the terminal went away (a dropped connection); the run goes on
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
-
-def _columns() -> int:
-    return shutil.get_terminal_size().columns - 1  # some terminals wrap when the last column is filled
-
-
-def status_line(
-    step: int, total_steps: int, metrics: Mapping[str, Any], seconds_left: float | None, width: int | None = None
-) -> str:
-    """E.g. `[####....] 2000/10000 20%  loss 0.3125  lr 2.00e-04  626K tok/s  ETA 1h 12m  data wait 0.4%`.
-
-    At most `width` characters: the bar shrinks, then learning rate and data wait go.
-    """
-    share = min(step / total_steps, 1.0) if total_steps else 1.0
-    loss, rate = metrics.get("train/loss"), metrics.get("train/learning_rate")
-    speed, wait = metrics.get("train/tokens_per_second"), metrics.get("perf/data_wait")
-    parts = {
-        "steps": f"{step}/{total_steps} {int(share * 100)}%",
-        "loss": None if loss is None else f"loss {loss:.4f}",
-        "lr": None if rate is None else f"lr {rate:.2e}",
-        "speed": None if speed is None else f"{human_count(speed)} tok/s",
-        "ETA": f"ETA {'?' if seconds_left is None else human_time(seconds_left)}",
-        "data wait": None if wait is None else f"data wait {wait:.1%}",
-    }
-    for bar, left_out in LAYOUTS:
-        text = "  ".join(part for label, part in parts.items() if part and label not in left_out)
-        line = f"[{'#' * int(share * bar):.<{bar}}] {text}" if bar else text
-        if width is None or len(line) <= width:
-            break
-    return line[:width]
-
-
-def human_time(seconds: float) -> str:
-    """Two units at most: 45s, 12m 05s, 1h 12m, 3d 4h."""
-    if not math.isfinite(seconds):
-        return "?"
-    seconds = max(int(seconds + 0.5), 0)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if days:
-        return f"{days}d {hours % 24}h"
-    if hours:
-        return f"{hours}h {minutes % 60:02d}m"
-    if minutes:
-        return f"{minutes}m {seconds % 60:02d}s"
-    return f"{seconds}s"
-
-
-def human_count(number: float) -> str:
-    """Three digits and a unit: 950, 12.3K, 626K, 1.25M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size * 0.9995:
-            scaled = number / size
-            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}{unit}"
-    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"

@@ -1,9 +1,10 @@
-"""Metrics that stay on the device and are written one interval late, so that the training loop never waits for them."""
+"""Metrics stay on the device and are written one interval late, so that the training loop never waits for them."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,25 @@ from jitjax.monitor.throughput import Throughput
 
 NON_FINITE_PATIENCE = 100  # optimizer steps in a row without a finite loss after which a run stops
 SKIPPED = "train/skipped_micro_batches"
+Observer = Callable[[int, Mapping[str, float]], None]
+
+
+class StopWhenNonFinite:
+    """An observer that ends a run whose loss has stayed non-finite for `patience` optimizer steps in a row."""
+
+    def __init__(self, patience: int = NON_FINITE_PATIENCE):
+        self._patience, self._count = patience, 0
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises:
+        UserError: the loss has not been finite for too long.
+        """
+        self._count = 0 if math.isfinite(metrics["train/loss"]) else self._count + 1
+        if self._count >= self._patience:
+            raise UserError(
+                f"the loss has not been finite for {self._count} optimizer steps: lower --config.optim.lr or set "
+                "--config.optim.clip_norm=1; the same command resumes from the last checkpoint"
+            )
 
 
 class _Interval:
@@ -31,15 +51,25 @@ class LateLog:
       monitor, meter: where metrics go, and what turns times into rates.
       samples_per_step: images of one optimizer step, over all devices.
       steps_per_epoch: for `train/epoch_loss`, written with the last step of each epoch.
+      observers: called with (step, metrics as floats) for every step, in order, once its whole interval is written; what
+        they raise passes through. Default: `StopWhenNonFinite`.
     """
 
-    def __init__(self, monitor: Monitor, meter: Throughput, *, samples_per_step: int, steps_per_epoch: int):
+    def __init__(
+        self,
+        monitor: Monitor,
+        meter: Throughput,
+        *,
+        samples_per_step: int,
+        steps_per_epoch: int,
+        observers: Sequence[Observer] | None = None,
+    ):
         self._monitor, self._meter = monitor, meter
+        self._observers = (StopWhenNonFinite(),) if observers is None else tuple(observers)
         self._samples_per_step, self._steps_per_epoch = samples_per_step, steps_per_epoch
         self._previous, self._current = _Interval(), _Interval()
-        # Waits for the end of an interval where the loop does not: the time of day when the device was done with it.
+        # Waits for the end of an interval where the loop does not, and returns when the device finished it.
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="interval_end")
-        self._non_finite = 0
 
     def add(self, step: int, metrics: dict[str, Any], waited: float) -> None:
         """The metrics (device scalars) of one step, whose batch the loop waited for `waited` seconds."""
@@ -64,14 +94,14 @@ class LateLog:
             return
         last = next(iter(self._current.metrics[-1][1].values()))
         self._current.end = self._watcher.submit(lambda: (last.block_until_ready(), time.perf_counter())[1])
-        self._finish(self._previous)
-        self._previous, self._current = self._current, _Interval()
+        previous, self._previous, self._current = self._previous, self._current, _Interval()
+        self._finish(previous)  # last: an observer may raise
 
     def flush(self) -> None:
         """Write everything; waits for the device."""
         self.interval()
-        self._finish(self._previous)
-        self._previous = _Interval()
+        previous, self._previous = self._previous, _Interval()
+        self._finish(previous)
 
     def close(self) -> None:
         self._watcher.shutdown(wait=False, cancel_futures=True)
@@ -86,6 +116,7 @@ class LateLog:
         self._write(interval, speed)
 
     def _write(self, interval: _Interval, speed: dict[str, float]) -> None:
+        written = []
         for step, on_device in interval.metrics:
             metrics = {name: float(value) for name, value in on_device.items()}
             if not metrics.get(SKIPPED):
@@ -94,11 +125,9 @@ class LateLog:
                 metrics.update(speed)
             epoch_start = step - self._steps_per_epoch if step % self._steps_per_epoch == 0 else None
             self._monitor.write(step, metrics, epoch_start=epoch_start)
-            self._non_finite = 0 if math.isfinite(metrics["train/loss"]) else self._non_finite + 1
+            written.append((step, metrics))
         if speed:
-            self._monitor.status(step, metrics)
-        if self._non_finite >= NON_FINITE_PATIENCE:
-            raise UserError(
-                f"the loss has not been finite for {self._non_finite} optimizer steps: lower --config.optim.lr or set "
-                "--config.optim.clip_norm=1; the same command resumes from the last checkpoint"
-            )
+            self._monitor.status(*written[-1])
+        for step, metrics in written:
+            for observe in self._observers:
+                observe(step, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -16,7 +17,7 @@ class MetricsFile:
 
     A run that resumes at step s writes the steps after s again, so lines with a later step, and a last line that a
     crash tore, go first. Lines ascend, so that is one cut at the end of the file: done by `ftruncate`, which either
-    happens or not, needs no free space on a full disk, and leaves every kept byte where it was.
+    happens or not, needs no free space on a full disk, and leaves every retained byte where it was.
 
     Args:
       path: the file; made when absent.
@@ -66,6 +67,20 @@ class MetricsFile:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def read_last(path: str | os.PathLike, count: int) -> list[dict[str, Any]]:
+    """The last `count` lines of a file, in order of step, also while a run writes it; a torn line is left out.
+
+    Raises:
+      OSError: there is no such file, or it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        records = (_parse(line) for _, line in _lines_backwards(fd))
+        return list(itertools.islice((record for record in records if record is not None), count))[::-1]
+    finally:
+        os.close(fd)
 
 
 def _number(value: Any) -> int | float | None:

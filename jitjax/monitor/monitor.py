@@ -1,4 +1,4 @@
-"""Joins the status line, `metrics.jsonl` and W&B, so that the loop says everything once."""
+"""Joins the console, `log.txt`, `metrics.jsonl`, W&B and TensorBoard, so that the loop reports everything once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jitjax.errors import UserError
 from jitjax.monitor.console import Console
 from jitjax.monitor.metrics import MetricsFile
-from jitjax.monitor.tracker import NullTracker, WandbTracker
+from jitjax.monitor.tensorboard import TensorBoardRun
+from jitjax.monitor.view import duration
+from jitjax.monitor.wandb_run import SCORE_STEP, WandbRun
 
 
 class _Warnings(logging.Handler):
-    """Shows what the package logs as notes, so that a warning of the input pipeline does not break the status line.
+    """Prints what the package logs as notes, so that a warning of the input pipeline does not break the live view.
 
     Takes the package's logger over until `close`, whatever level and handlers absl has given the root logger.
     """
@@ -41,51 +43,87 @@ class _Warnings(logging.Handler):
 
 
 class Monitor:
-    """Tells the user and the workdir about a run. Only the first process does; in the others every method does nothing.
+    """Reports a run to its user and its workdir. Only the first process does; in the others every method does nothing.
 
     Args:
-      workdir: holds `metrics.jsonl` and W&B's files; must exist.
-      config: the resolved configuration as a plain dict, for W&B. Its `wandb` entry (`enabled`, `project`, `name`,
-        `mode`) decides about W&B; without one W&B is off.
+      workdir: holds `metrics.jsonl`, `log.txt` and the files of W&B and TensorBoard; must exist.
       total_steps: optimizer steps of the whole run.
-      resume_step: the step of the checkpoint that the run goes on from; later lines of `metrics.jsonl` are dropped.
+      steps_per_epoch: for the epoch on the console; None leaves it out.
+      resume_step: the step of the checkpoint that the run continues from; later lines of `metrics.jsonl` are dropped.
       is_main: whether this is the first process (`jax.process_index() == 0`).
+      title: the run's name on the console, e.g. the model's.
+      memory: returns the peak of device memory in bytes, or None; called once an interval.
+      next_commands: what the closing lines of a finished run suggest, e.g. `jitjax sample runs/a`.
+      run_config: plain dict of the resolved configuration; stored with the W&B run, not read.
+      wandb_enabled, wandb_project, wandb_name, wandb_mode, wandb_group, wandb_tags: see `WandbRun`.
+      tensorboard: also write TensorBoard event files.
 
     Raises:
-      UserError: `metrics.jsonl` cannot be written.
+      UserError: `metrics.jsonl` cannot be written, or TensorBoard is asked for and not installed.
     """
 
     def __init__(
         self,
         workdir: str | os.PathLike,
-        config: Mapping[str, Any],
         *,
         total_steps: int,
+        steps_per_epoch: int | None = None,
         resume_step: int = 0,
         is_main: bool = True,
+        title: str = "",
+        memory: Callable[[], int | None] | None = None,
+        next_commands: Sequence[str] = (),
+        run_config: Mapping[str, Any] | None = None,
+        wandb_enabled: bool = False,
+        wandb_project: str = "jitjax",
+        wandb_name: str | None = None,
+        wandb_mode: str = "online",
+        wandb_group: str | None = None,
+        wandb_tags: Sequence[str] = (),
+        tensorboard: bool = False,
     ):
-        self._console = Console(total_steps) if is_main else None
+        self._workdir, self._next_commands = Path(workdir), tuple(next_commands)
+        self._total_steps, self._step = total_steps, resume_step
+        self._checkpoint: int | None = None
+        self._console: Console | None = None
         self._file: MetricsFile | None = None
-        self._tracker: NullTracker | WandbTracker = NullTracker()
+        self._wandb: WandbRun | None = None
+        self._tensorboard: TensorBoardRun | None = None
         self._disk_full = False
-        # In the other processes, too: each reads its own share of the data and may find bad files there.
-        self._warnings = _Warnings(self.note if is_main else lambda text: print(text, file=sys.stderr, flush=True))
         if not is_main:
+            # Each process reads its own share of the data and may find bad files there.
+            self._warnings = _Warnings(lambda text: print(text, file=sys.stderr, flush=True))
             return
-        path = Path(workdir) / "metrics.jsonl"
+        path = self._workdir / "metrics.jsonl"
         try:
             self._file = MetricsFile(path, resume_step)
         except OSError as error:
             raise UserError(f"--workdir: cannot write {path} ({error.strerror}): free it or use another") from error
-        settings = config.get("wandb") or {}
-        if settings.get("enabled"):
-            self._tracker = WandbTracker(
+        self._console = Console(
+            total_steps,
+            steps_per_epoch=steps_per_epoch,
+            title=title,
+            memory=memory,
+            log_path=self._workdir / "log.txt",
+        )
+        try:
+            if tensorboard:
+                self._tensorboard = TensorBoardRun(workdir, resume_step=resume_step, report=self.note)
+        except UserError:
+            self._console.close()
+            self._file.close()
+            raise
+        self._warnings = _Warnings(self.note)
+        if wandb_enabled:
+            self._wandb = WandbRun(
                 workdir,
-                config,
-                project=settings.get("project") or "jitjax",
-                name=settings.get("name"),
-                mode=settings.get("mode") or "online",
-                warn=self.note,
+                run_config or {},
+                project=wandb_project,
+                name=wandb_name,
+                group=wandb_group,
+                tags=wandb_tags,
+                mode=wandb_mode,
+                report=self.note,
             )
 
     def write(self, step: int, metrics: Mapping[str, float], *, epoch_start: int | None = None) -> None:
@@ -112,28 +150,93 @@ class Monitor:
             if not self._disk_full:
                 self.note(f"warning: {self._file.path} cannot be written ({error.strerror}); its lines wait in memory")
             self._disk_full = True
-        self._tracker.log(step, metrics)
+        self._step = step
+        self._console.observe(step, metrics)
+        if self._wandb is not None:
+            self._wandb.log(step, metrics)
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, metrics)
 
     def status(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows progress, loss, learning rate, tokens/s, time left and data wait, as far as `metrics` has them."""
+        """Shows progress, loss, speed and time left, as far as `metrics` has them; sends to W&B what was written."""
         if self._console is not None:
             self._console.status(step, metrics)
+        if self._wandb is not None:
+            self._wandb.send()
 
     def image(self, step: int, name: str, path: str | os.PathLike) -> None:
-        """Sends an image file (already complete) to W&B under `name`, at `step`."""
-        self._tracker.log_image(step, name, path)
+        """Reports an image file (already complete), e.g. a preview, and sends it to W&B and TensorBoard under `name`."""
+        if self._console is None:
+            return
+        self._console.mark("preview", step)
+        self.note(f"preview of step {step:,}: {path}")
+        if self._wandb is not None:
+            self._wandb.log_extra(step, {name: Path(path)})
+        if self._tensorboard is not None:
+            self._tensorboard.log_image(step, name, path)
+
+    def checkpoint(self, step: int, path: str | os.PathLike) -> None:
+        """Reports a checkpoint that has been written."""
+        self._checkpoint = step
+        if self._console is not None:
+            self._console.mark("checkpoint", step)
+            self.note(f"checkpoint of step {step:,}: {path}")
+
+    def scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Reports scores of the weights at `step` (names begin with `eval/`). `metrics.jsonl` does not hold them."""
+        if self._console is None:
+            return
+        self._console.scores(step, values)
+        self.note(f"scores of step {step:,}: " + ", ".join(f"{name} {value:.6g}" for name, value in values.items()))
+        if self._wandb is not None:
+            self._wandb.log_extra(step, {SCORE_STEP: step, **values})
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, values)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Sets values of the run as a whole in W&B, e.g. parameters, devices, goodput."""
+        if self._wandb is not None:
+            self._wandb.summary(values)
+
+    def stage(self, text: str) -> None:
+        """Announces something that takes a while, e.g. "compiling the training step", before it begins."""
+        if self._console is not None:
+            self._console.stage(text)
 
     def note(self, text: str) -> None:
-        """Prints a line of its own without breaking the status line."""
+        """Prints a line of its own and appends it to `log.txt`."""
         if self._console is not None:
             self._console.note(text)
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends everything; W&B shows the run as failed when `exit_code` is not 0. A second call does nothing."""
+        """Prints where things are and what to do next, and ends everything. A second call does nothing.
+
+        Args:
+          exit_code: 0 for a finished run, 128 + signal number for one that was asked to stop, else a failure; W&B
+            shows the run as failed when it is not 0.
+        """
         self._warnings.close()
         if self._file is None:
             return
         self._file.close()
         self._file = None
-        self._console.close()
-        self._tracker.finish(exit_code)
+        if self._wandb is not None:
+            self._wandb.finish(exit_code)
+        if self._tensorboard is not None:
+            self._tensorboard.finish()
+        self._console.close(*self._closing_lines(exit_code))
+
+    def _closing_lines(self, exit_code: int) -> list[str]:
+        took = duration(self._console.elapsed)
+        if exit_code == 0:
+            return [
+                f"finished at step {self._step:,}; this start took {took}",
+                f"in {self._workdir}: checkpoints/, samples/, metrics.jsonl, log.txt",
+                *(f"next: {command}" for command in self._next_commands),
+            ]
+        what = "stopped as asked" if exit_code > 128 else "failed"
+        at = f"; last checkpoint: step {self._checkpoint:,}" if self._checkpoint is not None else ""
+        return [
+            f"{what} at step {self._step:,} of {self._total_steps:,} after {took}{at}",
+            f"the same command resumes from the last checkpoint in {self._workdir}",
+        ]

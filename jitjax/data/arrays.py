@@ -1,0 +1,90 @@
+"""Images in a NumPy `.npz` file, as ADM's and its successors' sampling and evaluation scripts write them: `arr_0` holds (n, H,
+W, 3) uint8 pixels, `arr_1`, where it is there, class numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from jitjax.data.image import BadImage
+from jitjax.data.labels import number_labels
+from jitjax.data.listing import NO_LABELS, summary
+from jitjax.data.rules import Ask, listed
+from jitjax.errors import UserError
+
+
+class ArrayInput:
+    """The images of one .npz file. Picklable; read in order, never as a whole."""
+
+    def __init__(self, path: str, ask: Ask, labels: str):
+        self._path = path
+        where = ask.where
+        try:
+            with np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
+                names = list(file.files)
+                shapes = {name: _header(archive, name) for name in names}
+                images = [n for n, (shape, kind) in shapes.items() if len(shape) == 4 and shape[3] == 3 and kind == np.uint8]
+                if len(images) != 1:
+                    raise UserError(f"{where} holds no single array of (n, H, W, 3) uint8 images, but {listed(names)}")
+                self._images, (self._shape, _) = images[0], shapes[images[0]]
+                vectors = [n for n, (shape, _) in shapes.items() if shape == self._shape[:1] and n != self._images]
+                wanted = [labels] if labels not in ("", NO_LABELS) else vectors if not labels else []
+                if len(wanted) > 1 or (wanted and wanted[0] not in vectors):
+                    raise UserError(f"{where} holds the arrays {listed(names)}; name the labels with {ask.labels}=NAME")
+                values = file[wanted[0]].tolist() if wanted else [None] * self._shape[0]
+        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{where} is a damaged .npz file: {' '.join(str(error).split())}") from None
+        if not self._shape[0]:
+            raise UserError(f"{where} holds no image")
+        numbered = number_labels(values, None, f"{where} array {wanted[0] if wanted else ''}")
+        self.labels, self.classes = numbered.numbers, numbered.classes
+        self.notes = (numbered.note,) if numbered.note else ()
+        left = [name for name in names if name not in (self._images, *wanted)]
+        self.summary = summary(len(self), self.classes, path, f"array {wanted[0]}" if wanted else "", left)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def name(self, index: int) -> str:
+        return f"{os.path.basename(self._path)} image {index}"
+
+    def fingerprint(self) -> dict[str, int | str]:
+        with zipfile.ZipFile(self._path) as archive:
+            checksums = [f"{info.filename}\0{info.CRC}\0" for info in archive.infolist()]
+        digest = hashlib.sha256(self.labels.tobytes() + "".join(checksums).encode())
+        return {"count": len(self), "classes": len(self.classes), "checksum": digest.hexdigest()}
+
+    def read(self, indices: Iterable[int]) -> Iterator[bytes | BadImage]:
+        """Each image as a PPM file; `indices` must increase."""
+        height, width = self._shape[1:3]
+        size = height * width * 3
+        with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._images}.npy") as file:
+            _read_header(file)
+            start = file.tell()
+            for index in indices:
+                try:
+                    file.seek(start + index * size)
+                    pixels = file.read(size)
+                except (zipfile.BadZipFile, OSError, EOFError) as error:
+                    yield BadImage(f"damaged .npz: {error}")
+                    continue
+                yield b"P6 %d %d 255\n" % (width, height) + pixels if len(pixels) == size else BadImage("damaged .npz")
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with archive.open(f"{name}.npy") as file:
+        return _read_header(file)
+
+
+def _read_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, column_major, kind = read(file)
+    if column_major and len(shape) > 1:
+        raise ValueError("its arrays are in column-major order")
+    return shape, kind

@@ -1,0 +1,329 @@
+"""Images from a model into files: a grid, numbered PNGs, or one .npz. What `jitjax sample` does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from jitjax import pipeline
+from jitjax.errors import UserError
+from jitjax.monitor import save_animation, save_grid, save_strip
+
+RECORD = "samples.json"  # in a folder of PNGs: what they were drawn with
+LARGEST_GRID = 1024  # images
+PATH_IMAGES = 8  # whose way from noise is shown
+
+
+def draw(
+    model: str,
+    out: str,
+    *,
+    num: int | None = None,
+    labels: str = "all",
+    which: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    options: dict[str, Any] | None = None,
+    path: str | None = None,
+) -> int:
+    """Draw images and write them; continues what an interrupted call with the same arguments left.
+
+    Args:
+      model: whatever `jitjax.load` takes.
+      out: FILE.png for one grid, FILE.npz for arr_0 (images, uint8 NHWC) and arr_1 (labels), else a folder of PNGs.
+      labels: "all" (class-balanced), "none", or numbers and names separated by commas.
+      options: of the sampler.
+      path: also write the way from noise to image of the first few: FILE.png (a strip per image) or FILE.gif.
+
+    Raises:
+      UserError: a mistake in the arguments, or a target that cannot be written or holds something else.
+    """
+    target = Path(out).expanduser()
+    if target.suffix.lower() not in (".png", ".npz") and target.suffix and not target.is_dir():
+        raise UserError(f"--out={out}: use FILE.png, FILE.npz, or a folder (a name without an ending)")
+    if path is not None and not path.lower().endswith((".png", ".gif")):
+        raise UserError(f"--path={path}: use FILE.png for strips or FILE.gif for a film")
+    pipe = pipeline.load(model, which)
+    if jax.process_index() == 0:
+        for note in pipe.notes:
+            print(f"note: {note}")
+    numbers = label_numbers(pipe, labels, num)
+    if target.suffix.lower() == ".png" and len(numbers) > LARGEST_GRID:
+        raise UserError(f"--num={len(numbers)} images do not fit into one grid: at most {LARGEST_GRID}, or --out=FOLDER")
+    record = describe(pipe, model, seed, numbers, dtype, options or {})
+    sink = {".png": Grid, ".npz": Npz}.get(target.suffix.lower(), Folder)(target, pipe, numbers, record)
+    missing = agreed(sink.missing())
+    shown = [None if n == pipe.geometry.num_classes else n for n in numbers]
+    batches = pipe.sample_batches(
+        [shown[i] for i in missing], indices=missing, seed=seed, batch_size=batch_size, dtype=dtype, **(options or {})
+    )
+    begun = time.perf_counter()
+    with progress(len(missing), f"sampling {pipe.which}") as advance:
+        for indices, images in batches:
+            sink.write(indices, images)
+            advance(len(indices))
+    sink.finish()
+    if jax.process_index() == 0:
+        seconds = time.perf_counter() - begun
+        skipped = len(numbers) - len(missing)
+        resumed = f" ({skipped} were there)" if skipped else ""
+        print(f"{len(missing)} images{resumed} in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s -> {target}")
+    if path is not None:
+        write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
+    return 0
+
+
+def write_path(
+    pipe: pipeline.Pipeline, labels: Sequence[int | None], file: Path, *, seed: int, dtype: str | None, options: dict[str, Any]
+) -> None:
+    """The first images on their way from noise, as strips (.png) or a film (.gif): first the
+    states, below them what the network predicts there."""
+    moments = min(options.get("steps", 50), 10 if file.suffix.lower() == ".png" else 40)
+    batches = pipe.sample_batches(labels, seed=seed, dtype=dtype, batch_size=len(labels), moments=moments, **options)
+    (_, (images, states, predictions)), *_ = batches
+    if jax.process_index():
+        return
+    writable_folder(file.absolute().parent)
+    frames = [np.concatenate([states[k], predictions[k]]) for k in range(moments)] + [np.concatenate([images, images])]
+    if file.suffix.lower() == ".png":
+        save_strip(file, frames)
+    else:
+        save_animation(file, frames, columns=len(images))
+    print(f"the way from noise to image -> {file}")
+
+
+# ---------------------------------------------------------------- labels
+
+
+def label_numbers(pipe: pipeline.Pipeline, labels: str, num: int | None) -> list[int]:
+    """The class of each image. Classes come in order, as in the official evaluation: all images of the first class, then of
+    the second, ...; where `num` is no multiple of the classes their counts differ by at most one.
+
+    Raises:
+      UserError: unknown or out-of-range labels, or num < 1.
+    """
+    if num is not None and num < 1:
+        raise UserError(f"--num={num}: must be at least 1")
+    classes = pipe.geometry.num_classes
+    words = [word.strip() for word in labels.split(",") if word.strip()]
+    if not words:
+        raise UserError("--labels is empty: use all, none, or numbers and names separated by commas")
+    if words == ["none"] or (words == ["all"] and not classes):
+        return [classes] * (num or 16)
+    chosen = list(range(classes)) if words == ["all"] else [pipe.label_of(word) for word in words]
+    count = num or (min(16, classes) if words == ["all"] else len(chosen))
+    return [chosen[i * len(chosen) // count] for i in range(count)]
+
+
+def describe(
+    pipe: pipeline.Pipeline, model: str, seed: int, numbers: Sequence[int], dtype: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the images: two calls with the same record draw the same."""
+    digest = hashlib.sha256()
+    for name in ("final.linear.kernel", "patch_embed.proj1.kernel"):
+        digest.update(np.ascontiguousarray(jax.device_get(pipe.params[name])).tobytes())
+    return {
+        "model": str(model),
+        "weights": digest.hexdigest()[:16],
+        "which": pipe.which,
+        "step": pipe.step,
+        "seed": seed,
+        "num": len(numbers),
+        "labels": hashlib.sha256(np.asarray(numbers, np.int32).tobytes()).hexdigest()[:16],
+        "dtype": pipeline.compute_dtype(dtype),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+    }
+
+
+# ---------------------------------------------------------------- files
+
+
+class Grid:
+    """One captioned PNG."""
+
+    def __init__(self, path: Path, pipe: pipeline.Pipeline, numbers: Sequence[int], record: dict[str, Any]):
+        writable_folder(path.parent)
+        self._path, self._numbers, self._pipe = path, numbers, pipe
+        size = pipe.geometry.image_size
+        self._images = np.zeros((len(numbers), size, size, 3), np.uint8)
+
+    def missing(self) -> list[int]:
+        return list(range(len(self._numbers)))
+
+    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+        self._images[list(indices)] = images
+
+    def finish(self) -> None:
+        if jax.process_index():
+            return
+        null, names = self._pipe.geometry.num_classes, self._pipe.class_names
+        captions = [names[n] if names and n < null else "" if n == null else str(n) for n in self._numbers]
+        save_grid(self._path, self._images, captions=captions if any(captions) else None)
+
+
+class Folder:
+    """PNGs named by their index, 00000.png on, and a record of what they were drawn with."""
+
+    def __init__(self, path: Path, pipe: pipeline.Pipeline, numbers: Sequence[int], record: dict[str, Any]):
+        writable_folder(path)
+        self._path, self._numbers = path, numbers
+        self._digits = max(5, len(str(len(numbers) - 1)))
+        if jax.process_index():
+            return
+        file = path / RECORD
+        if file.exists():
+            same_record(read_record(file), record, path)
+        elif any(path.iterdir()):
+            raise UserError(f"--out={path} holds other files: name a new folder")
+        else:
+            names = pipe.class_names
+            rows = {"labels_by_index": [int(n) for n in numbers], "class_names": list(names)}
+            write_text(file, json.dumps(record | rows))
+
+    def _file(self, index: int) -> Path:
+        return self._path / f"{index:0{self._digits}d}.png"
+
+    def missing(self) -> list[int]:
+        return [i for i in range(len(self._numbers)) if not self._file(i).exists()]
+
+    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+        if jax.process_index():
+            return
+        for index, image in zip(indices, images, strict=True):
+            partial = self._path / f".{index}.partial"
+            Image.fromarray(image).save(partial, format="PNG")
+            partial.replace(self._file(index))
+
+    def finish(self) -> None:
+        for partial in self._path.glob(".*.partial"):
+            partial.unlink()
+
+
+class Npz:
+    """One .npz as the ADM evaluator reads it: arr_0 images (N, S, S, 3) uint8, arr_1 labels (N,). Images are collected in a
+    file beside it, so that memory stays small and an interrupted call can continue."""
+
+    def __init__(self, path: Path, pipe: pipeline.Pipeline, numbers: Sequence[int], record: dict[str, Any]):
+        writable_folder(path.parent)
+        self._path, self._numbers, self._main = path, numbers, jax.process_index() == 0
+        self._partial, self._log = path.with_name(f".{path.name}.partial.npy"), path.with_name(f".{path.name}.partial.json")
+        self._record, self._done = record, np.zeros(len(numbers), bool)
+        self._images: np.ndarray | None = None
+        if not self._main:
+            return
+        if path.exists():
+            raise UserError(f"--out={path} exists already: name another file")
+        size = pipe.geometry.image_size
+        shape = (len(numbers), size, size, 3)
+        if self._log.exists() and self._partial.exists():
+            saved = read_record(self._log)
+            done = saved.pop("done")
+            same_record(saved, record, path)
+            self._done[done] = True
+            self._images = np.lib.format.open_memmap(self._partial, mode="r+")
+        else:
+            self._images = np.lib.format.open_memmap(self._partial, mode="w+", dtype=np.uint8, shape=shape)
+
+    def missing(self) -> list[int]:
+        return np.flatnonzero(~self._done).tolist()
+
+    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+        if not self._main:
+            return
+        self._images[list(indices)] = images
+        self._images.flush()
+        self._done[list(indices)] = True
+        write_text(self._log, json.dumps(self._record | {"done": np.flatnonzero(self._done).tolist()}))
+
+    def finish(self) -> None:
+        if not self._main:
+            return
+        partial = self._path.with_name(f".{self._path.name}.partial.npz")
+        np.savez(partial, arr_0=self._images, arr_1=np.asarray(self._numbers, np.int64))
+        partial.replace(self._path)
+        self._images = None
+        self._partial.unlink()
+        self._log.unlink(missing_ok=True)
+
+
+def writable_folder(path: Path) -> None:
+    """Raises:
+    UserError: the folder cannot be made or written.
+    """
+    if jax.process_index():
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: the folder {path} cannot be made ({error.strerror}): name another") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"--out: the folder {path} cannot be written (Permission denied): name another")
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is unreadable ({error}): delete it, or name another --out") from None
+
+
+def same_record(saved: dict[str, Any], record: dict[str, Any], path: Path) -> None:
+    """Raises:
+    UserError: the images that are there were drawn in another way; names what differs.
+    """
+    fields = [name for name in {**record, **saved} if name not in ("labels_by_index", "class_names", "model")]
+    differing = [f"{name}: {saved.get(name)} -> {record.get(name)}" for name in fields if saved.get(name) != record.get(name)]
+    if differing:
+        raise UserError(f"--out={path} holds images drawn in another way ({'; '.join(differing)}): name another")
+
+
+# ---------------------------------------------------------------- processes and progress
+
+
+def agreed(missing: list[int]) -> list[int]:
+    """Process 0's list, in every process: only it looks at files."""
+    if jax.process_count() == 1:
+        return missing
+    from jax.experimental import multihost_utils
+
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(missing))))
+    padded = np.resize(np.asarray(missing or [0], np.int32), count)
+    return multihost_utils.broadcast_one_to_all(padded).tolist()
+
+
+@contextlib.contextmanager
+def progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr with rate and time left, by process 0 and on a terminal only; gives `advance(count)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=jax.process_index() > 0 or not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, rate="")
+        begun, done = time.perf_counter(), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(task, advance=count, rate=f"{done / (time.perf_counter() - begun):.1f} images/s")
+
+        yield advance

@@ -1,0 +1,9 @@
+"""Scores of generated images: extractors, statistics, and the protocol that joins them. `jitjax.metrics` has the formulas.
+
+Nothing is imported here, so that reading statistics does not start JAX:
+
+    statistics   FeatureStatistics, Statistics, read_statistics, write_statistics, npz_images
+    extractor    Extractor, open_extractor: pictures to features on all devices
+    score        open_reference, open_images, class_balanced_labels, score
+    seams        seam_index
+"""

@@ -1,0 +1,152 @@
+"""What `jitjax evaluate` does: open what the flags name, score it, print every number with what it depends on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jitjax import draw, pipeline
+from jitjax.data import open_dataset
+from jitjax.errors import UserError
+from jitjax.evaluation.extractor import open_extractor
+from jitjax.evaluation.images import DataImages, open_images
+from jitjax.evaluation.models import Evaluation, evaluate_batches, evaluate_pipeline
+from jitjax.evaluation.score import make_statistics, open_reference
+from jitjax.evaluation.statistics import npz_images, write_statistics
+
+
+def evaluate(
+    target: str,
+    reference: str,
+    *,
+    num: int,
+    labels: str,
+    which: str | None,
+    seed: int,
+    batch_size: int | None,
+    dtype: str | None,
+    extractor: dict[str, Any],
+    options: dict[str, Any],
+    json_file: str | None,
+) -> int:
+    """Score a model or a set of images and print the scores.
+
+    Raises:
+      UserError: a target or a reference that cannot be used, or options that do not fit.
+    """
+    say = print if jax.process_index() == 0 else lambda *_: None
+    path = Path(target).expanduser()
+    chosen = open_extractor(**extractor)
+    if is_images(path):
+        images = open_images(path)
+        found, notes = open_reference(reference, chosen, images.image_size)
+        with draw.progress(len(images), "extracting") as advance:
+            result = evaluate_batches(
+                iter(images),
+                found,
+                chosen,
+                patch=_patch_of(images.image_size),
+                about={"images": target},
+                progress=_steps(advance),
+            )
+    else:
+        pipe = pipeline.load(path, which)
+        notes = list(pipe.notes)
+        found, more = open_reference(reference, chosen, pipe.geometry.image_size)
+        notes += more
+        numbers = draw.label_numbers(pipe, labels, num)
+        null = pipe.geometry.num_classes
+        about = {"model": target, "weights": pipe.which, "step": pipe.step, **_shown(options)}
+        with draw.progress(len(numbers), f"sampling {pipe.which}") as advance:
+            result = evaluate_pipeline(
+                pipe,
+                [None if n == null else n for n in numbers],
+                found,
+                chosen,
+                seed=seed,
+                batch_size=batch_size,
+                dtype=dtype,
+                options=options,
+                about=about,
+                progress=_steps(advance),
+            )
+    for note in dict.fromkeys([*notes, *result.scores.notes]):
+        say(f"note: {note}")
+    for line in report_lines(result):
+        say(line)
+    if json_file and jax.process_index() == 0:
+        draw.write_text(Path(json_file), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
+    return 0
+
+
+def report_lines(result: Evaluation) -> list[str]:
+    seconds = result.seconds
+    total = sum(seconds.values()) or 1.0
+    share = "; ".join(
+        f"{stage} {took:.1f} s ({took / total:.0%}, {result.count / max(took, 1e-9):,.0f} images/s)"
+        for stage, took in seconds.items()
+    )
+    seams = [] if result.seam_index is None else [f"seam index {result.seam_index:.3f}  (1 where patch borders do not show)"]
+    return [*result.scores.lines, *seams, share]
+
+
+def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, Any]) -> int:
+    """Statistics of a folder, a prepared set or an .npz of images, into a file.
+
+    Raises:
+      UserError: nothing usable at `data`, or `out` cannot be written.
+    """
+    chosen = open_extractor(**extractor)
+    path = Path(data).expanduser()
+    if path.suffix == ".npz":
+        images = npz_images(path)
+        if image_size not in (None, images.image_size):
+            raise UserError(f"--image_size={image_size}: the images of {data} have {images.image_size} px")
+    else:
+        dataset = open_dataset(path, image_size)
+        print(dataset.summary)
+        images = DataImages(dataset)
+    with draw.progress(len(images), "extracting") as advance:
+        made = make_statistics(images, chosen, source=data, image_size=images.image_size, progress=_steps(advance))
+    if jax.process_index() == 0:
+        draw.writable_folder(Path(out).absolute().parent)
+        write_statistics(out, made)
+        print(f"{out}: {chosen.name}, {made.count} images of {made.image_size} px, {chosen.dim} features")
+        for notice in [*chosen.notices, *(getattr(images, "skipped", None) or [])[:5]]:
+            print(f"note: {notice}")
+    return 0
+
+
+def is_images(path: Path) -> bool:
+    """Whether a target is a set of images rather than a model."""
+    if path.suffix == ".npz":
+        return True
+    if not path.is_dir():
+        return False
+    from jitjax.interop.sources import is_workdir
+
+    return not is_workdir(path) and not any(path.glob("*.safetensors")) and not any(path.glob("*/*.safetensors"))
+
+
+def _patch_of(image_size: int) -> int:
+    """Images alone do not say the patch: 16 patches along a side, as in all published models."""
+    return max(2, image_size // 16)
+
+
+def _shown(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _steps(advance: Any) -> Any:
+    """A callback that is given totals, from one that is given increments."""
+    done = 0
+
+    def progress(total: int) -> None:
+        nonlocal done
+        advance(total - done)
+        done = total
+
+    return progress

@@ -1,0 +1,67 @@
+"""What killed runs leave behind, named so that the next start can tell it from what is in use. Imports no JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from multiprocessing import shared_memory
+from pathlib import Path
+
+_SHARED = Path("/dev/shm")
+_PREFIX = "jj"
+# By `draw_dataset`, `Workdir.write`, `Checkpoints`, `TimeAccount` and `Anomalies`.
+_WRITTEN = ("config.json", "versions.json", "run.json", "parameters.txt")
+_PARTIAL = (".shapes.*.partial", "*.json.tmp", *(f".{name}.*" for name in _WRITTEN))
+
+
+def name_segments(owner: int) -> None:
+    """Let shared memory that this process makes carry the number of the run's main process, `owner`.
+
+    For input workers: Python's own names say nothing, and when the whole process group is killed the segments stay for ever.
+    """
+    name = f"/{_PREFIX}{owner:x}_"
+    # A private constant of the standard library: names of 14 characters, of which the rest is random.
+    if hasattr(shared_memory, "_SHM_NAME_PREFIX") and len(name) <= 10:
+        shared_memory._SHM_NAME_PREFIX = name
+
+
+def remove_segments(folder: Path = _SHARED) -> int:
+    """Remove this user's shared memory of runs whose main process is gone. Returns how many segments."""
+    removed = 0
+    for path in folder.glob(f"{_PREFIX}*_*"):
+        match = re.fullmatch(rf"{_PREFIX}([0-9a-f]+)_[0-9a-f]+", path.name)
+        with contextlib.suppress(OSError):  # another start may be faster
+            if match and path.stat().st_uid == os.getuid() and not _alive(int(match[1], 16)):
+                path.unlink()
+                removed += 1
+    return removed
+
+
+def remove_partial(workdir: Path) -> list[str]:
+    """Remove files and folders that were half written when a run was killed. Call with the workdir's lock held: then nobody
+    writes them.
+
+    Returns:
+      Their names.
+    """
+    names = []
+    for path in [path for pattern in _PARTIAL for path in workdir.glob(pattern)]:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            names.append(path.name)
+    return names
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

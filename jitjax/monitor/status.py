@@ -1,0 +1,63 @@
+"""Where a run stands that was started elsewhere, from the files in its workdir."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from jitjax.errors import UserError
+from jitjax.monitor.metrics import read_last
+from jitjax.monitor.view import View, duration
+
+STEPS = 5000  # optimizer steps that are read, from the end
+
+
+def print_status(
+    workdir: str | os.PathLike,
+    *,
+    total_steps: int,
+    steps_per_epoch: int | None = None,
+    title: str = "",
+    stream: TextIO | None = None,
+) -> None:
+    """Prints where a run stands that was started elsewhere: the view of its terminal, from the files in its workdir.
+
+    Args:
+      workdir: the run's folder, on this machine or mounted.
+      total_steps, steps_per_epoch, title, stream: as for `Console`.
+
+    Raises:
+      UserError: the workdir has no readable metrics.
+    """
+    workdir, file = Path(workdir), sys.stdout if stream is None else stream
+    path = workdir / "metrics.jsonl"
+    try:
+        records = read_last(path, STEPS)
+        age = time.time() - path.stat().st_mtime
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot read {path.name} ({error.strerror}): give the workdir of a run") from error
+    now = 0.0  # by the measured times of steps and pauses
+    view = View(total_steps, steps_per_epoch, title, clock=lambda: now, begun=None)
+    known: dict[str, Any] = {}  # speeds stand only in the last line of each interval
+    ended = None  # the step of the last such line
+    for record in records:
+        step = record["step"]
+        known |= record
+        view.observe(step, record.get("train/loss"))
+        if record.get("time/step") is not None:
+            now += record["time/step"] * (step - (step if ended is None else ended)) + (record.get("time/paused") or 0.0)
+            view.update(step, known, memory=None)
+            ended = step
+    for name, folder, pattern in (("checkpoint", "checkpoints", r"(\d+)"), ("preview", "samples", r"step_(\d+)\.png")):
+        matches = (re.fullmatch(pattern, entry.name) for entry in (workdir / folder).glob("*"))
+        if steps := [int(match[1]) for match in matches if match]:
+            view.marks = {**view.marks, name: max(steps)}
+    console = Console(file=file, highlight=False)
+    console.print(view)
+    console.print(f"last step written {duration(age)} ago", style="dim")

@@ -1,0 +1,440 @@
+"""A model that knows how it is used: geometry, diffusion settings, class names, weights and EMAs, as one object.
+
+    pipe = jitjax.load("runs/a")
+    images = pipe.sample(["cat", "dog"], seed=0, cfg_scale=2.9, interval=(0.1, 1.0))   # (2, S, S, 3) uint8
+    pipe.save("exported")                                                              # model.safetensors, config.json
+
+Everything that draws images goes through `Sampler` here: `Pipeline.sample`, the previews of a run, the benchmark.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jitjax import diffusion, ema, kernels, sampling, settings, sharding
+from jitjax import model as jit_model
+from jitjax.diffusion import Diffusion
+from jitjax.errors import UserError
+
+RAW = "model"  # the weights that the optimizer moves; the other sets are EMAs, named by their decay
+PER_DEVICE = {"gpu": 64, "cpu": 8}  # images that a device draws at once, unless batch_size says otherwise
+
+
+class Sampler:
+    """A compiled sampler on a mesh: (params, seed, indices, labels) -> images.
+
+    The noise of image i is a function of (seed, i) alone, so an image depends neither on the batch that it is drawn in nor
+    on the devices (apart from rounding, which differs between batch sizes).
+    """
+
+    def __init__(
+        self,
+        geometry: jit_model.Geometry,
+        process: Diffusion,
+        options: settings.Sampler,
+        mesh: Mesh,
+        *,
+        dtype: str,
+        ops: kernels.Ops,
+        comm_dtype: str = "float32",
+        integrate: Callable[..., jax.Array] = sampling.sample_fn,
+        finish: Callable[[jax.Array], jax.Array] = diffusion.to_uint8,
+        moments: int = 0,
+    ):
+        """Args:
+        mesh: the parameters may be sharded over its `fsdp` axis; they are gathered once per call, in `comm_dtype`.
+        integrate: what turns noise into images, with the signature of `sampling.sample_fn`.
+        finish: applied to the float32 images on the devices.
+        moments: k > 0 also gives k moments of the way from noise to image.
+        """
+        self.mesh, self.cfg_scale = mesh, np.float32(options.cfg_scale)
+        graphdef = jit_model.graphdef_of(geometry)
+        specs = sharding.specs(jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0)), mesh)
+        shape = (geometry.image_size, geometry.image_size, jit_model.CHANNELS)
+        static = {name: value for name, value in dataclasses.asdict(options).items() if name != "cfg_scale"}
+        if moments:
+            static["return_path"] = moments
+
+        def draw(params, seed, cfg_scale, indices, labels):
+            params = sharding.gather(params, specs, mesh, jnp.dtype(comm_dtype))
+            key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no optimizer step has this number
+            noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+            drawn = integrate(
+                functools.partial(jit_model.merge(graphdef, params), dtype=jnp.dtype(dtype), ops=ops),
+                process.noise_scale * noise,
+                labels,
+                null_label=geometry.num_classes,
+                prediction=process.prediction,
+                cfg_scale=1.0 if options.cfg_scale == 1 else cfg_scale,
+                **static,
+            )
+            if not moments:
+                return finish(drawn)
+            images, path = drawn
+            return finish(images), finish(path.states), finish(path.predictions)
+
+        self._batch = NamedSharding(mesh, sharding.BATCH)
+        along_path = P(None, sharding.AXES)
+        sharded = jax.shard_map(
+            draw,
+            mesh=mesh,
+            in_specs=(specs, P(), P(), sharding.BATCH, sharding.BATCH),
+            out_specs=(sharding.BATCH, along_path, along_path) if moments else sharding.BATCH,
+            check_vma=False,
+        )
+        self.program = jax.jit(sharded, out_shardings=NamedSharding(mesh, P()))
+
+    def arguments(self, seed: int, indices: Sequence[int], labels: Sequence[int], size: int = 0) -> tuple[Any, ...]:
+        """The program's arguments after the parameters, on the devices; padded to `size` and to a multiple of the devices."""
+        chex.assert_equal(len(indices), len(labels))
+        padded = -(-max(size, len(indices)) // self.mesh.size) * self.mesh.size
+
+        def place(values):
+            values = np.resize(np.asarray(values, np.int32), padded)
+            return jax.make_array_from_callback((padded,), self._batch, lambda part: values[part])
+
+        return np.uint32(seed), self.cfg_scale, place(indices), place(labels)
+
+    def __call__(
+        self, params: jit_model.Params, seed: int, indices: Sequence[int], labels: Sequence[int], *, size: int = 0
+    ) -> Any:
+        """Images with these indices and labels, on the host of every process: (N, S, S, 3). With `moments`: images, and
+        states and predicted images along the way, (moments, N, S, S, 3)."""
+        drawn = self.program(params, *self.arguments(seed, indices, labels, size))
+        on_host = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), drawn)
+        return jax.tree.map(lambda a: a[..., : len(indices), :, :, :], on_host)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_sampler(geometry, process, options, mesh, dtype, moments) -> Sampler:
+    """Compiled once for all calls that differ in weights, seed, labels or guidance scale alone."""
+    ops = kernels.get_ops(kernels.resolve("auto", dtype=dtype, geometry=geometry)[0])
+    return Sampler(geometry, process, options, mesh, dtype=dtype, ops=ops, moments=moments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A model with all that is needed to use it.
+
+    geometry, diffusion: what the network is and how its output is to be read.
+    class_names: one name per class, or empty.
+    weights: "model" and EMAs by their decay, e.g. "0.9999"; each {parameter name: array}.
+    which: the set of weights in use.
+    """
+
+    geometry: jit_model.Geometry
+    diffusion: Diffusion
+    weights: dict[str, jit_model.Params]
+    which: str
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what was guessed or left out while loading
+    step: int | None = None  # optimizer steps behind the weights, where known
+    snapshots: Path | None = None  # folder of the run's EMA snapshots
+
+    def __post_init__(self):
+        if self.class_names and len(self.class_names) != self.geometry.num_classes:
+            raise UserError(f"{len(self.class_names)} class names for a model of {self.geometry.num_classes} classes")
+        if self.which not in self.weights:
+            raise UserError(f"there are no weights {self.which!r}: {', '.join(self.weights)} are there")
+
+    @property
+    def params(self) -> jit_model.Params:
+        """The weights in use."""
+        return self.weights[self.which]
+
+    @property
+    def emas(self) -> tuple[str, ...]:
+        return tuple(name for name in self.weights if name != RAW)
+
+    def using(self, which: str | None) -> Pipeline:
+        """The same pipeline with another set of weights in use: "model" (or "params"), an EMA's decay, "model_ema1" or
+        "model_ema2" (first and second EMA); None: the EMA that is first. "power:0.07" is rebuilt from the run's snapshots.
+
+        Raises:
+          UserError: there is no such set; the line names those that are there.
+        """
+        if str(which).startswith(ema.POWER) and which not in self.weights and self.snapshots:
+            return self._rebuilt(str(which))
+        return dataclasses.replace(self, which=choose(self.weights, which))
+
+    def _rebuilt(self, which: str) -> Pipeline:
+        try:
+            target = ema.Target(self.step, sigma_rel=float(which.removeprefix(ema.POWER)))
+        except ValueError:
+            raise UserError(f"EMA {which!r}: give a number after {ema.POWER}, e.g. {ema.POWER}0.07") from None
+        params, found = ema.reconstruct(ema.find_snapshots(self.snapshots), target)
+        note = f"EMA {which} rebuilt from snapshots in {self.snapshots}: its profile is {found.residual:.1%} off"
+        return dataclasses.replace(self, weights=self.weights | {which: params}, which=which, notes=(*self.notes, note))
+
+    def model(self) -> jit_model.JiT:
+        """The network as an `nnx` module: `model(z, t, y)` with NHWC floats, t in [0, 1], y up to num_classes (= null)."""
+        params = {name: jnp.asarray(value) for name, value in self.params.items()}
+        return jit_model.merge(jit_model.graphdef_of(self.geometry), params)
+
+    # ------------------------------------------------------------ labels
+
+    def label_of(self, label: int | str | None) -> int:
+        """The class number of a number or name; None is the null class.
+
+        Raises:
+          UserError: out of range, a fraction, or an unknown name.
+        """
+        n = self.geometry.num_classes
+        if label is None:
+            return n
+        if isinstance(label, str):
+            if label in self.class_names:
+                return self.class_names.index(label)
+            if not label.strip().lstrip("-").isdigit():
+                import difflib
+
+                if not self.class_names:
+                    raise UserError(f"label {label!r}: this model has no class names, only numbers in [0, {n})")
+                near = difflib.get_close_matches(label, self.class_names, 3, 0.5) or list(self.class_names[:5])
+                raise UserError(f"label {label!r} is none of the {n} classes of this model; near: {', '.join(near)}")
+            label = int(label)
+        try:
+            number = int(label)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if isinstance(label, bool | np.bool_) or number is None or number != label:
+            raise UserError(f"label {label!r}: must be a whole number or a class name")
+        if not 0 <= number < n:
+            allowed = f"[0, {n})" if n else "none: it was trained without classes (leave labels out)"
+            raise UserError(f"label {number} is out of range: this model has classes {allowed}")
+        return number
+
+    # ------------------------------------------------------------ sampling
+
+    def sample(
+        self,
+        labels: Sequence[int | str | None] | np.ndarray | int | None = None,
+        *,
+        num: int | None = None,
+        seed: int = 0,
+        steps: int = 50,
+        method: str = "heun",
+        cfg_scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        batch_size: int | None = None,
+        dtype: str | None = None,
+        **more: Any,
+    ) -> np.ndarray:
+        """Draw one image per label.
+
+        Args:
+          labels: class numbers or names; None in it is the null class. Left out: `num` unconditional images.
+          seed: image i depends on (seed, i, its label) alone, not on batch size or devices.
+          steps, method, cfg_scale, interval: of `jitjax.sampling.sample_fn`; `more` takes its other options.
+          batch_size: images drawn at once, over all devices; rounded up to their number.
+          dtype: type of matmuls and attention; default bfloat16 on a GPU, float32 elsewhere.
+
+        Returns:
+          (N, S, S, 3) uint8.
+
+        Raises:
+          UserError: a label or an option that does not fit.
+        """
+        options = dict(steps=steps, method=method, cfg_scale=cfg_scale, interval=interval, **more)
+        batches = self.sample_batches(labels, num=num, seed=seed, batch_size=batch_size, dtype=dtype, **options)
+        size = self.geometry.image_size
+        return np.concatenate([np.empty((0, size, size, 3), np.uint8), *(images for _, images in batches)])
+
+    def sample_batches(
+        self,
+        labels: Any = None,
+        *,
+        num: int | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dtype: str | None = None,
+        moments: int = 0,
+        **options: Any,
+    ) -> Iterator[tuple[list[int], Any]]:
+        """As `sample`, a batch at a time: (indices of its images, (B, S, S, 3) uint8). Arguments are checked before this
+        returns.
+
+        Args:
+          indices: the image index of each label; default 0, 1, 2, ...
+          moments: k > 0 gives (images, states, predicted images) instead of images, the last two (k, B, S, S, 3) uint8 at k
+            moments of the way from noise to image.
+        """
+        if labels is None:
+            numbers = [self.geometry.num_classes] * (1 if num is None else _whole("num", num, 0))
+        else:
+            listed = [labels] if isinstance(labels, int | str) else list(labels)
+            if num is not None and num != len(listed):
+                raise UserError(f"num={num} with {len(listed)} labels: give one of the two")
+            numbers = [self.label_of(label) for label in listed]
+        seed = _whole("seed", seed, 0)
+        chosen = sampler_options(**{"t_eps": self.diffusion.sample_t_eps} | options)
+        if chosen.cfg_scale != 1 and self.geometry.num_classes == 0:
+            raise UserError(f"cfg_scale={chosen.cfg_scale}: guidance needs a model with classes, this one has none")
+        mesh = sharding.make_mesh(None, 1)
+        platform = jax.default_backend()
+        per_device = PER_DEVICE.get(platform, 64)
+        batch = _whole("batch_size", batch_size, 1) if batch_size is not None else per_device * mesh.size
+        batch = min(batch, max(1, len(numbers)))
+        batch = -(-batch // mesh.size) * mesh.size
+        dtype = compute_dtype(dtype)
+        # One program for all guidance scales other than 1.
+        generic = chosen if chosen.cfg_scale == 1 else dataclasses.replace(chosen, cfg_scale=2.0)
+        sampler = copy.copy(_cached_sampler(self.geometry, self.diffusion, generic, mesh, dtype, moments))
+        sampler.cfg_scale = np.float32(chosen.cfg_scale)
+        indices = list(range(len(numbers))) if indices is None else list(indices)
+        chex.assert_equal(len(indices), len(numbers))
+        return self._batches(sampler, numbers, seed, indices, batch)
+
+    def _batches(self, sampler: Sampler, numbers: list[int], seed: int, indices: list[int], batch: int):
+        if not numbers:
+            return
+        params = jax.device_put(self.params, NamedSharding(sampler.mesh, P()))
+        for start in range(0, len(numbers), batch):
+            part = slice(start, start + batch)
+            # The last batch is padded, so that it reuses the compiled program.
+            yield indices[part], sampler(params, seed, indices[part], numbers[part], size=batch)
+
+    # ------------------------------------------------------------ storage
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `model.safetensors` (all sets of weights) and `config.json`, which `jitjax.load` reads. Power-function EMAs
+        are left out, unless one is in use: then it is the only set, as "model".
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        from jitjax.interop.weights import write_folder
+
+        facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
+        sets = {name: params for name, params in self.weights.items() if not name.startswith(ema.POWER)}
+        sets = {RAW: self.params} if self.which.startswith(ema.POWER) else sets
+        write_folder(folder, jax.device_get(sets), self.geometry, facts)
+        return Path(folder)
+
+
+def choose(sets: Mapping[str, Any], which: str | None) -> str:
+    """The name of a set of weights in `sets`, see `Pipeline.using`."""
+    emas = [name for name in sets if name != RAW]
+    if which is None:
+        return emas[0] if emas else RAW
+    aliases = {"params": RAW, "raw": RAW, **{f"model_ema{i + 1}": name for i, name in enumerate(emas)}}
+    name = aliases.get(str(which), str(which))
+    if name not in sets:
+        raise UserError(f"there are no weights {which!r}: use one of {', '.join(sets)}")
+    return name
+
+
+def sampler_options(**options: Any) -> settings.Sampler:
+    """Checked options of a sampler.
+
+    Raises:
+      UserError: an unknown option, a wrong type, steps < 1, a reversed interval, ...
+    """
+    hints = {name.removeprefix("sampler."): field for name, field in settings.fields_of(settings.Sampler, "sampler.").items()}
+    for name in options:
+        if name not in hints:
+            raise UserError(f"{name} is no option of the sampler: use {', '.join(hints)}")
+    values = {name: hints[name].check(value, flag=name) for name, value in options.items()}
+    chosen = settings.Sampler(**values)
+    settings.check_interval(chosen.interval, "interval")
+    return chosen
+
+
+def compute_dtype(dtype: str | None) -> str:
+    """The default is bfloat16 on a GPU and float32 elsewhere."""
+    if dtype is None:
+        return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    if name not in ("bfloat16", "float32", "float16"):
+        raise UserError(f"dtype={name}: must be one of bfloat16, float32, float16")
+    return name
+
+
+def _whole(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value < 2**32:
+        raise UserError(f"{name}={value!r}: must be a whole number in [{low}, {2**32})")
+    return int(value)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(path: str | Path, which: str | None = None) -> Pipeline:
+    """A pipeline from a workdir (its newest checkpoint), one checkpoint or `runs/a/checkpoints/best`, an exported folder, an
+    official .pth or a .safetensors file.
+
+    Args:
+      which: the set of weights to use; default the first EMA, see `Pipeline.using`.
+
+    Raises:
+      UserError: nothing readable there, or no such set of weights in it.
+    """
+    from jitjax import checkpoint
+    from jitjax.interop import sources
+    from jitjax.interop import weights as weight_files
+
+    path = Path(path).expanduser()
+    if not path.exists() and path.name != checkpoint.BEST:
+        raise UserError(f"{path}: no such file or folder; give a workdir, a checkpoint, an exported folder or a weights file")
+    if path.name == checkpoint.BEST or (path.is_dir() and sources.is_workdir(path)):
+        pipe = from_checkpoint(checkpoint.load_weights(path), checkpoint.workdir_of(path))
+    else:
+        pipe = from_weights(weight_files.read_weights(path))
+    return pipe.using(which)
+
+
+def from_weights(found: Any) -> Pipeline:
+    """A pipeline from `interop.weights.read_weights`; what the file does not say is assumed as published, and noted."""
+    size, notes = found.geometry.image_size, list(found.notes)
+    published = dict(prediction="x", noise_scale=max(1.0, size / 256), t_eps=0.05, sample_t_eps=0.05)
+    facts = {name: found.facts[name] for name in published if found.facts.get(name) is not None}
+    assumed = [f"{name}={published[name]}" for name in ("prediction", "noise_scale") if name not in facts]
+    if assumed:
+        notes.append(f"the file does not say {' and '.join(assumed)}: assumed, as published")
+    decays = [str(decay) for decay in found.decays]
+    emas = [name for name in found.sets if name != RAW]
+    names = {RAW: RAW, **dict(zip(emas, decays, strict=False))}
+    weights = {names.get(name, name): params for name, params in found.sets.items()}
+    return Pipeline(
+        geometry=found.geometry,
+        diffusion=Diffusion(**published | facts),
+        weights=weights,
+        which=choose(weights, None),
+        class_names=_names(found.class_names, found.geometry.num_classes),
+        notes=tuple(notes),
+        step=found.step,
+    )
+
+
+def from_checkpoint(saved: Any, workdir: Path | None = None) -> Pipeline:
+    """A pipeline from `checkpoint.load_weights`. EMAs come in the order of the run's configuration."""
+    meta, config = saved.meta, saved.meta.get("config") or {}
+    order = [str(decay) for decay in (config.get("optim") or {}).get("ema_decays") or ()]
+    emas = sorted(saved.ema, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return Pipeline(
+        geometry=saved.geometry,
+        diffusion=Diffusion(**meta["diffusion"]) if "diffusion" in meta else diffusion.from_config(config),
+        weights={RAW: saved.params, **{name: saved.ema[name] for name in emas}},
+        which=emas[0] if emas else RAW,
+        class_names=_names(meta.get("class_names"), saved.geometry.num_classes),
+        step=saved.step,
+        snapshots=workdir / ema.FOLDER if workdir is not None and (workdir / ema.FOLDER).is_dir() else None,
+    )
+
+
+def _names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    """Names are those of the data set: a model without labels has seen them and does not know them."""
+    return tuple(names) if names and len(names) == classes else ()

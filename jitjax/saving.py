@@ -1,0 +1,543 @@
+"""Writing checkpoints while training goes on: asynchronous, verified, never at the expense of the last good one.
+
+Orbax's `CheckpointManager` is not used: before 0.12.10 it drops earlier steps from `latest_step()` when a background save
+fails, and it removes old steps by number, whatever state the newer ones are in. Its `AsyncCheckpointer` writes the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jitjax import checkpoint, manifest
+from jitjax.errors import UserError
+from jitjax.step import TrainState
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is being written
+_MAX_FAILURES = 5  # saves in a row that may fail before the run stops
+_RETRY_SECONDS = 60.0
+_HOST_MEMORY = "pinned_host"
+_COMMIT_SECONDS = 1200  # a save that takes longer in the background has failed
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, for the run that writes them. With several processes every one makes the same calls."""
+
+    def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int | None = None):
+        """Removes what a killed run left half written.
+
+        Args:
+          keep_last: how many of the newest checkpoints stay. One is deleted only after a newer one is known to be whole.
+          keep_every: checkpoints whose step is a multiple stay for good.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        self._workdir, self._folder = Path(workdir).absolute(), (Path(workdir) / checkpoint.DIRECTORY).absolute()
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._is_main = jax.process_index() == 0
+        self._whole: set[int] = set()  # steps known to be whole: verified, or written by this process
+        self._thread: threading.Thread | None = None
+        self._pending: int | None = None  # the step that is being written
+        self._error: BaseException | None = None  # of the write that ended last
+        self._failures, self._failed_at = 0, 0.0  # in a row; `time.monotonic()` of the last one
+        self._run: dict[str, Any] = {}
+        self._best: dict[str, Any] | None = None  # of the save that is under way
+        had_folder = self._folder.is_dir()
+        if self._is_main:
+            with _one_line(self._workdir):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._run = self._identity(had_folder)
+                self._remove_unfinished()
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=_COMMIT_SECONDS,
+                post_finalization_callback=self._seal,
+                # Asynchronously, a folder that cannot be made is noticed after 300 seconds.
+                create_directories_asynchronously=False,
+            ),
+            # Processes that are named meet through the coordination service; others in a collective on the devices, which
+            # no thread may start beside the training step's.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count()))),
+        )
+
+    # ---------------------------------------------------------------- read
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint; None in a workdir that has never saved one. Reads every byte of it.
+
+        Raises:
+          UserError: there are checkpoints and none is whole, or those that were saved are gone.
+        """
+        candidates = self._candidates()
+        for step in candidates:
+            if self._verified(step):
+                return step
+        if candidates:
+            raise self._none_whole()
+        return None
+
+    def resume(
+        self, like: TrainState, check: Callable[[Mapping[str, Any]], None] = lambda meta: None
+    ) -> tuple[TrainState, int, dict[str, Any]] | None:
+        """State, step and meta of the newest checkpoint that is whole, can be read and is finite; None in a new workdir.
+
+        Args:
+          like: tree of shape structs with shardings; the checkpoint may come from another mesh.
+          check: called with the meta before the arrays are read; raises `UserError` where the checkpoint does not fit.
+
+        Raises:
+          UserError: there are checkpoints and none is good, or those that were saved are gone.
+        """
+        candidates = self._candidates()
+        for step in candidates:
+            if not self._verified(step):
+                continue
+            meta = self.meta(step)
+            check(meta)
+            try:
+                state, reason = self.restore(step, like), None
+                if group := not_finite(state):
+                    reason = f"its {group} are not finite"
+            except Exception as error:  # Orbax and TensorStore raise many kinds for files that are not what they were
+                state, reason = None, f"it cannot be read ({checkpoint.reason_of(error)})"
+            if not _any_process(reason is not None):
+                return state, step, meta
+            self._whole.discard(step)
+            checkpoint.report_skipped(self._folder / str(step), reason or "another process cannot read it")
+        if candidates:
+            raise self._none_whole()
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, whole or not, ascending."""
+        return checkpoint.steps_in(self._folder)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return checkpoint.read_items(self._folder / str(step), meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state at `step`, laid out like `like` (a tree of shape structs with shardings)."""
+        optimizer = {"opt_state": like.opt_state, "loss_scale": like.loss_scale}
+        restored = checkpoint.read_items(
+            self._folder / str(step),
+            params=ocp.args.StandardRestore(like.params),
+            ema=ocp.args.StandardRestore(like.ema),
+            optimizer=ocp.args.StandardRestore(optimizer),
+        )
+        # Onto the mesh also what is a scalar: Orbax may return those on one device only.
+        place = jax.tree.map(lambda leaf: leaf.sharding, like.step)
+        return TrainState(
+            step=jax.device_put(np.int32(step), place),
+            params=restored["params"],
+            opt_state=restored["optimizer"]["opt_state"],
+            ema=restored["ema"],
+            loss_scale=restored["optimizer"]["loss_scale"],
+        )
+
+    def _candidates(self) -> list[int]:
+        """Steps to try, newest first; with several processes those that all of them see."""
+        steps = self.steps()
+        if jax.process_count() > 1:
+            padded = np.full(256, -1, np.int64)
+            padded[: len(steps[-256:])] = steps[-256:]
+            seen = [set(map(int, row)) - {-1} for row in multihost_utils.process_allgather(padded)]
+            steps = sorted(set.intersection(*seen))
+            if hidden := sorted(set.union(*seen) - set(steps)):
+                _log.warning("checkpoints %s are not visible to every process: not considered", ", ".join(map(str, hidden)))
+        lost = not steps and self._is_main and self._lost()
+        if _any_process(bool(lost)):
+            raise UserError(lost or f"--workdir={self._workdir}: the checkpoints that were saved are gone")
+        return steps[::-1]
+
+    def _verified(self, step: int) -> bool:
+        """Whether the checkpoint is whole; where not, one line says why. Process 0 reads, all get its verdict."""
+        if step in self._whole:
+            return True
+        reason = checkpoint.defect(self._folder / str(step), self._run.get("run")) if self._is_main else None
+        if _any_process(reason is not None):
+            if self._is_main:
+                checkpoint.report_skipped(self._folder / str(step), str(reason))
+            return False
+        self._whole.add(step)
+        return True
+
+    def _none_whole(self) -> UserError:
+        return UserError(
+            f"--workdir={self._workdir}: none of its checkpoints ({', '.join(map(str, self.steps()))}) is whole; the lines "
+            "above give the reasons. Nothing was changed: restore one from a copy, or use another workdir"
+        )
+
+    # ---------------------------------------------------------------- write
+
+    def reserve(self, like: TrainState) -> None:
+        """Page-lock the host memory that saves use, in a thread; the runtime keeps it. Otherwise the first save does so and
+        training stands still meanwhile. Call it before the first step is compiled. `like`: as for `resume`."""
+        if jax.process_count() > 1 or jax.default_backend() == "cpu":
+            return
+
+        def allocate() -> None:
+            sizes = [(leaf.shape, leaf.dtype, _one_replica(leaf.sharding)) for leaf in jax.tree.leaves(like)]
+            with contextlib.suppress(Exception):  # the first save will say it
+                jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
+
+        threading.Thread(target=allocate, name="checkpoint_reserve", daemon=True).start()
+
+    def require_space(self, state: TrainState) -> None:
+        """Raises:
+        UserError: the disk has not room for one more checkpoint. Orbax would find out half-way.
+        """
+        if reason := self._lacks_space(state):
+            raise UserError(f"--workdir={self._workdir}: {reason} (earlier checkpoints are intact)")
+
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "metric", "value"} of the checkpoint that was saved as the best; None where there is none."""
+        return checkpoint.read_best(self._workdir)
+
+    def save(self, state: TrainState, step: int, meta: Mapping[str, Any], *, best: Mapping[str, Any] | None = None) -> None:
+        """Begin to copy the state to the host and return; the state may be donated at once. With one process everything else
+        happens in a thread, which waits for the copy too.
+
+        A save that fails, here or in the background, is reported in one line and training may go on: `retry_due` says
+        when to try again. `wait` raises where the last save failed.
+
+        Args:
+          best: {"metric", "value"}: from now on this is the best checkpoint. It stays until there is a better one, and
+            <workdir>/checkpoints/best means it.
+
+        Raises:
+          UserError: the weights, EMAs or moments are not finite (nothing is written), or too many saves failed in a row.
+        """
+        self._settle()
+        self._check_limit()
+        self._best = None if best is None else {"step": step, **best}
+        if step in self._whole:
+            self._mark_best()
+            return
+        if group := not_finite(state):
+            raise UserError(
+                f"the {group} are not finite at step {step:,}, so they are not saved; {self.last_good()}. "
+                "Lower --config.optim.lr, or set --config.optim.clip_norm=1"
+            )
+        problem = (self._lacks_space(state) or self._lacks_permission()) if self._is_main else None
+        if _any_process(problem is not None):
+            self._failed(step, UserError(problem or "process 0 cannot write"))
+            return
+        copy, alone = state, jax.process_count() == 1
+        if alone:
+            try:
+                copy = _to_host(state)
+            except Exception as error:  # no room for it in page-locked memory: Orbax copies, and training waits
+                _log.warning(
+                    "no copy of the state fits into page-locked host memory (%s): this save is slower",
+                    checkpoint.reason_of(error),
+                )
+                alone = False
+        args = dict(
+            params=ocp.args.StandardSave(copy.params),
+            ema=ocp.args.StandardSave(copy.ema),
+            optimizer=ocp.args.StandardSave({"opt_state": copy.opt_state, "loss_scale": copy.loss_scale}),
+            meta=ocp.args.JsonSave({**meta, "checksums": manifest.FORMAT}),
+        )
+        self._pending = step
+        items = ocp.args.Composite(**args)
+        if not alone:  # each process writes its slices of what is replicated: Orbax copies no more than those
+            try:
+                self._start(step, items)
+            except Exception as error:
+                self._failed(step, error)
+                return
+            items = None
+        self._thread = threading.Thread(target=self._write, args=(step, items), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def retry_due(self) -> bool:
+        """Whether the last save failed and it is time to try again. Cheap: for every turn of a loop.
+
+        Raises:
+          UserError: too many saves failed in a row. With several processes one failure is enough, since the others wait.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self._settle()
+        self._check_limit()
+        return self._failures > 0 and time.monotonic() - self._failed_at >= _RETRY_SECONDS
+
+    def _check_limit(self) -> None:
+        if self._failures >= _MAX_FAILURES or (self._failures and jax.process_count() > 1):
+            raise self._as_user_error()
+
+    def wait(self) -> None:
+        """Until everything is on disk.
+
+        Raises:
+          UserError: the last save failed.
+        """
+        self._settle()
+        if self._failures:
+            raise self._as_user_error()
+
+    def close(self) -> None:
+        """Like `wait`; afterwards nothing of Orbax runs any more."""
+        try:
+            self.wait()
+        finally:
+            self._failures = 0  # raised once
+            with _one_line(self._workdir):
+                self._writer.close()
+
+    def _start(self, step: int, items: ocp.args.Composite) -> None:
+        # A damaged checkpoint of the same step, which was not resumed from, gives way (`force`).
+        self._writer.save(self._folder / str(step), args=items, force=True)
+
+    def _write(self, step: int, items: ocp.args.Composite | None) -> None:
+        """In a thread: write the files, remember the step, and delete what is not to be kept."""
+        try:
+            if items is not None:
+                self._start(step, items)
+                items = None  # the copy on the host is free as soon as Orbax has written it
+            self._writer.wait_until_finished()
+            if self._is_main:
+                manifest.sync_folder(self._folder)
+                self._run["saved"] = step
+                _write_json(self._workdir / checkpoint.RUN_FILE, self._run)
+            self._whole.add(step)
+            self._failures = 0
+        except BaseException as error:
+            self._failed(step, error)
+            return
+        if self._is_main:
+            self._mark_best()
+            self._rotate()
+
+    def _mark_best(self) -> None:
+        if self._best is not None and self._is_main:
+            _write_json(self._workdir / checkpoint.BEST_FILE, self._best)
+        self._best = None
+
+    def _settle(self) -> None:
+        """Wait for the write in the background."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        self._error, self._failed_at = error, time.monotonic()
+        self._failures += 1
+        if self._failures < _MAX_FAILURES and jax.process_count() == 1:
+            _log.warning(
+                "saving step %s failed (%s); training goes on, failure %d of at most %d in a row; %s",
+                f"{step:,}",
+                checkpoint.reason_of(error),
+                self._failures,
+                _MAX_FAILURES,
+                self.last_good(),
+            )
+        if self._is_main:
+            shutil.rmtree(self._folder / f"{step}{_TEMPORARY}", ignore_errors=True)  # it may hold the space that is lacking
+
+    def _as_user_error(self) -> UserError:
+        times = f"{self._failures} saves in a row" if self._failures > 1 else "the last save"
+        return UserError(
+            f"--workdir={self._workdir}: {times} failed ({checkpoint.reason_of(self._error)}); {self.last_good()}. "
+            "Mend that and run the same command again"
+        )
+
+    def last_good(self) -> str:
+        """For messages: which checkpoint the run would continue from. Looks at nothing on disk."""
+        good = max(self._whole, default=None)
+        return "no checkpoint was saved before" if good is None else f"the last good checkpoint is step {good:,}"
+
+    def _seal(self) -> None:
+        """Called by Orbax in process 0 when all files of the pending step are complete, before the folder gets its name."""
+        folder = self._folder / f"{self._pending}{_TEMPORARY}"
+        if not folder.is_dir():  # file systems without an atomic rename: Orbax writes in place
+            folder = self._folder / str(self._pending)
+        manifest.write(folder, step=self._pending, run=self._run["run"])
+
+    def _rotate(self) -> None:
+        """Delete old checkpoints. Those known to be whole are worth more than those that nobody has verified."""
+        steps = self.steps()
+        known = [step for step in steps if step in self._whole]
+        keep = set(known[-self._keep_last :])
+        others = [step for step in steps if step not in keep and step < max(known)]
+        spare = self._keep_last - len(keep)
+        keep.update(others[len(others) - spare :] if spare > 0 else [])
+        keep.add((self.best() or {}).get("step"))
+        for step in others:
+            if step in keep or (self._keep_every and step % self._keep_every == 0):
+                continue
+            try:
+                # Renamed first, so that a checkpoint half deleted by a kill is not taken for a damaged one.
+                doomed = self._folder / f"{step}{_TEMPORARY}"
+                os.rename(self._folder / str(step), doomed)
+                shutil.rmtree(doomed)
+                self._whole.discard(step)
+            except OSError as error:
+                _log.warning("checkpoint %d could not be deleted (%s)", step, error.strerror)
+
+    def _remove_unfinished(self) -> None:
+        for path in self._folder.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _lacks_space(self, state: TrainState) -> str | None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        try:
+            free = shutil.disk_usage(self._workdir).free
+        except OSError as error:
+            return f"{self._workdir}: {error.strerror}"
+        if free >= needed:
+            return None
+        return (
+            f"no space for a checkpoint, which takes {needed / 2**20:,.0f} MiB where {free / 2**20:,.0f} MiB are free; "
+            "free some and run the same command again"
+        )
+
+    def _lacks_permission(self) -> str | None:
+        """Ask before Orbax does: with several processes it would leave the others waiting."""
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=self._folder))
+        except OSError as error:
+            return f"{self._folder} cannot be written ({error.strerror})"
+        return None
+
+    # ---------------------------------------------------------------- identity
+
+    def _identity(self, had_folder: bool) -> dict[str, Any]:
+        """{"run": identifier, "saved": last step saved or None}; made where the workdir has none."""
+        file = self._workdir / checkpoint.RUN_FILE
+        run = checkpoint.read_run(self._workdir)
+        if run is not None:
+            return run
+        steps = self.steps()
+        found = next((known["run"] for step in steps[::-1] if (known := _manifest(self._folder / str(step)))), None)
+        if not steps and _last_metric_step(self._workdir):
+            # A workdir of jitjax 0.1.0, which wrote no run.json, or whose run.json is gone as well.
+            state = "is empty" if had_folder else "is missing"
+            if not had_folder:
+                self._folder.rmdir()
+            raise UserError(
+                f"--workdir={self._workdir}: {checkpoint.DIRECTORY}/ {state} though metrics.jsonl reaches step "
+                f"{_last_metric_step(self._workdir):,}: put it back, or use another workdir"
+            )
+        run = {"run": found or uuid.uuid4().hex, "saved": steps[-1] if steps else None}
+        _write_json(file, run)
+        return run
+
+    def _lost(self) -> str | None:
+        if self._run.get("saved") is None:
+            return None
+        return (
+            f"--workdir={self._workdir}: {checkpoint.DIRECTORY}/ holds no checkpoint though step {self._run['saved']:,} was "
+            "saved: put it back, or use another workdir"
+        )
+
+
+def not_finite(state: TrainState) -> str:
+    """Name of the first part of `state` with a number that is not finite, "" where there is none. Waits for the device."""
+    groups = {
+        "weights": state.params,
+        **{f"EMA {decay} weights": params for decay, params in state.ema.items()},
+        "optimizer moments": state.opt_state,
+    }
+    flags = {name: checkpoint.all_finite(tree) for name, tree in groups.items()}  # all under way before the first is waited for
+    return next((name for name, flag in flags.items() if not bool(flag)), "")
+
+
+def _to_host(state: TrainState) -> TrainState:
+    """A copy of `state` in the host's page-locked memory, one replica of each array. Only dispatched: the devices copy it
+    between the steps that are under way and the next one. One process only."""
+    leaves, structure = jax.tree.flatten(state)
+    placed = [_one_replica(leaf.sharding) for leaf in leaves]
+    shards = [
+        [s.data for s in leaf.addressable_shards if s.device in p.device_set] for leaf, p in zip(leaves, placed, strict=True)
+    ]
+    kinds = [[shard.sharding.with_memory_kind(_HOST_MEMORY) for shard in own] for own in shards]
+    copies = jax.device_put(shards, kinds)
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.make_array_from_single_device_arrays(leaf.shape, place, own)
+            for leaf, place, own in zip(leaves, placed, copies, strict=True)
+        ],
+    )
+
+
+def _one_replica(of: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """`of` in host memory, on the part of its mesh that holds every number once."""
+    if not isinstance(of, jax.sharding.NamedSharding):
+        return of.with_memory_kind(_HOST_MEMORY)
+    used = {name for entry in of.spec if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))}
+    devices = of.mesh.devices[tuple(slice(None) if name in used else slice(1) for name in of.mesh.axis_names)]
+    mesh = jax.sharding.Mesh(devices, of.mesh.axis_names, axis_types=of.mesh.axis_types)
+    return jax.sharding.NamedSharding(mesh, of.spec, memory_kind=_HOST_MEMORY)
+
+
+def _any_process(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read(folder)
+    except (ValueError, OSError):
+        return None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _last_metric_step(workdir: Path) -> int:
+    """The last step in metrics.jsonl, 0 without one."""
+    try:
+        with open(workdir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - (1 << 16)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # the last line may be torn
+            continue
+    return 0
+
+
+class _one_line:
+    """Turns what the disk refuses into one line that names the workdir."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError):
+            raise UserError(
+                f"--workdir={self._workdir}: {checkpoint.reason_of(error)} (earlier checkpoints are intact)"
+            ) from error

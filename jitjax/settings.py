@@ -1,0 +1,527 @@
+"""The settings of a run: every field once, with type, default, range, unit and one line of what it does.
+
+A config file builds an `ml_collections.ConfigDict` (`jitjax.config.default_config`); here it becomes frozen dataclasses, one
+a subject, and each module receives only its own. Checks, `--help` and the reference page are read off the fields. Imports
+no jax, so a mistake on the command line is answered before JAX starts.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jitjax import paths
+from jitjax.errors import UserError
+from jitjax.signals import StopAfter
+
+SPACES = ("x", "epsilon", "v")
+HIGH_DEPTH = ("clip", "range", "picture")
+METHODS = ("heun", "euler", "abm2", "abm3", "dpmpp_2m")
+GRID = r"uniform|power:\d+(\.\d+)?"
+INT32 = 2**31 - 1  # the largest optimizer step that a device counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a field allows beyond its type, and what it means."""
+
+    help: str
+    unit: str = ""
+    low: float = -math.inf  # least value; excluded if `open_low`
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    choices: tuple[str, ...] = ()
+    pattern: str = ""  # of text, a regular expression
+    length: int | None = None  # of a tuple
+    free: bool = False  # may differ between the starts of one run: changes where, how fast and how loudly it runs
+
+
+def setting(default: Any, help: str, **rule: Any) -> Any:
+    """A field of a settings class: its default, one line of help, and the keyword arguments of `Rule`."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(help, **rule)})
+
+
+def free(default: Any, help: str, **rule: Any) -> Any:
+    """A `setting` that may differ between the starts of one run."""
+    return setting(default, help, free=True, **rule)
+
+
+def group(kind: type) -> Any:
+    return dataclasses.field(default_factory=kind, metadata={"group": kind})
+
+
+POSITIVE = dict(low=0, open_low=True)
+STEPS = dict(low=1, high=INT32, unit="optimizer steps")
+SIGMA_REL = dict(low=0, high=0.288, open_low=True)
+EPOCHS = dict(POSITIVE, high=1e9, unit="epochs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    path: str = free("", "Image folder, archive, Parquet files, or a directory made by `jitjax prepare`.")
+    synthetic: str = setting("", "'shapes' draws a small data set into the workdir; '' uses data.path.", choices=("", "shapes"))
+    image_size: int = setting(64, "Side of the square images.", low=1, high=8192, unit="pixels")
+    num_workers: int = free(8, "Decoding processes; 0 decodes in threads of the main process.", low=0, high=1024)
+    flip: bool = setting(True, "Mirror each example with probability 1/2.")
+    split: str = setting("", "Split to read, by name or role; '.': all of it; '': the training split.")
+    labels: str = setting("", "folders, none, cls, json, a label file or FILE:COLUMN; '': found, and printed.")
+    exif_rotate: bool = setting(False, "Turn pictures upright by their EXIF tag; the published loader does not.")
+    all_formats: bool = setting(False, "Also read JPEG 2000 and other formats that the published loader passes over.")
+    high_depth: str = setting("clip", "16-bit and float pictures: clip as published, or scale.", choices=HIGH_DEPTH)
+    max_bad_fraction: float = free(0.01, "Share of undecodable images at which a run stops.", low=0, high=1)
+    allow_changed: bool = free(False, "Continue although the data set differs from the one the run began with.")
+
+    def reading(self) -> dict[str, Any]:
+        """How the files are read: keyword arguments of `jitjax.data.open_dataset`."""
+        return {name: getattr(self, name) for name in ("split", "labels", "exif_rotate", "all_formats", "high_depth")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    name: str = setting("JiT-B/4", "JiT-<size>/<patch>, sizes nano Ti S B L H G, e.g. JiT-B/4.")
+    class_conditional: bool = setting(False, "Train with labels.")
+    num_classes: int | None = setting(None, "Classes; unset: as many as the data set has.", low=1, high=10**7)
+    depth: int | None = setting(None, "Blocks; unset: the named size's own.", low=1, high=512)
+    width: int | None = setting(None, "Features of a token; unset: the named size's own.", low=4, high=2**15)
+    heads: int | None = setting(None, "Attention heads; unset: the named size's own.", low=1, high=2**10)
+    bottleneck: int | None = setting(None, "Features between the two patch projections; unset: own.", low=1, high=2**15)
+    context_length: int | None = setting(None, "In-context class tokens; unset: own.", low=0, high=2**12)
+    context_start: int | None = setting(None, "First block that sees the context tokens; unset: own.", low=0, high=511)
+    mlp_ratio: float = setting(4.0, "SwiGLU: hidden width is 2/3 of this times the width.", high=64, **POSITIVE)
+    attn_dropout: float = setting(0.0, "Dropout of attention weights, middle blocks.", low=0, high=1, open_high=True)
+    proj_dropout: float = setting(0.0, "Dropout of projections, middle blocks.", low=0, high=1, open_high=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    p_mean: float = setting(-0.8, "Training time t = sigmoid(N(p_mean, p_std)).", low=-20, high=20)
+    p_std: float = setting(0.8, "Training time t = sigmoid(N(p_mean, p_std)).", high=20, **POSITIVE)
+    noise_scale: float = setting(1.0, "Standard deviation of the noise; published: image_size / 256.", high=1e3, **POSITIVE)
+    t_eps: float = setting(0.05, "Training's lower clip of 1 - t; sampling has preview.t_eps.", high=1, **POSITIVE)
+    label_drop_prob: float = setting(0.1, "Probability that a label becomes the null class.", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    accumulation_steps: int = free(1, "Micro-batches per optimizer step (the effective batch is compared).", low=1, high=65536)
+    lr: float | None = setting(None, "Peak learning rate; unset: blr x effective batch / 256.", high=100, **POSITIVE)
+    blr: float = setting(5e-5, "Peak learning rate for 256 images a step.", high=100, **POSITIVE)
+    min_lr: float = setting(0.0, "Learning rate at the end of the cosine.", low=0, high=100)
+    warmup_epochs: float = setting(5.0, "Linear warm-up.", low=0, high=1e9, unit="epochs")
+    warmup_steps: int | None = setting(None, "Linear warm-up; set: replaces warmup_epochs.", low=0, high=INT32, unit="steps")
+    schedule: str = setting("constant", "Learning rate after the warm-up.", choices=("constant", "cosine"))
+    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices.", low=0, high=1e3)
+    b1: float = setting(0.9, "AdamW's decay of the first moment.", low=0, high=1, open_high=True)
+    b2: float = setting(0.95, "AdamW's decay of the second moment.", low=0, high=1, open_high=True)
+    eps: float = setting(1e-8, "AdamW's epsilon.", high=1, **POSITIVE)
+    clip_norm: float = setting(0.0, "Clip the gradient's global norm; 0: no clipping.", low=0, high=1e9)
+    ema_decays: tuple[float, ...] = setting((0.9999, 0.9996), "Decays of the EMAs of the weights.", low=0, high=1)
+    power_emas: tuple[float, ...] = setting((), "sigma_rel of power-function EMAs, e.g. (0.05,0.1).", **SIGMA_REL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int | None = free(None, "Devices along the data axis; unset: all devices / fsdp.", low=1, high=2**20)
+    fsdp: int = free(1, "Devices that split parameters, optimizer state and EMAs.", low=1, high=2**20)
+    comm_dtype: str = free("float32", "Type of gradients between devices.", choices=("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int | None = free(None, "Save at multiples of this step.", **STEPS)
+    every_epochs: float | None = free(None, "Save every so many epochs.", **EPOCHS)
+    every_minutes: float | None = free(15.0, "Save after so much time; unset: never by time.", high=1e7, **POSITIVE)
+    keep_last: int = free(3, "Newest checkpoints that are retained.", low=1, high=10**6)
+    keep_every: int | None = free(None, "Checkpoints at multiples of this step are retained for good.", **STEPS)
+    ema_every_steps: int | None = free(None, "Snapshots of optim.power_emas; unset: 32 over the run.", **STEPS)
+    grace_seconds: float = free(60.0, "From a signal to the end; saving must fit in.", high=1e5, unit="s", **POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How images are drawn from a model: what `jitjax.sampling` needs to know."""
+
+    steps: int = setting(50, "Steps of the time grid on [0, 1].", low=1, high=10**5)
+    method: str = setting("heun", "Solver; docs/sampling.md compares them.", choices=METHODS)
+    grid: str = setting("uniform", "Time grid: uniform or power:RHO, e.g. power:1.6.", pattern=GRID)
+    cfg_scale: float = setting(1.0, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
+    interval: tuple[float, ...] = setting((0.0, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
+    t_eps: float = setting(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    every_steps: int | None = free(None, "A grid of samples at multiples of this step.", **STEPS)
+    every_epochs: float | None = free(None, "A grid of samples every so many epochs.", **EPOCHS)
+    num_images: int = free(64, "Images of a grid.", low=1, high=10**6)
+    steps: int = free(50, "Steps of the time grid.", low=1, high=10**5)
+    method: str = free("heun", "Solver; docs/sampling.md compares them.", choices=METHODS)
+    grid: str = free("uniform", "Time grid: uniform or power:RHO, e.g. power:1.6.", pattern=GRID)
+    cfg_scale: float = free(2.9, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
+    interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
+    t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
+    ema_decay: float | None = free(None, "EMA to sample from; unset: the first of optim.ema_decays.", low=0, high=1)
+
+    def sampler(self) -> Sampler:
+        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every_steps: int | None = free(None, "Score the live EMA at multiples of this step.", **STEPS)
+    every_epochs: float | None = free(None, "Score the live EMA every so many epochs.", **EPOCHS)
+    num_images: int = free(5000, "Images that are drawn and scored.", low=2, high=10**6)
+    reference: str = free("", "Folder, prepared set, or statistics to score against; '': the held-out, else the training set.")
+    held_out: str = free("", "Images for eval/loss; '': the validation split beside the training images, where there is one.")
+    extractor: str = free("auto", "inception, efficientnet-lite0 or FILE.onnx; auto: inception where its weights are.")
+    inception: str = free("", "The FID Inception's weights; '': $JITJAX_INCEPTION or the cache.")
+    metric: str = free("", "Score that decides which checkpoint is the best; '': the Fréchet distance.")
+    steps: int = free(20, "Steps of the time grid.", low=1, high=10**5)
+    method: str = free("abm2", "Solver.", choices=METHODS)
+    grid: str = free("power:1.6", "Time grid.", pattern=GRID)
+    cfg_scale: float = free(1.0, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
+    interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
+    t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
+    batch_size: int = free(64, "Images drawn at once per device.", low=1, high=2**16)
+    ema_decay: float | None = free(None, "EMA to score; unset: the first of optim.ema_decays.", low=0, high=1)
+
+    def sampler(self) -> Sampler:
+        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every_steps: int = free(100, "Print and write speed at multiples of this step.", **STEPS)
+    tensorboard: bool = free(False, "Also write TensorBoard event files (install .[tensorboard]).")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wandb:
+    enabled: bool = free(False, "Log to Weights & Biases.")
+    project: str = free("jitjax", "W&B project.")
+    name: str | None = free(None, "Name of the W&B run.")
+    group: str | None = free(None, "Group of the W&B run.")
+    tags: str = free("", "Tags of the W&B run, separated by commas.")
+    mode: str = free("online", "offline: write files that `wandb sync` uploads later.", choices=("online", "offline"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run. Exactly one of the four run lengths is set."""
+
+    seed: int = setting(0, "Seed of weights, data order, noise and times.", low=0, high=2**32 - 1)
+    batch_size: int = free(64, "Images per device and micro-batch (the effective batch is compared).", low=1, high=2**20)
+    epochs: float | None = setting(None, "Run length.", **EPOCHS)
+    total_steps: int | None = setting(None, "Run length.", **STEPS)
+    total_images: float | None = setting(None, "Run length.", high=1e18, unit="images", **POSITIVE)
+    total_tokens: float | None = setting(
+        None, "Run length; (image_size / patch)^2 per image.", high=1e21, unit="tokens", **POSITIVE
+    )
+    dtype: str = setting("bfloat16", "Type of matmuls and attention.", choices=("bfloat16", "float32", "float16"))
+    kernels: str = free("auto", "Implementation of the model's operations.", choices=("auto", "fused", "plain"))
+    remat: str = free("none", "What the backward pass computes again to save memory.", choices=("none", "dots", "full"))
+    init_from: str = setting("", "Weights to start from: workdir, checkpoint, exported folder, .pth or .safetensors.")
+    prediction: str = setting("x", "What the network outputs.", choices=SPACES)
+    loss: str = setting("v", "Space in which the error is measured.", choices=SPACES)
+    nan_policy: str = free("skip", "A step whose loss or gradient is not finite changes nothing.", choices=("skip", "stop"))
+    nan_limit: int = free(20, "Such steps in a row that end the run.", low=1, high=10**6)
+    stop_after: str = free("", "End this invocation after a time or steps, saved: 2h, 90min, 500steps; '': never.")
+    hang_factor: float = free(30.0, "A step this many times the usual, and 300 s, is a hang.", low=2, high=1e6)
+    compilation_cache: str = free("auto", "Directory of compiled programs; auto: the user's cache, on GPU; '': none.")
+    data: Data = group(Data)
+    model: Model = group(Model)
+    diffusion: Diffusion = group(Diffusion)
+    optim: Optimizer = group(Optimizer)
+    mesh: Mesh = group(Mesh)
+    checkpoint: Checkpoint = group(Checkpoint)
+    preview: Preview = group(Preview)
+    eval: Eval = group(Eval)
+    log: Log = group(Log)
+    wandb: Wandb = group(Wandb)
+
+
+RUN_LENGTHS = ("epochs", "total_steps", "total_images", "total_tokens")
+
+
+# ---------------------------------------------------------------- fields by dotted name
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of `Settings`, e.g. name "optim.lr", type float, optional True."""
+
+    name: str
+    type: type  # bool, int, float, str, or tuple (of floats)
+    optional: bool
+    default: Any
+    rule: Rule
+
+    def allowed(self) -> str:
+        """What the field takes, in words: "a whole number in [1, 8192]"."""
+        if self.rule.choices:
+            return "one of " + ", ".join(choice or "''" for choice in self.rule.choices)
+        if self.rule.pattern:
+            return f"text like {self.rule.pattern}"
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "numbers"}[self.type]
+        if self.type is tuple and self.rule.length:
+            words = f"{self.rule.length} numbers"
+        if self.type in (int, float, tuple) and (math.isfinite(self.rule.low) or math.isfinite(self.rule.high)):
+            words += f" in {'(' if self.rule.open_low else '['}{self.rule.low:.10g}, "
+            words += f"{self.rule.high:.10g}{')' if self.rule.open_high else ']'}"
+        if self.type is tuple:
+            words += ", e.g. (0.1,1.0)" if self.rule.length == 2 else ", e.g. (0.9999,)"
+        return words + (" or None" if self.optional else "")
+
+    def parse(self, text: str) -> Any:
+        """The value that `--config.<name>=<text>` gives. Whole numbers may be written 1e6.
+
+        Raises:
+          UserError: not of this field's type or out of its range.
+        """
+        if text == "None":
+            return self.check(None, text)
+        if self.type is str:
+            return self.check(text, text)
+        if self.type is bool:
+            values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            return self.check(values.get(text.lower(), text), text)
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.get(text.strip().lower(), text)
+        return self.check(value, text)
+
+    def check(self, value: Any, shown: Any = None, *, flag: str = "") -> Any:
+        """The value in this field's type. `flag` is the name that an error shows, default --config.<name>.
+
+        Raises:
+          UserError: one line with the flag, the value and what is allowed.
+        """
+        shown = value if shown is None else shown
+        if value is None and self.optional:
+            return None
+        if self.type is tuple:
+            items = value if isinstance(value, tuple | list) else (value,)
+            if self.rule.length not in (None, len(items)) or (not items and self.default):
+                self._refuse(shown, flag)
+            return tuple(self._number(item, float, shown, flag) for item in items)
+        if self.type in (int, float):
+            return self._number(value, self.type, shown, flag)
+        wrong = not isinstance(value, self.type) or (self.rule.choices and value not in self.rule.choices)
+        if wrong or "\0" in str(value) or (self.rule.pattern and not re.fullmatch(self.rule.pattern, value)):
+            self._refuse(shown, flag)
+        return value
+
+    def _number(self, value: Any, kind: type, shown: Any, flag: str) -> Any:
+        rule = self.rule
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) < 1e300:
+            self._refuse(shown, flag)
+        if kind is int and value != int(value):
+            self._refuse(shown, flag)
+        below = value <= rule.low if rule.open_low else value < rule.low
+        above = value >= rule.high if rule.open_high else value > rule.high
+        if below or above:
+            self._refuse(shown, flag)
+        return kind(value)
+
+    def _refuse(self, shown: Any, flag: str) -> typing.NoReturn:
+        shown = shown if isinstance(shown, str) else repr(shown)
+        raise UserError(f"{flag or '--config.' + self.name}={shown[:80]}: must be {self.allowed()}")
+
+
+def _fields_of(kind: type, prefix: str) -> Iterator[Field]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if "group" in field.metadata:
+            yield from _fields_of(field.metadata["group"], f"{prefix}{field.name}.")
+            continue
+        hint = hints[field.name]
+        optional = isinstance(hint, types.UnionType)
+        hint = next(part for part in typing.get_args(hint) if part is not type(None)) if optional else hint
+        yield Field(prefix + field.name, typing.get_origin(hint) or hint, optional, field.default, field.metadata["rule"])
+
+
+@functools.cache
+def fields() -> dict[str, Field]:
+    """Every field of `Settings` by its dotted name, in the order of the classes."""
+    return fields_of(Settings)
+
+
+def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
+    """The fields of one settings class by name."""
+    return {field.name: field for field in _fields_of(kind, prefix)}
+
+
+def get(settings: Any, dotted: str) -> Any:
+    return functools.reduce(getattr, dotted.split("."), settings)
+
+
+# ---------------------------------------------------------------- from and to plain dictionaries
+
+
+def from_mapping(values: Mapping[str, Any], *, ignore_unknown: bool = False) -> Settings:
+    """Settings from a nested mapping (a ConfigDict, or what `to_dict` gave). Every value is checked.
+
+    Args:
+      ignore_unknown: leave out fields that are not known (of a run saved by another version) instead of refusing.
+
+    Raises:
+      UserError: one line that names the field, its value and what is allowed.
+    """
+    known, flat = fields(), dict(flatten(values))
+    unknown = [name for name in flat if name not in known]
+    if unknown and not ignore_unknown:
+        raise UserError(f"--config has no field {unknown[0]}{did_you_mean(unknown[0])}")
+    checked = {name: known[name].check(value) for name, value in flat.items() if name in known}
+    return _build(Settings, "", checked)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if hasattr(value, "items"):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(kind: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    arguments = {}
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        if "group" in field.metadata:
+            arguments[field.name] = _build(field.metadata["group"], f"{name}.", values)
+        elif name in values:
+            arguments[field.name] = values[name]
+    return kind(**arguments)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A nested dictionary that JSON takes: tuples become lists."""
+    return {
+        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for key, value in ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
+    }
+
+
+def did_you_mean(name: str) -> str:
+    import difflib
+
+    leaf = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, fields(), 1, 0.7) or [n for n in fields() if n.rpartition(".")[2] == leaf]
+    return f": did you mean {near[0]}? (`jitjax train --help` lists all)" if near else " (`jitjax train --help` lists all)"
+
+
+# ---------------------------------------------------------------- checks across fields
+
+
+def check(settings: Settings) -> None:
+    """What can be checked across fields without looking at data or devices.
+
+    Raises:
+      UserError: one line that names the flags, their values and what is allowed.
+    """
+    check_paths(settings)
+    StopAfter.parse(settings.stop_after)
+    lengths = [name for name in RUN_LENGTHS if getattr(settings, name) is not None]
+    if len(lengths) != 1:
+        given = ", ".join(f"--config.{name}={getattr(settings, name)}" for name in lengths) or "none is set"
+        raise UserError(f"exactly one run length of {', '.join(RUN_LENGTHS)} must be set: {given}; unset others with =None")
+    decays = settings.optim.ema_decays
+    if len(set(decays)) != len(decays):
+        raise UserError(f"--config.optim.ema_decays={decays}: a decay stands twice")
+    for name, part in (("preview", settings.preview), ("eval", settings.eval)):
+        if part.ema_decay is not None and part.ema_decay not in decays:
+            raise UserError(f"--config.{name}.ema_decay={part.ema_decay}: not among optim.ema_decays {decays}")
+        check_interval(part.interval, f"--config.{name}.interval")
+
+
+def check_paths(settings: Settings) -> None:
+    """Raises:
+    UserError: an address such as gs:// where a local path is needed.
+    """
+    for name in ("data.path", "init_from", "eval.reference", "eval.held_out", "eval.inception", "compilation_cache"):
+        if value := get(settings, name):
+            paths.local(value, f"--config.{name}")
+
+
+def check_data(data: Data) -> None:
+    """Raises:
+    UserError: no data set is named, or two are.
+    """
+    if data.path and data.synthetic:
+        raise UserError(
+            f"--config.data.path={data.path} and --config.data.synthetic={data.synthetic} are both set: "
+            "unset one, e.g. with --config.data.synthetic="
+        )
+    if not data.path and not data.synthetic:
+        raise UserError("--config.data.path is missing: name a folder of images, e.g. --config.data.path=./data/train")
+
+
+def check_interval(interval: tuple[float, ...], flag: str) -> None:
+    low, high = interval
+    if not low < high:
+        raise UserError(f"{flag}=({low:g},{high:g}): the first time must be smaller than the second, e.g. (0.1,1.0)")
+
+
+def differing_fields(old: Mapping[str, Any], new: Settings) -> list[str]:
+    """Fields that change what a run computes and differ from a saved run's, e.g. "seed: 0 -> 1".
+
+    Fields that only change where, how fast and how loudly a run computes are free to differ. So is the run length while the
+    learning rate is constant: a longer run then begins as the shorter one did.
+    """
+    before, found = dict(flatten(old)), []
+    constant = new.optim.schedule == "constant" and before.get("optim.schedule", "constant") == "constant"
+    for name, field in fields().items():
+        if field.rule.free or name not in before or (constant and name in RUN_LENGTHS):
+            continue
+        a, b = before[name], get(new, name)
+        a = tuple(a) if isinstance(a, list) else a
+        if a != b:
+            found.append(f"{name}: {a} -> {b}")
+    return found
+
+
+# ---------------------------------------------------------------- text
+
+
+def reference() -> list[str]:
+    """One line a field for `--help`: flag, default, what is allowed, what it does."""
+    lines = []
+    for name, field in fields().items():
+        default = "unset" if field.default is None else repr(field.default) if field.type is str else str(field.default)
+        unit = f"; {field.rule.unit}" if field.rule.unit else ""
+        lines.append(f"  --config.{name}={default.replace(' ', '')}  ({field.allowed()}{unit})\n      {field.rule.help}")
+    return lines
+
+
+def reference_page() -> str:
+    """docs/settings.md: every field in Markdown, one table per group. `python -m jitjax.settings > docs/settings.md`."""
+    lines = [
+        "# Settings",
+        "",
+        "Every field of a run, as `--config.<field>=<value>`; `=None` unsets one. Fields marked * may differ between the",
+        "starts of one run. Made by `python -m jitjax.settings > docs/settings.md`.",
+    ]
+    group = None
+    for name, field in fields().items():
+        if (parent := name.rpartition(".")[0]) != group:
+            group = parent
+            lines += ["", f"## {group or 'The run'}", "", "| field | default | allowed | what it does |", "|---|---|---|---|"]
+        default = "unset" if field.default is None else repr(field.default).replace("'", "") or "''"
+        unit = f" {field.rule.unit}" if field.rule.unit else ""
+        cells = [f"`{name}`{'*' if field.rule.free else ''}", default, field.allowed() + unit, field.rule.help]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference_page())

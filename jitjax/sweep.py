@@ -1,0 +1,265 @@
+"""The best guidance scale, guidance interval and EMA of a model, found by a search rather than a grid.
+
+For each EMA the score is assumed to have one valley over the guidance scale, which golden-section search finds with a few
+evaluations (about 7 of 31 values); the intervals are compared at the best scale, and the scale is searched again around the
+winner. All evaluations share noise, labels and the reference; each is written to a file, so that an interrupted sweep goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jitjax.errors import UserError
+
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Point:
+    """One setting of the sampler."""
+
+    which: str
+    cfg_scale: float
+    interval: tuple[float, float]
+
+
+Score = Callable[[Point], float]  # lower is better
+
+
+def scales(text: str) -> list[float]:
+    """ "1.0:4.0" or "1.0:4.0:0.1" (the step, default 0.1), or values "1,1.5,2", as increasing guidance scales.
+
+    Raises:
+      UserError: none of the three.
+    """
+    try:
+        if ":" in text:
+            low, high, step = [*map(float, text.split(":")), 0.1][:3]
+            count = round((high - low) / step)
+            if not (0 < step and low < high and count < 10_000):
+                raise ValueError
+            return [round(low + i * step, 6) for i in range(count + 1)]
+        values = sorted({float(value) for value in text.split(",")})
+        if not all(-1e3 < value < 1e3 for value in values):
+            raise ValueError
+        return values
+    except ValueError:
+        raise UserError(f"--cfg_scale={text}: give LOW:HIGH, LOW:HIGH:STEP or values, e.g. 1.0:4.0") from None
+
+
+def search(
+    emas: Sequence[str], guidance: Sequence[float], intervals: Sequence[tuple[float, float]], score: Score
+) -> tuple[Point, float]:
+    """The best setting and its score. `score` is called once for each setting that the search visits."""
+    known: dict[Point, float] = {}
+
+    def evaluate(point: Point) -> float:
+        if point not in known:
+            known[point] = score(point)
+        return known[point]
+
+    def best_scale(which: str, interval: tuple[float, float], values: Sequence[float]) -> Point:
+        points = [Point(which, value, interval) for value in values]
+        return points[golden_section(len(points), lambda i: evaluate(points[i]))]
+
+    for which in emas:
+        best_scale(which, intervals[0], guidance)
+    best = min(known, key=known.get)
+    for interval in intervals[1:]:
+        if best.cfg_scale != 1.0:
+            evaluate(dataclasses.replace(best, interval=interval))
+    best = min(known, key=known.get)
+    if best.interval != intervals[0]:
+        nearest = guidance.index(best.cfg_scale)
+        spread = max(1, len(guidance) // 4)
+        best_scale(best.which, best.interval, guidance[max(0, nearest - spread) : nearest + spread + 1])
+        best = min(known, key=known.get)
+    return best, known[best]
+
+
+def golden_section(count: int, value: Callable[[int], float]) -> int:
+    """The index in [0, count) with the least value, for values with one valley; about 1.44 log2(count) evaluations."""
+    low, high = 0, count - 1
+    ratio = (5**0.5 - 1) / 2
+    while high - low > 2:
+        left = high - round(ratio * (high - low))
+        right = low + round(ratio * (high - low))
+        if left >= right:
+            left, right = right - 1, right
+            if left <= low:
+                left, right = low + 1, low + 2
+        if value(left) <= value(right):
+            high = right
+        else:
+            low = left
+    return min(range(low, high + 1), key=value)
+
+
+# ---------------------------------------------------------------- results on disk
+
+
+class Results:
+    """One JSON line per evaluation, after a first line that says what was evaluated."""
+
+    def __init__(self, path: Path, setup: dict[str, Any]):
+        """Raises:
+        UserError: the file holds another sweep; names what differs.
+        """
+        self.path, self._known = path, {}
+        if not path.exists():
+            path.write_text(json.dumps({"setup": setup}) + "\n")
+            return
+        texts = path.read_text().splitlines()
+        if texts and not texts[-1].endswith("}"):  # torn by a kill
+            texts.pop()
+            path.write_text("".join(f"{text}\n" for text in texts))
+        try:
+            lines = [json.loads(text) for text in texts]
+        except ValueError as error:
+            raise UserError(f"--out={path} is no file of a sweep ({error}): name another") from None
+        before = lines[0].get("setup", {}) if lines else {}
+        differing = [f"{k}: {before.get(k)} -> {setup.get(k)}" for k in {**before, **setup} if before.get(k) != setup.get(k)]
+        if differing:
+            raise UserError(f"--out={path} holds another sweep ({'; '.join(differing)}): name another file")
+        for line in lines[1:]:
+            point = Point(line["which"], line["cfg_scale"], tuple(line["interval"]))
+            self._known[point] = line["scores"]
+
+    def get(self, point: Point) -> dict[str, float] | None:
+        return self._known.get(point)
+
+    def add(self, point: Point, scores: dict[str, float]) -> None:
+        self._known[point] = scores
+        with self.path.open("a") as file:
+            file.write(json.dumps({**dataclasses.asdict(point), "scores": scores}) + "\n")
+
+    def table(self, metric: str) -> list[str]:
+        rows = sorted(self._known.items(), key=lambda item: (item[0].which, item[0].interval, item[0].cfg_scale))
+        names = list(dict.fromkeys(name for _, scores in rows for name in scores if not name.endswith("_std")))
+        names.sort(key=lambda name: name != metric)
+        head = f"{'EMA':>8}  {'guidance':>8}  {'interval':>12}  " + "  ".join(f"{name:>12}" for name in names)
+        lines = [head, "-" * len(head)]
+        for point, scores in rows:
+            interval = f"({point.interval[0]:g}, {point.interval[1]:g})"
+            cells = "  ".join(f"{scores.get(name, float('nan')):>12.5g}" for name in names)
+            lines.append(f"{point.which:>8}  {point.cfg_scale:>8g}  {interval:>12}  {cells}")
+        return lines
+
+    def plot(self, path: Path, metric: str) -> None:
+        """Score against guidance, one curve per EMA and interval.
+
+        Raises:
+          UserError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UserError("the plot needs matplotlib: pip install 'jitjax[evaluation]'") from error
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for point, scores in sorted(self._known.items()):
+            name = f"{point.which}, ({point.interval[0]:g}, {point.interval[1]:g})"
+            curves.setdefault(name, []).append((point.cfg_scale, scores[metric]))
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set_xlabel("guidance scale")
+        axes.set_ylabel(metric)
+        axes.legend(title="EMA, interval")
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def sweep(
+    model: str,
+    reference: str,
+    out: str,
+    *,
+    cfg_scale: str,
+    intervals: Sequence[tuple[float, float]],
+    which: str,
+    num: int,
+    labels: str,
+    metric: str | None,
+    seed: int,
+    batch_size: int | None,
+    dtype: str | None,
+    extractor: dict[str, Any],
+    options: dict[str, Any],
+) -> int:
+    """Search, print a table, plot it, and print the command that evaluates the winner again.
+
+    Raises:
+      UserError: a mistake in the arguments, or a file that holds another sweep.
+    """
+    import jax
+
+    from jitjax import draw, pipeline
+    from jitjax.evaluation.extractor import open_extractor
+    from jitjax.evaluation.models import evaluate_pipeline
+    from jitjax.evaluation.score import open_reference, slug
+
+    main = jax.process_index() == 0
+    say = print if main else lambda *_: None
+    guidance = scales(cfg_scale)
+    pipe = pipeline.load(model)
+    emas = list(pipe.weights) if which == "all" else [pipe.using(name.strip()).which for name in which.split(",")]
+    chosen = open_extractor(**extractor)
+    found, notes = open_reference(reference, chosen, pipe.geometry.image_size)
+    numbers = draw.label_numbers(pipe, labels, num)
+    null = pipe.geometry.num_classes
+    metric = metric or slug(chosen.distance)
+    setup = draw.describe(pipe, model, seed, numbers, dtype, options) | {"reference": reference, "extractor": chosen.name}
+    del setup["which"], setup["weights"]
+    path = Path(out).expanduser()
+    draw.writable_folder(path.absolute().parent)
+    results = Results(path, setup)
+    for note in dict.fromkeys([*pipe.notes, *notes, *chosen.notices]):
+        say(f"note: {note}")
+
+    def score(point: Point) -> float:
+        scores = results.get(point)
+        if scores is None:
+            result = evaluate_pipeline(
+                pipe.using(point.which),
+                [None if n == null else n for n in numbers],
+                found,
+                chosen,
+                seed=seed,
+                batch_size=batch_size,
+                dtype=dtype,
+                options=options | {"cfg_scale": point.cfg_scale, "interval": point.interval},
+            )
+            scores = result.values
+            if metric not in scores:
+                raise UserError(f"--metric={metric} is not computed here: use one of {', '.join(scores)}")
+            if main:
+                results.add(point, scores)
+            say(f"{point.which}  guidance {point.cfg_scale:g}  interval {point.interval}: {metric} {scores[metric]:.5g}")
+        return -scores[metric] if metric in HIGHER_IS_BETTER else scores[metric]
+
+    best, _ = search(emas, guidance, [tuple(interval) for interval in intervals], score)
+    say("")
+    for line in results.table(metric):
+        say(line)
+    if main:
+        picture = path.with_suffix(".png")
+        try:
+            results.plot(picture, metric)
+            say(f"\n{path}, {picture}")
+        except UserError as error:
+            say(f"\nnote: {error}")
+    extra = "".join(f" --{name} {value}" for name, value in options.items())
+    say(f"best: {metric} {results.get(best)[metric]:.5g} with EMA {best.which}, guidance {best.cfg_scale:g}, {best.interval}")
+    say(
+        f"again: jitjax evaluate {model} --reference {reference} --num {len(numbers)} --which {best.which} "
+        f"--cfg_scale {best.cfg_scale:g} --interval {best.interval[0]:g},{best.interval[1]:g} --seed {seed}{extra}"
+    )
+    return 0

@@ -1,0 +1,126 @@
+"""Scores during training, the best checkpoint, power-function EMAs in a run, and the sweep's search."""
+
+import json
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+from conftest import small_settings
+
+import jitjax
+from jitjax import cli, ema, sweep
+from jitjax.errors import UserError
+from jitjax.train import train
+
+EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")  # the mean colour of an image: three features
+SCORED = dict(eval__every_steps=2, eval__num_images=16, eval__steps=2, eval__batch_size=1, eval__extractor=EXTRACTOR)
+RUN = dict(total_steps=6, optim__power_emas=(0.05, 0.1), checkpoint__keep_last=1, checkpoint__ema_every_steps=1)
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
+    workdir = tmp_path_factory.mktemp("scored")
+    held_out = tmp_path_factory.mktemp("held_out")
+    assert train(small_settings(total_steps=1), held_out) == 0  # for its drawn shapes
+    shapes = str(held_out / "shapes/train")
+    assert train(small_settings(**RUN, **SCORED, eval__held_out=shapes, eval__metric="mind"), workdir) == 0
+    return workdir
+
+
+def test_evaluation_does_not_touch_the_run(scored, tmp_path):
+    """Losses, norms, weights and EMAs are the same with and without it, bit for bit."""
+    assert train(small_settings(**RUN), tmp_path) == 0
+    keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm")
+    assert [[m[k] for k in keys] for m in metrics(scored)] == [[m[k] for k in keys] for m in metrics(tmp_path)]
+    chex.assert_trees_all_equal(jitjax.load(scored).weights, jitjax.load(tmp_path).weights)
+
+
+def test_scores_are_written_and_the_best_checkpoint_stays(scored):
+    lines = [json.loads(line) for line in (scored / "scores.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all({"eval/mind", "eval/kid", "eval/seam_index", "eval/loss"} <= line.keys() for line in lines)
+    buckets = [value for name, value in lines[-1].items() if name.startswith("eval/loss_t")]
+    assert len(buckets) == 5 and np.mean(buckets) == pytest.approx(lines[-1]["eval/loss"])
+    best = min(lines, key=lambda line: line["eval/mind"])
+    assert json.loads((scored / "best.json").read_text()) == {
+        "step": best["step"],
+        "metric": "eval/mind",
+        "value": best["eval/mind"],
+    }
+    steps = {int(path.name) for path in (scored / "checkpoints").iterdir()}
+    assert steps == {best["step"], 6}  # keep_last is 1
+    assert jitjax.load(scored / "checkpoints/best").step == jitjax.load(scored / "best").step == best["step"]
+
+
+def test_any_ema_length_is_rebuilt_from_a_runs_snapshots(scored):
+    """The directly tracked EMA comes out of its own snapshots, and lengths between the two lie between them."""
+    pipe = jitjax.load(scored)
+    assert "power:0.1" in pipe.weights and len(ema.find_snapshots(scored / "ema")) == 12
+    name = "final.linear.kernel"
+    rebuilt = jitjax.load(scored, "power:0.08")
+    assert rebuilt.which == "power:0.08" and "off" in rebuilt.notes[-1]
+    low, mid, high = (np.asarray(p[name]) for p in (pipe.weights["power:0.05"], rebuilt.params, pipe.weights["power:0.1"]))
+    raw = np.asarray(pipe.weights["model"][name])
+    assert np.linalg.norm(low - raw) < np.linalg.norm(mid - raw) < np.linalg.norm(high - raw)
+    assert rebuilt.sample([0], steps=1, batch_size=8).shape == (1, 8, 8, 3)
+
+
+def test_no_score_no_best(tmp_path):
+    assert train(small_settings(total_steps=1), tmp_path) == 0
+    with pytest.raises(UserError, match="no checkpoint of this run was scored"):
+        jitjax.load(tmp_path / "checkpoints/best")
+
+
+def test_a_metric_that_is_not_computed_names_those_that_are(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
+    with pytest.raises(UserError, match=r"eval.metric=fiid is not among .*eval/mind"):
+        train(small_settings(**RUN, **SCORED, eval__metric="fiid"), tmp_path)
+
+
+# ---------------------------------------------------------------- sweep
+
+
+@pytest.mark.parametrize("best", [1.0, 1.3, 2.2, 3.9, 4.0])
+def test_the_search_finds_the_valley_without_the_grid(best):
+    asked = []
+
+    def score(point):
+        asked.append(point)
+        worse = {"a": 0.0, "b": 0.5}[point.which] + (0.2 if point.interval == (0.0, 1.0) else 0.0)
+        return abs(point.cfg_scale - best) + worse
+
+    guidance = sweep.scales("1.0:4.0")
+    found, value = sweep.search(["b", "a"], guidance, [(0.0, 1.0), (0.1, 1.0)], score)
+    assert found.which == "a" and abs(found.cfg_scale - best) < 1e-9
+    assert value == pytest.approx(0.0 if best != 1.0 else 0.2)  # at scale 1 there is no interval to choose
+    assert len(asked) == len(set(asked)) < 2 * len(guidance) / 2
+
+
+def test_scales_are_read_in_three_forms():
+    assert sweep.scales("1:2:0.5") == [1.0, 1.5, 2.0] and sweep.scales("3,1") == [1.0, 3.0] and len(sweep.scales("1:4")) == 31
+    for wrong in ("", "a", "2:1", "1:2:0", "nan"):
+        with pytest.raises(UserError, match="--cfg_scale="):
+            sweep.scales(wrong)
+
+
+def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
+    """Results on disk are not computed again; another sweep is refused."""
+    argv = ["sweep", str(scored), "--reference", str(scored / "shapes/train"), "--num=16", "--cfg_scale=1,2", "--steps=1"]
+    argv += ["--which=0.9", f"--extractor={EXTRACTOR}", "--metric=mind", f"--out={tmp_path / 's.jsonl'}"]
+    assert cli.main(argv) == 0
+    first = capsys.readouterr().out
+    assert "again: jitjax evaluate" in first and "best: mind" in first
+    text = (tmp_path / "s.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    (tmp_path / "s.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # torn by a kill
+    assert cli.main(argv) == 0
+    assert (tmp_path / "s.jsonl").read_text().count('"cfg_scale"') >= 2
+    assert capsys.readouterr().out.split("best: ")[1] == first.split("best: ")[1]
+    assert cli.main([*argv, "--seed=1"]) == 2
+    assert "seed: 0 -> 1" in capsys.readouterr().err
