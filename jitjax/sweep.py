@@ -39,9 +39,9 @@ def scales(text: str) -> list[float]:
     try:
         if ":" in text:
             low, high, step = [*map(float, text.split(":")), 0.1][:3]
-            count = round((high - low) / step)
-            if not (0 < step and low < high and count < 10_000):
+            if not (0 < step and low < high and (high - low) / step < 10_000):
                 raise ValueError
+            count = round((high - low) / step)
             return [round(low + i * step, 6) for i in range(count + 1)]
         values = sorted({float(value) for value in text.split(",")})
         if not all(-1e3 < value < 1e3 for value in values):

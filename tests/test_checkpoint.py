@@ -316,7 +316,7 @@ import sys
 sys.path.insert(0, "tests")
 import conftest
 import test_checkpoint as t
-from jitjax import checkpoint
+from jitjax import saving
 saved = saving.Checkpoints(t.Path(sys.argv[1]), keep_last=2)
 found = saved.resume(t.LIKE)
 step = found[1] if found else 0

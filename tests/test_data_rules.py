@@ -450,6 +450,38 @@ def test_datasets_saved_to_disk(tmp_path):
     assert len(reading(tmp_path / "test")[0]) == 8
 
 
+@pytest.mark.parametrize(
+    ("folders", "labels", "want"),
+    [
+        ([""], ["dog", "cat", "dog", "emu"], ([1, 0, 1, 2], ("cat", "dog", "emu"))),  # Dataset.save_to_disk, text labels
+        (["train", "validation"], [3, 1, 3, 7], ([1, 0, 1, 2], ("1", "3", "7"))),  # sparse numbers without names
+        (["only"], [True, False, False, True], ([1, 0, 0, 1], ("0", "1"))),  # below another name
+    ],
+)
+def test_other_datasets_saved_to_disk(tmp_path, folders, labels, want):
+    pyarrow = pytest.importorskip("pyarrow")
+    content = table(label=labels)
+    for name in folders:
+        folder = write(tmp_path / name, {"dataset_info.json": "{}", "state.json": "{}"})
+        file = str(folder / "data-00000-of-00001.arrow")
+        with pyarrow.OSFile(file, "wb") as sink, pyarrow.ipc.new_stream(sink, content.schema) as writer:
+            writer.write_table(content)
+    if folders != [""]:
+        (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": folders}))
+    assert reading(tmp_path)[1:] == want
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "a"], [0, 1, 1]])
+def test_tables_that_agree_with_the_class_folders_change_nothing(tmp_path, labels):
+    """A table beside class folders that says the same as they do is no second reading."""
+    for k, name in enumerate(labels):
+        write(tmp_path / f"class_{name}", {f"{k}.png": PNG})
+    plain = reading(tmp_path)[1:]
+    rows = "".join(f"class_{name}/{k}.png,class_{name}\n" for k, name in enumerate(labels))
+    (tmp_path / "labels.csv").write_text("file_name,label\n" + rows)
+    assert reading(tmp_path)[1:] == plain
+
+
 @pytest.mark.parametrize(("labels", "classes"), [([5, 6, 5], ("5", "6")), ([0, 1, 2], ("0", "1", "2")), (None, ())])
 def test_npz_of_pixels(tmp_path, labels, classes):
     from jitjax.data.image import decode

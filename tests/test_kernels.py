@@ -148,7 +148,10 @@ def test_mlp_and_its_padding():
     assert_same(lambda ops, *a: kernels.with_visible_matmuls(ops).mlp(*a), arguments, cotangent)
 
 
-@pytest.mark.parametrize(("b", "t", "f", "blocks", "rate"), [(2, 128, 384, 1, 0.0), (3, 72, 256, 2, 0.0), (3, 72, 384, 1, 0.3)])
+@pytest.mark.parametrize(
+    ("b", "t", "f", "blocks", "rate"),
+    [(2, 128, 384, 1, 0.0), pytest.param(3, 72, 256, 2, 0.0, marks=pytest.mark.slow), (3, 72, 384, 1, 0.3)],
+)
 def test_hopper_mlp(b, t, f, blocks, rate, monkeypatch):
     """In Pallas' simulation. 384 hidden units leave half a tile of columns backward, 216 rows part of a tile of rows. One block
     goes through all tiles, its ring buffers of operands, subtiles and biases refilled; two share them unevenly."""
@@ -201,7 +204,7 @@ def test_attention_with_tokens_that_are_keys_only(t, drop):
         pytest.param(160, 0, 1, 64, marks=pytest.mark.slow),
         pytest.param(160, 32, 4, 64, marks=pytest.mark.slow),
         (96, 0, 1, 80),
-        (160, 32, 1, 80),
+        pytest.param(160, 32, 1, 80, marks=pytest.mark.slow),
         pytest.param(288, 0, 4, 80, marks=pytest.mark.slow),
     ],
 )
@@ -226,7 +229,7 @@ def test_hopper_attention(t, drop, heads, n, monkeypatch):
     assert relative_error(without_gradient, attend(PLAIN, *arguments)) < 1e-5
 
 
-@pytest.mark.parametrize("n", hopper_rope.HEAD_DIMS)
+@pytest.mark.parametrize("n", [80, pytest.param(64, marks=pytest.mark.slow)])
 def test_hopper_rope_goes_through_many_images(n):
     """A ring buffer of two tiles, refilled many times; the last block with fewer tiles; queries and keys in several groups;
     against the Triton kernel. The values' third of the gradient stays as it is."""
@@ -342,7 +345,7 @@ def with_gradient(function):
 @pytest.mark.parametrize(
     ("size", "tokens"),
     [
-        pytest.param(size, tokens, marks=[] if (size, tokens) in (("B", 288), ("B", 77)) else pytest.mark.slow)
+        pytest.param(size, tokens, marks=[] if (size, tokens) in (("B", 288),) else pytest.mark.slow)
         for size in SIZES
         for tokens in (256, 288, 264, 77)
     ],
@@ -408,6 +411,7 @@ def test_lowered_kernels_are_cached_between_starts(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", None)
 
 
+@pytest.mark.slow
 def test_matmuls_stay_visible_where_remat_has_to_see_them():
     """`remat=dots` saves the results of XLA's matmuls only; inside our kernel they would be recomputed."""
     geometry = jit_model.make_geometry("JiT-B/4", 64, 10, depth=1, context_length=0, width=256, heads=4)

@@ -20,7 +20,7 @@ from jitjax import distributed, signals
 peers = distributed.start()
 sys.path.insert(0, "tests")
 import jax
-from jitjax import checkpoint, errors
+from jitjax import checkpoint, errors, saving
 checkpoint.quiet()
 from test_checkpoint import LIKE, META, a_state  # eight devices in all, as there
 try:
