@@ -209,7 +209,7 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
     """
     workdir, step = find(path)
     folder = workdir / DIRECTORY / str(step)
-    mesh = mesh or jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1), sharding.AXES)
+    mesh = mesh or jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     try:
         meta = read_items(folder, meta=ocp.args.JsonRestore())["meta"]
         geometry = jit_model.Geometry(**meta["geometry"])

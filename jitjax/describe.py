@@ -19,7 +19,7 @@ def describe(settings: Settings) -> str:
     Raises:
       UserError: a mistake in the settings or the data.
     """
-    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.zero, settings.mesh.fsdp)
     if settings.data.synthetic:
         images, classes = PER_CLASS * len(CLASSES), len(CLASSES)
     else:
@@ -31,7 +31,7 @@ def describe(settings: Settings) -> str:
     shapes = jax.eval_shape(model.init_fn(geometry), jax.random.key(0))
     parameters = sum(leaf.size for leaf in shapes.values())
     rows = {
-        "devices": f"{mesh.shape['data']} x {mesh.shape['fsdp']} (data x fsdp) {jax.devices()[0].device_kind}",
+        "devices": f"{sharding.describe(mesh)}, {jax.devices()[0].device_kind}",
         "data": f"{images:,} images of {classes or 'no'} classes",
         "parameters": f"{parameters:,}",
         "effective batch": f"{plan.global_batch:,} images = {settings.batch_size} x {mesh.size} devices x "

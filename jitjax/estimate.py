@@ -159,7 +159,7 @@ def read_run(workdir: str) -> Run:
     if not any(medians):
         raise UserError(f"--from={workdir}: no train/tokens_per_second in metrics.jsonl yet; let the run go on")
     mesh = saved.get("mesh") or {}
-    devices = saved.get("devices") or (mesh.get("data") or 0) * (mesh.get("fsdp") or 1) or None
+    devices = saved.get("devices") or (mesh.get("data") or 0) * (mesh.get("zero") or 1) * (mesh.get("fsdp") or 1) or None
     facts = {name: saved.get(name) for name in ("device_kind", "images_per_epoch")}
     return Run(saved, *medians, devices=devices, **facts)
 

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -326,6 +326,13 @@ def _apply_block(block: Block, x_BTD, pending, c_BD, rope, keys_B3, *, ops: kern
     return block(x_BTD, pending, c_BD, rope, keys_B3, ops, drop)
 
 
+def in_sequence(stages: Sequence[Callable[..., Any]], blocks: Sequence[Block], carry: Any, shared: Any) -> Any:
+    """Blocks one after the other: carry = stage(block, carry, shared)."""
+    for stage, block in zip(stages, blocks, strict=True):
+        carry = stage(block, carry, shared)
+    return carry
+
+
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -362,6 +369,7 @@ class JiT(nnx.Module):
         ops: kernels.Ops | None = None,
         remat: str = "none",
         dropout_keys: jax.Array | None = None,
+        run_blocks: Callable[..., Any] | None = None,
     ) -> jax.Array:
         """Args:
           z: noised images, (B, S, S, 3) float.
@@ -371,6 +379,7 @@ class JiT(nnx.Module):
           ops: plain or fused implementation, `jitjax.kernels.get_ops`; default plain.
           remat: what the backward pass computes again: "none", "dots" (all but matmuls) or "full".
           dropout_keys: one key per image, (B,) key array; None switches dropout off.
+          run_blocks: how the blocks are run, with the signature of `in_sequence` (the default).
 
         Returns:
           (B, S, S, 3) in `dtype`.
@@ -383,20 +392,14 @@ class JiT(nnx.Module):
             raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
         if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 matmuls to TF32
             with jax.default_matmul_precision("float32"):
-                return self._forward(z, t, y, dtype, ops, remat, dropout_keys)
-        return self._forward(z, t, y, dtype, ops, remat, dropout_keys)
+                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence)
+        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence)
 
-    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys):
+    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks):
         g = self.geometry
         ops = ops or kernels.get_ops("plain")
         if remat == "dots":
             ops = kernels.with_visible_matmuls(ops)
-
-        def apply_block(block, *arguments, drop):
-            apply = functools.partial(_apply_block, ops=ops, drop=drop)
-            if remat != "none":
-                apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
-            return apply(block, *arguments)
 
         keys = None
         if dropout_keys is not None and (g.attn_dropout or g.proj_dropout):
@@ -407,18 +410,27 @@ class JiT(nnx.Module):
             c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
             x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
             x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
-        rope, context, pending = rope_tables(g.head_dim, g.grid, 0), 0, None
-        for i, block in enumerate(self.blocks):
+            context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype) if g.context_length else None
+
+        apply_block = _apply_block.__wrapped__ if getattr(run_blocks, "looks_inside", False) else _apply_block
+
+        def stage(i, block, carry, shared):
+            (x_BTD, pending), (c_BD, context_BTD, keys) = carry, shared
             if g.context_length and i == g.context_start:
                 if pending is not None:
                     x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
                 with jax.named_scope("embed"):
-                    context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype)
                     x_BTD = jnp.concatenate([context_BTD, x_BTD], axis=1)
-                context, rope = g.context_length, rope_tables(g.head_dim, g.grid, g.context_length)
+            context = g.context_length if i >= g.context_start else 0
             # Only image tokens become pixels: in the last block context tokens are attended to and go no further.
-            drop = context if i == g.depth - 1 else 0
-            x_BTD, pending = apply_block(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i], drop=drop)
+            apply = functools.partial(apply_block, ops=ops, drop=context if i == g.depth - 1 else 0)
+            if remat != "none":
+                apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
+            rope = rope_tables(g.head_dim, g.grid, context)
+            return apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i])
+
+        stages = [functools.partial(stage, i) for i in range(g.depth)]
+        x_BTD, pending = run_blocks(stages, self.blocks, (x_BTD, None), (c_BD, context_BTD, keys))
 
         shift, scale = jnp.split(affine(self.final.adaln, c_BD), 2, axis=-1)
         _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)

@@ -54,7 +54,7 @@ class Sampler:
         moments: int = 0,
     ):
         """Args:
-        mesh: the parameters may be sharded over its `fsdp` axis; they are gathered once per call, in `comm_dtype`.
+        mesh: the parameters are sharded over it as `sharding.specs` says; they are gathered once per call, in `comm_dtype`.
         integrate: what turns noise into images, with the signature of `sampling.sample_fn`.
         finish: applied to the float32 images on the devices.
         moments: k > 0 also gives k moments of the way from noise to image.
@@ -68,7 +68,7 @@ class Sampler:
             static["return_path"] = moments
 
         def draw(params, seed, cfg_scale, indices, labels):
-            params = sharding.gather(params, specs, mesh, jnp.dtype(comm_dtype))
+            params = sharding.gather(params, specs, jnp.dtype(comm_dtype))
             key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)  # no optimizer step has this number
             noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
             drawn = integrate(
@@ -283,7 +283,7 @@ class Pipeline:
         chosen = sampler_options(**{"t_eps": self.diffusion.sample_t_eps} | options)
         if chosen.cfg_scale != 1 and self.geometry.num_classes == 0:
             raise UserError(f"cfg_scale={chosen.cfg_scale}: guidance needs a model with classes, this one has none")
-        mesh = sharding.make_mesh(None, 1)
+        mesh = sharding.make_mesh(None, 1, 1)
         platform = jax.default_backend()
         per_device = PER_DEVICE.get(platform, 64)
         batch = _whole("batch_size", batch_size, 1) if batch_size is not None else per_device * mesh.size

@@ -14,6 +14,9 @@ XLA_FLAGS = {
     # Without fused kernels cuBLAS beats Triton's matmuls here by 5-8% of a step; with them it only shortens
     # compilation (measured on an H200).
     "--xla_gpu_enable_triton_gemm": "false",
+    # All-to-alls inside a process by the copy engines: beside NCCL's kernels, which occupy multiprocessors, ours lose more time
+    # than the transfers take (measured on two H200).
+    "--xla_gpu_use_memcpy_local_p2p": "true",
     # Emulated devices on a busy machine may reach an all-reduce minutes apart; the default gives up after 40 seconds.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "1200",
 }

@@ -130,8 +130,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int | None = free(None, "Devices along the data axis; unset: all devices / fsdp.", low=1, high=2**20)
-    fsdp: int = free(1, "Devices that split parameters, optimizer state and EMAs.", low=1, high=2**20)
+    data: int | None = free(None, "Copies of the state; unset: what zero and fsdp leave.", low=1, high=2**20)
+    zero: int | None = free(None, "Sharded optimizer (ZeRO-2) over so many devices; unset: all.", low=1, high=2**20)
+    fsdp: int = free(1, "FSDP (ZeRO-3) over so many devices: weights split too.", low=1, high=2**20)
     comm_dtype: str = free("float32", "Type of gradients between devices.", choices=("float32", "bfloat16"))
 
 

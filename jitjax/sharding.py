@@ -1,8 +1,15 @@
 """The device mesh and the one rule from an array's shape to its sharding.
 
-The mesh has two axes. The batch is split over both; parameters, optimizer state and EMAs are split over `fsdp` and
-repeated along `data`. The training step runs manually sharded (`jax.shard_map`), so every transfer between devices is one
-of the few collectives written here.
+The mesh has three axes, and the batch is split over all of them. They differ in what becomes of parameters, optimizer state
+and EMAs (the "state"):
+
+    data    every device has its own copy of the state
+    zero    the state is split, and every device gathers whole weights, in the compute type, once per optimizer step (the
+            sharded optimizer of ZeRO-2, arXiv 1910.02054)
+    fsdp    the state is split, and weights are gathered block by block ahead of use and freed behind it (ZeRO-3)
+
+Programs run manually sharded (`jax.shard_map`), so every transfer between devices is one of the collectives written here and
+in `jitjax.exchange`.
 """
 
 from __future__ import annotations
@@ -19,58 +26,82 @@ from jax.sharding import PartitionSpec as P
 
 from jitjax.errors import UserError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "zero", "fsdp")
 BATCH = P(AXES)
-# Arrays below this many elements stay whole: splitting biases and norm weights saves nothing and costs latency.
+# Matrices below this many elements stay whole, as do biases and norm weights: splitting them saves nothing and costs latency.
 SMALLEST_SPLIT = 2**14
 
 
-def make_mesh(data: int | None, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over all devices.
+def make_mesh(data: int | None, zero: int | None, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, zero, fsdp) mesh over all devices. None stands for what the others leave: for `zero` first, unless there is
+    `fsdp`, so that by default the optimizer is sharded over all devices.
 
     Raises:
-      UserError: data x fsdp is not the number of devices.
+      UserError: data x zero x fsdp is not the number of devices, or both zero and fsdp split the state.
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    wanted = (data if data is not None else max(1, n // fsdp)) * fsdp
-    if wanted != n:
-        fitting = ", ".join(f"{n // f}x{f}" for f in range(1, n + 1) if n % f == 0)
-        flag = f"--config.mesh.data={data} " if data is not None else ""
+    flags = " ".join(f"--config.mesh.{k}={v}" for k, v in (("data", data), ("zero", zero), ("fsdp", fsdp)) if v is not None)
+    if fsdp > 1 and (zero or 1) > 1:
+        raise UserError(f"{flags}: use one of zero and fsdp; fsdp splits all that zero splits")
+    if zero is None:
+        zero = 1 if fsdp > 1 else max(1, n // (data or 1))
+    if data is None:
+        data = max(1, n // (zero * fsdp))
+    if data * zero * fsdp != n:
+        divisors = [f for f in range(1, n + 1) if n % f == 0]
         raise UserError(
-            f"{flag}--config.mesh.fsdp={fsdp} needs {wanted} devices, there are {n}: data x fsdp must be one of {fitting}"
+            f"{flags} needs {data * zero * fsdp} devices, there are {n}: data x zero x fsdp must be {n}, each one of "
+            f"{', '.join(map(str, divisors))}"
         )
-    return Mesh(np.asarray(devices).reshape(n // fsdp, fsdp), AXES)
+    return Mesh(np.asarray(devices).reshape(data, zero, fsdp), AXES)
 
 
-def split_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
-    """The axis of an array that `fsdp` splits: the largest that divides evenly, or None for small or odd arrays."""
-    if fsdp == 1 or math.prod(shape) < SMALLEST_SPLIT:
+def describe(mesh: Mesh) -> str:
+    """What each device holds, in words: "8 devices, sharded optimizer (zero=8)"."""
+    data, zero, fsdp = (mesh.shape[axis] for axis in AXES)
+    if mesh.size == 1:
+        return "1 device"
+    form = f"sharded optimizer (zero={zero})" if zero > 1 else f"FSDP (fsdp={fsdp})" if fsdp > 1 else ""
+    copies = f"{data} copies of the state" if data > 1 else ""
+    return f"{mesh.size} devices, " + ", ".join(filter(None, (form, copies)))
+
+
+def split_over(mesh: Mesh) -> str:
+    """The mesh axis over which the state is split (of size 1 where it is not)."""
+    return "zero" if mesh.shape["zero"] > 1 else "fsdp"
+
+
+def is_small(shape: tuple[int, ...]) -> bool:
+    """Whether an array stays whole whatever the mesh."""
+    return len(shape) < 2 or math.prod(shape) < SMALLEST_SPLIT
+
+
+def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
+    """The axis of an array that is split: the first that divides evenly, or None for small or odd arrays."""
+    if parts == 1 or is_small(shape):
         return None
-    fitting = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    return max(fitting, key=lambda axis: shape[axis], default=None)
+    return next((axis for axis, size in enumerate(shape) if size % parts == 0), None)
 
 
-def spec_of(shape: tuple[int, ...], fsdp: int) -> P:
-    axis = split_axis(shape, fsdp)
-    return P() if axis is None else P(*(None,) * axis, "fsdp")
+def spec_of(shape: tuple[int, ...], mesh: Mesh) -> P:
+    axis = split_axis(shape, mesh.shape[split_over(mesh)])
+    return P() if axis is None else P(*(None,) * axis, split_over(mesh))
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:
     """The partition spec of every array (or shape struct) in a tree, by its global shape."""
-    return jax.tree.map(lambda leaf: spec_of(leaf.shape, mesh.shape["fsdp"]), tree)
+    return jax.tree.map(lambda leaf: spec_of(leaf.shape, mesh), tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec_of(leaf.shape, mesh.shape["fsdp"])), tree)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec_of(leaf.shape, mesh)), tree)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
     """Shape structs with shardings, to restore a checkpoint into."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(leaf.shape, mesh.shape["fsdp"]))
-        ),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(leaf.shape, mesh))),
         tree,
     )
 
@@ -89,49 +120,35 @@ def replicated(tree: Any) -> Any:
 
 def device_index(mesh: Mesh) -> jax.Array:
     """Position of this device in the order in which the batch is split."""
-    return jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
-
-
-def _present(mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    index = jnp.int32(0)
+    for axis in AXES:
+        index = index * mesh.shape[axis] + jax.lax.axis_index(axis)
+    return index
 
 
 def total(tree: Any, mesh: Mesh, axes: tuple[str, ...] = AXES) -> Any:
     """Sum over devices along `axes`; nothing at all on a mesh of size 1 there."""
-    axes = _present(mesh, axes)
+    axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def gather(params: dict, param_specs: dict, mesh: Mesh, dtype: Any) -> dict:
-    """Whole parameters from their `fsdp` shards, float32. Crosses devices in `dtype`."""
+def gather(params: dict, param_specs: dict, dtype: Any) -> dict:
+    """Whole parameters from their shards, float32. Cross devices in `dtype`."""
 
-    def whole(value, spec):
-        if "fsdp" not in spec:
-            return value
-        axis = spec.index("fsdp")
-        return jax.lax.all_gather(value.astype(dtype), "fsdp", axis=axis, tiled=True).astype(value.dtype)
+    def whole(shard, spec):
+        axis = next((i for i, name in enumerate(spec) if name), None)
+        if axis is None:
+            return shard
+        return jax.lax.all_gather(shard.astype(dtype), spec[axis], axis=axis, tiled=True).astype(shard.dtype)
 
     return {name: whole(params[name], param_specs[name]) for name in params}
 
 
-def sum_gradients(grads: dict, param_specs: dict, mesh: Mesh, dtype: Any) -> dict:
-    """Sum over all devices, each keeping the shard it owns: reduce-scatter over `fsdp`, all-reduce over `data`."""
-
-    def reduced(grad, spec):
-        grad = grad.astype(dtype)
-        if "fsdp" in spec:
-            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
-            return total(grad, mesh, ("data",))
-        return total(grad, mesh)
-
-    return {name: reduced(grads[name], param_specs[name]).astype(jnp.float32) for name in grads}
-
-
 def global_norm(grads: dict, param_specs: dict, mesh: Mesh) -> jax.Array:
     """Euclidean norm of gradients of which each device holds its shards."""
-    split = _sum_of_squares([grad for name, grad in grads.items() if "fsdp" in param_specs[name]])
-    whole = _sum_of_squares([grad for name, grad in grads.items() if "fsdp" not in param_specs[name]])
-    return jnp.sqrt(total(split, mesh, ("fsdp",)) + whole)
+    split = _sum_of_squares([grad for name, grad in grads.items() if any(param_specs[name])])
+    whole = _sum_of_squares([grad for name, grad in grads.items() if not any(param_specs[name])])
+    return jnp.sqrt(total(split, mesh, (split_over(mesh),)) + whole)
 
 
 def _sum_of_squares(arrays: list[jax.Array]) -> jax.Array:

@@ -1,8 +1,7 @@
 """One optimizer step: loss -> gradient -> accumulation -> mean over devices -> AdamW -> EMA, jitted as a whole.
 
-The step runs inside `jax.shard_map`: each device works on its own images with whole parameters (gathered over `fsdp`
-once, where split) and nothing crosses devices until all micro-batches are done. So an optimizer step communicates its
-gradients once, however many micro-batches it has.
+The step runs inside `jax.shard_map`: each device works on its own images; what crosses devices, and when, is in
+`jitjax.gradients`.
 
 Everything random is a function of (seed, optimizer step, index of the image in the global batch): the same on any mesh and for
 any way to cut the batch into micro-batches.
@@ -16,11 +15,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jitjax import diffusion, kernels, sharding
+from jitjax import diffusion, gradients, kernels, sharding
 from jitjax import model as jit_model
 from jitjax.optimizer import ema_names, make_optimizer, update_ema
 from jitjax.settings import Diffusion, Optimizer
@@ -77,10 +75,15 @@ def make_loss(
     remat: str,
     ops: kernels.Ops,
 ) -> Callable[..., jax.Array]:
-    """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,)) -> loss of each image, (B,) float32."""
+    """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,), run_blocks) -> loss of each image, (B,) float32.
+
+    `run_blocks` is passed on to the model.
+    """
     graphdef, d = jit_model.graphdef_of(geometry), diffusion_settings
 
-    def loss_of_images(params: Params, images: jax.Array, labels: jax.Array, keys: jax.Array) -> jax.Array:
+    def loss_of_images(
+        params: Params, images: jax.Array, labels: jax.Array, keys: jax.Array, run_blocks: Callable[..., Any] | None = None
+    ) -> jax.Array:
         def draw(key):
             key_t, key_noise, key_label, key_dropout = jax.random.split(key, 4)
             return (
@@ -99,59 +102,13 @@ def make_loss(
             x = diffusion.to_float(images)
             z = diffusion.noised(x, e, t)
         network = jit_model.merge(graphdef, params)
-        output = network(z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys)
+        output = network(
+            z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys, run_blocks=run_blocks
+        )
         with jax.named_scope("loss"):
             return diffusion.loss_per_image(output, x, e, t, prediction, loss, d.t_eps)
 
     return loss_of_images
-
-
-def local_gradients(
-    loss: Callable[..., jax.Array], params: Params, batch: Batch, keys: jax.Array, micro_batches: int, scale: jax.Array
-) -> tuple[Params, jax.Array, jax.Array]:
-    """Gradients of one device's images, accumulated over `micro_batches` equal parts by `optax.MultiSteps`.
-
-    Returns:
-      (sum of the finite micro-batches' mean gradients, sum of their mean losses, their number as float32).
-
-    MultiSteps serves as the accumulator only, set to emit one micro-step later than there are: the sum is taken from
-    its state and AdamW runs once, behind it. (Emitting from inside, it would run the optimizer on every micro-step and
-    select, and a device could not wait for the others' gradients.) It leaves out a micro-batch whose gradient is not
-    finite, which would otherwise stay in the accumulator as 0 * NaN for good.
-    """
-
-    def objective(params, images, labels, keys):
-        value = jnp.mean(loss(params, images, labels, keys))
-        return value * scale, value
-
-    def unscaled(grads):
-        return jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
-
-    gradient = jax.value_and_grad(objective, has_aux=True)
-    if micro_batches == 1:
-        (_, value), grads = gradient(params, batch["image"], batch["label"], keys)
-        return unscaled(grads), value, jnp.float32(1)
-
-    accumulator = optax.MultiSteps(
-        optax.identity(),
-        every_k_schedule=micro_batches + 1,
-        use_grad_mean=False,
-        should_skip_update_fn=optax.skip_not_finite,
-    )
-
-    def micro_step(carry, part):
-        state, loss_sum = carry
-        (_, value), grads = gradient(params, *part)
-        _, new_state = accumulator.update(unscaled(grads), state, params)
-        counted = new_state.mini_step > state.mini_step
-        return (new_state, loss_sum + jnp.where(counted, value, 0)), None
-
-    parts = jax.tree.map(
-        lambda a: a.reshape(micro_batches, a.shape[0] // micro_batches, *a.shape[1:]),
-        (batch["image"], batch["label"], keys),
-    )
-    (state, loss_sum), _ = jax.lax.scan(micro_step, (accumulator.init(params), jnp.float32(0)), parts)
-    return state.acc_grads, loss_sum, state.mini_step.astype(jnp.float32)
 
 
 def next_loss_scale(loss_scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
@@ -170,6 +127,7 @@ def make_train_step(
     optim: Optimizer,
     schedule: Callable[[jax.Array], jax.Array],
     seed: int,
+    dtype: str,
     comm_dtype: str = "float32",
     dynamic_loss_scale: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -179,7 +137,8 @@ def make_train_step(
       loss: from `make_loss`.
       abstract_state: shapes of the state, `jax.eval_shape` of `init_state`.
       schedule: the learning rate as a function of the optimizer step.
-      comm_dtype: type in which gradients (and gathered weights) cross devices.
+      dtype: compute type, in which weights cross devices.
+      comm_dtype: type in which gradients cross devices; they are added up in float32.
       dynamic_loss_scale: for float16.
 
     The state is donated. `batch` holds the images of one optimizer step, split over both mesh axes; each device cuts
@@ -187,9 +146,11 @@ def make_train_step(
     """
     optimizer = make_optimizer(optim)
     micro_batches = optim.accumulation_steps
-    comm_dtype = jnp.dtype(comm_dtype)
     state_specs = sharding.specs(abstract_state, mesh)
     param_specs = state_specs.params
+    summed_gradients = gradients.make(
+        loss, abstract_state.params, mesh, micro_batches=micro_batches, dtype=dtype, comm_dtype=comm_dtype
+    )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         local = batch["label"].shape[0]
@@ -198,11 +159,7 @@ def make_train_step(
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
 
         scale = state.loss_scale["scale"]
-        params = sharding.gather(state.params, param_specs, mesh, comm_dtype)
-        grads, loss_sum, count = local_gradients(loss, params, batch, keys, micro_batches, scale)
-
-        grads = sharding.sum_gradients(grads, param_specs, mesh, comm_dtype)
-        loss_sum, count = sharding.total((loss_sum, count), mesh)
+        grads, loss_sum, count = summed_gradients(state.params, batch, keys, scale)
         with jax.named_scope("optimizer"):
             grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
             norm = sharding.global_norm(grads, param_specs, mesh)

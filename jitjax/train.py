@@ -110,7 +110,7 @@ def build(
     checkpoint.quiet()
     runtime.use_compilation_cache(settings.compilation_cache)
     is_main = jax.process_index() == 0
-    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.zero, settings.mesh.fsdp)
     folder = Workdir(workdir, is_main=is_main)
     stack.callback(folder.close)
     path, image_size = settings.data.path, settings.data.image_size
@@ -298,8 +298,8 @@ def build(
     stack.callback(lambda: monitor.close(run.exit_code))
     stack.callback(log.close)
     monitor.note(
-        f"{settings.model.name}, {sum(p.size for p in state.params.values()):,} parameters, {mesh.shape['data']} x "
-        f"{mesh.shape['fsdp']} (data x fsdp) {card}, {settings.dtype}, kernels {kind}" + (f" ({reason})" if reason else "")
+        f"{settings.model.name}, {sum(p.size for p in state.params.values()):,} parameters, "
+        f"{sharding.describe(mesh)}, {card}, {settings.dtype}, kernels {kind}" + (f" ({reason})" if reason else "")
     )
     monitor.note(dataset.summary)
     monitor.note(
@@ -334,6 +334,7 @@ def make_step(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: ja
         optim=settings.optim,
         schedule=make_schedule(settings.optim, plan),
         seed=settings.seed,
+        dtype=settings.dtype,
         comm_dtype=settings.mesh.comm_dtype,
         dynamic_loss_scale=settings.dtype == "float16",
     )

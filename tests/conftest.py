@@ -1,14 +1,25 @@
 """Eight emulated CPU devices for every test, set up before JAX is imported; helpers that several test files share."""
 
+import importlib.metadata
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# Small programs compile four times faster without LLVM's expensive passes; sharding and fusion are decided before them.
+# Nearly all of the tests' time is compilation. Small programs compile four times faster without LLVM's expensive passes, and in
+# a third of that with XLA's older code generator for fusions, which later releases lack; sharding and fusion are decided before
+# them. `runtime.XLA_FLAGS` are named too, so that programs started by a test find what the test itself compiled.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=1200 --xla_gpu_enable_triton_gemm=false"
 )
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Compiled programs are shared by the test processes of one session and by the programs that they start, and removed after it.
+COMPILED = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jitjax-tests-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("WANDB_MODE", "offline")
 
 from pathlib import Path  # noqa: E402
@@ -16,6 +27,11 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_unconfigure():
+    if COMPILED:  # the process that started the others, which are done
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def shared(path: str) -> Path:

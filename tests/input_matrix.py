@@ -207,7 +207,7 @@ def check(dataset: DataSet, reference: Reference, start: int, workers: int, proc
         options = dict(num_workers=workers, process_index=process, process_count=processes)
         batches, read = draw(dataset, start, **options)
         for devices in DEVICES:
-            mesh = make_mesh(None, 1, jax.devices()[:devices])
+            mesh = make_mesh(None, 1, 1, jax.devices()[:devices])
             compared, differing = count_differing(batches, images[:, process], labels[:, process], mesh)
             assert compared == BATCHES * BATCH // processes
             outcome.compared[devices] += compared
@@ -230,7 +230,7 @@ def check(dataset: DataSet, reference: Reference, start: int, workers: int, proc
 def check_in_group(datasets: dict[str, DataSet], reference: Reference, workers: int) -> Iterator[tuple[str, str, Outcome]]:
     """(kind, start, outcome) of this process of a cluster: one device of each process, then all that there are."""
     process, processes = jax.process_index(), jax.process_count()
-    meshes = [make_mesh(None, 1, jax.devices()[:: jax.local_device_count()]), make_mesh(None, 1)]
+    meshes = [make_mesh(None, 1, 1, jax.devices()[:: jax.local_device_count()]), make_mesh(None, 1, 1)]
     for (kind, dataset), (name, start) in itertools.product(datasets.items(), STARTS.items()):
         images, labels = reference.batches(start, processes=1)
         batches, read = draw(dataset, start, num_workers=workers, process_index=process, process_count=processes)

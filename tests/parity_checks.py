@@ -28,6 +28,7 @@ from PIL import Image  # noqa: E402
 import jitjax  # noqa: E402
 from jitjax import config as config_lib  # noqa: E402
 from jitjax import diffusion, kernels, optimizer, sampling, settings, sharding, step  # noqa: E402
+from jitjax import gradients as gradients_lib  # noqa: E402
 from jitjax import model as jit_model  # noqa: E402
 from jitjax.interop import official  # noqa: E402
 from jitjax.kernels import attention  # noqa: E402
@@ -344,23 +345,23 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
     plan = make_plan(config, images=4 * per_epoch, tokens_per_image=g.tokens, devices=1)
     params = {k: jnp.array(v) for k, v in small_params(str(f["config"]), int(f["weight_seed"])).items()}
     state = step.fresh_state(params, {str(d): jax.tree.map(jnp.copy, params) for d in decays}, config.optim, config.dtype)
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     state = jax.device_put(state, sharding.shardings(state, mesh))  # as after a step, so that one compilation serves all
     dropped, losses, rates = f["y"] == g.num_classes, [], []
-    local_gradients = step.local_gradients
+    accumulate = gradients_lib.accumulate
 
-    def recorded(*args):
-        grads, loss, count = local_gradients(*args)
+    def recorded(*args, **options):
+        grads, loss, count = accumulate(*args, **options)
         jax.debug.callback(lambda *values: record.append(values), grads, loss)
         return grads, loss, count
 
-    def replayed(loss, params, batch, *_):
+    def replayed(objective, params, batch, *_, **__):
         return batch["image"]["grads"], batch["image"]["loss"][0], jnp.float32(1)
 
-    source = replayed if replay else local_gradients if record is None else recorded
+    source = replayed if replay else accumulate if record is None else recorded
     with (
         recorded_randomness(f["t"], nhwc(f["e"]), dropped),
-        mock.patch.object(step, "local_gradients", source),
+        mock.patch.object(gradients_lib, "accumulate", source),
     ):
         train_step = make_step(config, g, plan, mesh, kernels.get_ops("plain"))
         for i in range(len(f["losses"])):

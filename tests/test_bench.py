@@ -172,7 +172,7 @@ def test_the_published_way_gives_the_same_images(method):
         return jnp.sin(z * (1 + y[:, None, None, None]) + t[:, None, None, None])
 
     ours, published, unguided = (sampled(way, network, method=method) for way in ("guided", "published", "unguided"))
-    np.testing.assert_allclose(ours, published, atol=1e-5)
+    np.testing.assert_allclose(ours, published, atol=5e-5)
     assert jnp.abs(ours - unguided).max() > 0.1
 
 

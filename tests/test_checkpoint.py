@@ -27,7 +27,7 @@ META = {"geometry": {"width": 3}, "ema_decays": ["0.9"]}
 
 def a_state(step: int) -> TrainState:
     """A few hundred numbers in the shape of a train state, over 8 devices, other ones at every step."""
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 4), sharding.AXES)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 1, 4), sharding.AXES)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     numbers = np.random.default_rng(step).normal(size=(8, 16)).astype(np.float32)

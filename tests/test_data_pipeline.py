@@ -106,10 +106,12 @@ def test_large_batches_travel_in_pieces_of_bounded_size(datasets, reference, mon
 @pytest.mark.parametrize("devices", [1, 8])
 def test_global_arrays_hold_the_rows_in_device_order(datasets, reference, devices):
     import jax
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding
 
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1), ("data", "fsdp"))
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    from jitjax.sharding import BATCH as SPEC
+    from jitjax.sharding import make_mesh
+
+    sharding = NamedSharding(make_mesh(None, 1, 1, jax.devices()[:devices]), SPEC)
     batches = to_device(make_iterator(datasets["folder"], seed=SEED, global_batch=BATCH), sharding)
     try:
         taken = [next(batches) for _ in range(4)]

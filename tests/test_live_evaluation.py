@@ -10,6 +10,7 @@ from conftest import small_settings
 
 import jitjax
 from jitjax import cli, ema, sweep
+from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.train import train
 
@@ -26,19 +27,23 @@ def metrics(workdir):
 def scored(tmp_path_factory):
     pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
     workdir = tmp_path_factory.mktemp("scored")
-    held_out = tmp_path_factory.mktemp("held_out")
-    assert train(small_settings(total_steps=1), held_out) == 0  # for its drawn shapes
-    shapes = str(held_out / "shapes/train")
+    shapes = str(draw_dataset(tmp_path_factory.mktemp("held_out") / "shapes", image_size=8) / "train")
     assert train(small_settings(**RUN, **SCORED, eval__held_out=shapes, eval__metric="mind"), workdir) == 0
     return workdir
 
 
-def test_evaluation_does_not_touch_the_run(scored, tmp_path):
+@pytest.fixture(scope="module")
+def unscored(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unscored")
+    assert train(small_settings(**RUN), workdir) == 0
+    return workdir
+
+
+def test_evaluation_does_not_touch_the_run(scored, unscored):
     """Losses, norms, weights and EMAs are the same with and without it, bit for bit."""
-    assert train(small_settings(**RUN), tmp_path) == 0
     keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm")
-    assert [[m[k] for k in keys] for m in metrics(scored)] == [[m[k] for k in keys] for m in metrics(tmp_path)]
-    chex.assert_trees_all_equal(jitjax.load(scored).weights, jitjax.load(tmp_path).weights)
+    assert [[m[k] for k in keys] for m in metrics(scored)] == [[m[k] for k in keys] for m in metrics(unscored)]
+    chex.assert_trees_all_equal(jitjax.load(scored).weights, jitjax.load(unscored).weights)
 
 
 def test_scores_are_written_and_the_best_checkpoint_stays(scored):
@@ -71,10 +76,9 @@ def test_any_ema_length_is_rebuilt_from_a_runs_snapshots(scored):
     assert rebuilt.sample([0], steps=1, batch_size=8).shape == (1, 8, 8, 3)
 
 
-def test_no_score_no_best(tmp_path):
-    assert train(small_settings(total_steps=1), tmp_path) == 0
+def test_no_score_no_best(unscored):
     with pytest.raises(UserError, match="no checkpoint of this run was scored"):
-        jitjax.load(tmp_path / "checkpoints/best")
+        jitjax.load(unscored / "checkpoints/best")
 
 
 def test_a_metric_that_is_not_computed_names_those_that_are(tmp_path):

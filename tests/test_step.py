@@ -2,6 +2,7 @@
 
 import functools
 import re
+from unittest import mock
 
 import chex
 import jax
@@ -11,16 +12,21 @@ import pytest
 from conftest import small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import kernels, model, sharding, step
+from jitjax import gradients, kernels, model, sharding, step
 from jitjax.plan import make_plan
 from jitjax.train import make_step
 
 CLASSES = 5
+SHALLOW = dict(model__depth=1, model__context_start=0)  # compiles in half the time, for what does not depend on depth
 
 
-def build(config, data, fsdp, devices=8):
-    """State and step on the first `devices` devices as a data x fsdp mesh."""
-    mesh = sharding.make_mesh(data, fsdp, jax.devices()[:devices])
+DATA, ZERO, FSDP, HYBRID = (8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1)  # data x zero x fsdp
+
+
+def build(config, axes):
+    """State and step on a mesh of these sizes, on the first devices."""
+    devices = int(np.prod(axes))
+    mesh = sharding.make_mesh(*axes, jax.devices()[:devices])
     geometry = model.geometry_of(config.model, config.data.image_size, CLASSES)
     plan = make_plan(config, images=640, tokens_per_image=geometry.tokens, devices=devices)
     init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
@@ -39,12 +45,15 @@ def batches(plan, mesh, count, size=8):
         yield jax.device_put(batch, NamedSharding(mesh, sharding.BATCH))
 
 
-def run(config, data, fsdp, devices=8, steps=3):
-    state, train_step, plan, mesh = build(config, data, fsdp, devices)
+def run(config, axes, steps=3):
+    """Losses and last state. Everywhere all steps share one trace: a second one would compile the model again in mid-run."""
+    state, train_step, plan, mesh = build(config, axes)
     losses = []
-    for batch in batches(plan, mesh, steps):
-        state, metrics = train_step(state, batch)
-        losses.append(float(metrics["train/loss"]))
+    chex.clear_trace_counter()
+    with mock.patch.object(step, "update_ema", chex.assert_max_traces(step.update_ema, n=1)):
+        for batch in batches(plan, mesh, steps):
+            state, metrics = train_step(state, batch)
+            losses.append(float(metrics["train/loss"]))
     return np.array(losses), jax.device_get(state)
 
 
@@ -57,23 +66,22 @@ def split_small(monkeypatch):
 @pytest.fixture(scope="module")
 def reference():
     """32 images a step on one device, in one piece."""
-    return run(small_settings(batch_size=32, model__proj_dropout=0.2), 1, 1, devices=1)
+    return run(small_settings(batch_size=32, model__proj_dropout=0.2), (1, 1, 1))
+
+
+SLOW_MESHES = ((ZERO, 4), (DATA, 1), (DATA, 2), (FSDP, 1), ((2, 1, 4), 2), ((1, 2, 1), 4), ((1, 1, 1), 2))
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, devices, micro_batches",
-    [
-        (8, 1, 8, 4),
-        (4, 2, 8, 2),
-        *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 2, 2, 4), (8, 1, 8, 1), (1, 8, 8, 1), (1, 1, 1, 2))),
-    ],
+    "axes, micro_batches",
+    [(HYBRID, 1), ((2, 2, 1), 2), ((1, 1, 4), 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in SLOW_MESHES)],
 )
-def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, data, fsdp, devices, micro_batches):
+def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, axes, micro_batches):
     """The same 32 images a step give the same losses and weights, however they are spread: k micro-batches on d devices
     equal one batch. Noise, times, dropped labels and dropout depend on the image's place in the global batch only."""
-    size = 32 // devices // micro_batches
+    size = 32 // int(np.prod(axes)) // micro_batches
     config = small_settings(batch_size=size, optim__accumulation_steps=micro_batches, model__proj_dropout=0.2)
-    losses, state = run(config, data, fsdp, devices)
+    losses, state = run(config, axes)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
     for name, value in reference[1].params.items():
         np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
@@ -95,30 +103,37 @@ def collectives(compiled_text):
     return found
 
 
-@pytest.mark.parametrize("data, fsdp", [(4, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((8, 1), (1, 8)))])
-def test_gradients_cross_devices_once_per_optimizer_step(split_small, data, fsdp):
-    """Read off the compiled HLO: every collective stands outside the loop over micro-batches, and the bytes are those of
-    one all-reduce (or reduce-scatter plus all-gather under fsdp) whatever the number of micro-batches."""
+def outside_loops(text):
+    """{operation: bytes} of the collectives of an HLO text that are in no loop and no branch, and the bytes inside loops."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    ops = collectives(text)
+    inside = sum(size for *_, size, where in ops if where in bodies)
+    return {kind: sum(size for op, size, where in ops if op == kind and where == "ENTRY") for kind, *_ in ops}, inside
+
+
+@pytest.mark.parametrize("axes", [HYBRID, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (DATA, ZERO))])
+def test_gradients_cross_devices_once_per_optimizer_step(split_small, axes):
+    """Read off the compiled HLO: every collective stands outside the loop over micro-batches, and the bytes are those of one
+    all-reduce, or of one exchange of parts and one gathering of weights, whatever the number of micro-batches."""
     totals = []
     for micro_batches in (1, 4):
-        config = small_settings(batch_size=2, optim__accumulation_steps=micro_batches)
-        state, train_step, plan, mesh = build(config, data, fsdp)
+        config = small_settings(**SHALLOW, batch_size=2, optim__accumulation_steps=micro_batches)
+        state, train_step, plan, mesh = build(config, axes)
         text = train_step.lower(state, next(batches(plan, mesh, 1))).compile().as_text()
-        ops = collectives(text)
         assert micro_batches == 1 or " while(" in text
-        assert {where for *_, where in ops} == {"ENTRY"}, "a collective is inside the loop"
-        totals.append({kind: sum(size for op, size, _ in ops if op == kind) for kind, *_ in ops})
-    assert totals[0] == totals[1]
+        total, inside = outside_loops(text)
+        assert not inside
+        totals.append(total)
+    slack = 64  # bytes of loss, count, the norm's partial sum and whether the sums are finite
+    assert totals[0].keys() == totals[1].keys()
+    assert all(totals[1][kind] - totals[0][kind] in range(slack) for kind in totals[0])
 
-    whole = {name: p.size for name, p in state.params.items() if sharding.split_axis(p.shape, fsdp) is None}
-    split = {name: p.size for name, p in state.params.items() if name not in whole}
-    assert bool(split) == (fsdp > 1)
-    slack = 64  # bytes of loss, count and the norm's partial sum
-    expected_reduce = 4 * (sum(whole.values()) + (sum(split.values()) // fsdp if data > 1 else 0))
-    reduced = totals[0]["all-reduce"]
-    assert reduced - expected_reduce in range(slack)
-    assert totals[0].get("all-gather", 0) == 4 * sum(split.values())
-    assert totals[0].get("reduce-scatter", 0) == 4 * sum(split.values()) // max(fsdp, 1)
+    data, zero, _ = axes
+    whole = sum(p.size for p in state.params.values() if sharding.split_axis(p.shape, zero) is None)
+    split = sum(p.size for p in state.params.values()) - whole
+    assert bool(split) == (zero > 1)
+    assert totals[0]["all-reduce"] - 4 * (whole + (split // zero if data > 1 else 0)) in range(slack)
+    assert totals[0].get("all-gather", 0) == totals[0].get("all-to-all", 0) == 4 * split
 
 
 def equations(jaxpr, inside=()):
@@ -130,28 +145,61 @@ def equations(jaxpr, inside=()):
                 yield from equations(getattr(sub, "jaxpr", sub), (*inside, eqn.primitive.name))
 
 
-def test_gradients_cross_devices_in_bfloat16_where_asked():
-    """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""
-    state, train_step, plan, mesh = build(small_settings(batch_size=1, mesh__comm_dtype="bfloat16"), 8, 1)
-    summed = {}
+def test_fsdp_gathers_block_by_block_and_again_for_the_backward_pass(split_small):
+    """Every block's weights cross twice, but the last one's; each time only after the activations (or their gradient) in
+    front of the neighbouring block have been computed, so that never more than two blocks are gathered."""
+    config = small_settings(batch_size=1)
+    depth = config.model.depth
+    state, train_step, plan, mesh = build(config, FSDP)
+    found = [eqn for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr)]
+    gathered = [eqn.outvars[0].aval.size for eqn in found if eqn.primitive.name == "all_gather"]
+    sizes = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    assert sum(gathered) == sum(sizes.values()) + blocks * (depth - 1) // depth
+    held = [eqn for eqn in found if eqn.primitive.name == "optimization_barrier"]
+    of_a_block = sum(name.startswith("blocks.0.") for name in state.params)
+    assert sum(len(eqn.invars) > of_a_block for eqn in held) == 2 * (depth - 1)
+
+
+def operands(config, axes, primitive):
+    """{type: number of elements} of what goes into the collectives of one kind, in the program before it is compiled."""
+    state, train_step, plan, mesh = build(config, axes)
+    sizes = {}
     for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr):
-        if eqn.primitive.name.startswith("psum"):
+        if eqn.primitive.name.startswith(primitive):
             for operand in eqn.invars:
-                summed[str(operand.aval.dtype)] = summed.get(str(operand.aval.dtype), 0) + operand.aval.size
-    assert summed.pop("bfloat16") == sum(value.size for value in state.params.values())
-    assert sum(summed.values()) < 8  # loss and count
+                sizes[str(operand.aval.dtype)] = sizes.get(str(operand.aval.dtype), 0) + operand.aval.size
+    return sizes, sum(p.size for p in state.params.values() if not sharding.is_small(p.shape))
+
+
+@pytest.mark.parametrize("axes, primitive", [(DATA, "psum"), (ZERO, "all_to_all")])
+def test_gradients_cross_devices_in_bfloat16_where_asked(split_small, axes, primitive):
+    """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""
+    sizes, large = operands(small_settings(**SHALLOW, batch_size=1, mesh__comm_dtype="bfloat16"), axes, primitive)
+    assert sizes.pop("bfloat16") == large
+    assert sum(sizes.values()) < 0.3 * large  # biases, norm weights, loss and count
+
+
+def test_gradients_of_half_precision_cross_as_they_are_and_are_summed_in_float32(split_small):
+    """With bfloat16 matmuls the gradients of matrices are bfloat16 numbers: sent as such, they cost half and lose nothing."""
+    config = small_settings(**SHALLOW, batch_size=1, dtype="bfloat16")
+    sizes, large = operands(config, ZERO, "all_to_all")
+    assert sizes["bfloat16"] > 0.8 * large
+    states = [run(config, axes, steps=2)[1] for axes in (DATA, ZERO)]
+    for name, value in states[0].params.items():
+        np.testing.assert_allclose(states[1].params[name], value, atol=2e-7, err_msg=name)
 
 
 def test_optimizer_and_ema_run_once_per_optimizer_step():
     """AdamW's square roots stand outside the scan over micro-batches, and the averages move once by their formula."""
-    config = small_settings(batch_size=1, optim__accumulation_steps=4)
-    state, train_step, plan, mesh = build(config, 8, 1)
+    config = small_settings(**SHALLOW, batch_size=1, optim__accumulation_steps=4)
+    state, train_step, plan, mesh = build(config, ZERO)
     before = jax.device_get(state.params)
     batch = next(batches(plan, mesh, 1))
 
     jaxpr = jax.make_jaxpr(train_step)(state, batch).jaxpr
     roots = [inside for eqn, inside in equations(jaxpr) if eqn.primitive.name == "sqrt"]
-    assert len(roots) == len(before) + 1  # one a parameter, one for the gradient norm
+    assert len(roots) == len(before) + 2  # one a parameter, two for norms: are the sums finite, and the gradient's
     assert not any("scan" in inside or "while" in inside for inside in roots)
 
     state, _ = train_step(state, batch)
@@ -165,11 +213,11 @@ def test_optimizer_and_ema_run_once_per_optimizer_step():
 def test_fsdp_splits_parameters_optimizer_and_averages():
     """On a 2x4 mesh each device holds a quarter of what is split, of every part of the state."""
     config = small_settings(model__width=128, model__heads=4)
-    state, *_ = build(config, 2, 4)
+    state, *_ = build(config, (2, 1, 4))
     moments = {"mu": state.opt_state[0].mu, "nu": state.opt_state[0].nu}
     for part in (state.params, *state.ema.values(), *moments.values()):
         kernel = part["blocks.0.attn.qkv.kernel"]
-        assert kernel.shape == (128, 384) and kernel.addressable_shards[0].data.shape == (128, 96)
+        assert kernel.shape == (128, 384) and kernel.addressable_shards[0].data.shape == (32, 384)
         per_device = {}
         for value in part.values():
             for shard in value.addressable_shards:
@@ -188,15 +236,46 @@ def test_non_finite_micro_gradient_is_left_out():
 
     batch = {"image": jnp.zeros((4, 2, 2, 3), jnp.uint8), "label": jnp.array([1, 2, 9, 3])}
     keys = jax.random.split(jax.random.key(0), 4)
-    grads, loss_sum, count = step.local_gradients(loss, {"w": jnp.ones(3)}, batch, keys, 4, jnp.float32(1))
+    objective = gradients.objective_of(loss)
+    grads, loss_sum, count = gradients.accumulate(objective, {"w": jnp.ones(3)}, batch, keys, jnp.float32(1), micro_batches=4)
     np.testing.assert_array_equal(grads["w"], [6.0, 6.0, 6.0])
     assert float(count) == 3 and float(loss_sum) == 3 * 6
 
 
+@pytest.mark.parametrize(
+    "bad, used",
+    [(1, (1, 3, 4, 5, 6)), (5, (1, 2, 4, 5))],
+    ids=["an earlier micro-batch of one device", "the last one, and with it that of all devices"],
+)
+def test_non_finite_micro_gradient_of_one_device_of_two(bad, used):
+    """Two devices with three micro-batches each. What was sent under the last one's backward pass is sent again without it."""
+
+    def loss(params, images, labels, keys):
+        return jnp.where(labels == 9, jnp.nan, 1.0) * jnp.sum(params["w"]) * labels
+
+    labels = jnp.array([1, 2, 3, 4, 5, 6]).at[bad].set(9)
+    mesh = sharding.make_mesh(1, 2, 1, jax.devices()[:2])
+    params = {"w": jnp.ones((256, 128))}
+    specs = sharding.specs(params, mesh)
+    assert any(specs["w"])
+    summed = gradients.make(loss, jax.eval_shape(lambda: params), mesh, micro_batches=3, dtype="float32", comm_dtype="float32")
+    batch = {"image": jnp.zeros((6, 2, 2, 3), jnp.uint8), "label": labels}
+    program = jax.shard_map(
+        lambda params, batch, keys: summed(params, batch, keys, jnp.float32(1)),
+        mesh=mesh,
+        in_specs=(specs, sharding.BATCH, sharding.BATCH),
+        out_specs=(specs, sharding.P(), sharding.P()),
+        check_vma=False,
+    )
+    grads, loss_sum, count = jax.jit(program)(params, batch, jax.random.split(jax.random.key(0), 6))
+    np.testing.assert_array_equal(grads["w"], np.full((256, 128), sum(used)))
+    assert float(count) == len(used) and float(loss_sum) == sum(used) * params["w"].size
+
+
 def test_float16_overflow_skips_the_step_and_halves_the_scale():
     """A scale that overflows leaves weights, moments and averages as they are; training goes on at half the scale."""
-    config = small_settings(batch_size=1, dtype="float16")
-    state, train_step, plan, mesh = build(config, 8, 1)
+    config = small_settings(**SHALLOW, batch_size=1, dtype="float16")
+    state, train_step, plan, mesh = build(config, ZERO)
     moved = {**state.params, "final.linear.kernel": state.params["final.linear.kernel"] + 10.0}
     scale = {**state.loss_scale, "scale": jnp.float32(2.0**24)}
     state = step.TrainState(
@@ -218,26 +297,18 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale():
     assert np.isfinite(metrics["train/grad_norm"]) and int(state.opt_state[0].count) == 1
 
 
-def test_all_steps_share_one_trace(monkeypatch):
-    """A second trace would compile the model again in the middle of a run."""
-    chex.clear_trace_counter()
-    traced_once = chex.assert_max_traces(step.local_gradients, n=1)
-    monkeypatch.setattr(step, "local_gradients", traced_once)
-    run(small_settings(batch_size=1), 4, 2, steps=3)
-
-
 @pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), ("float16", 4e-3)])
 def test_half_precision_follows_float32(reference, dtype, rtol):
     config = small_settings(batch_size=4, dtype=dtype, model__proj_dropout=0.2)
-    losses, state = run(config, 8, 1)
+    losses, state = run(config, ZERO)
     np.testing.assert_allclose(losses, reference[0], rtol=rtol)
     assert all(value.dtype == np.float32 for value in state.params.values())
 
 
 def test_clipping_bounds_the_update():
     """With clipping the norm that AdamW sees is the bound: its first moment after one step is (1 - b1) * bound long."""
-    config = small_settings(batch_size=4, optim__clip_norm=1e-3)
-    state, train_step, plan, mesh = build(config, 8, 1)
+    config = small_settings(**SHALLOW, batch_size=4, optim__clip_norm=1e-3)
+    state, train_step, plan, mesh = build(config, ZERO)
     state, metrics = train_step(state, next(batches(plan, mesh, 1)))
     assert float(metrics["train/grad_norm"]) > 1e-2  # the logged norm is the unclipped one
     length = np.sqrt(sum(float(jnp.sum(jnp.square(m))) for m in state.opt_state[0].mu.values()))
@@ -246,10 +317,26 @@ def test_clipping_bounds_the_update():
 
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_memory_not_numbers(reference, remat):
-    losses, _ = run(small_settings(batch_size=4, remat=remat, model__proj_dropout=0.2), 8, 1)
+    losses, _ = run(small_settings(batch_size=4, remat=remat, model__proj_dropout=0.2), ZERO)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
 
 
 def test_mesh_that_does_not_fit_says_which_would():
-    with pytest.raises(sharding.UserError, match="must be one of 8x1, 4x2, 2x4, 1x8"):
-        sharding.make_mesh(3, 1)
+    with pytest.raises(sharding.UserError, match="mesh.data=3 .*needs 6 devices, there are 8: .* each one of 1, 2, 4, 8"):
+        sharding.make_mesh(3, None, 1)
+    with pytest.raises(sharding.UserError, match="one of zero and fsdp"):
+        sharding.make_mesh(None, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "asked, sizes",
+    [
+        ((None, None, 1), ZERO),
+        ((8, None, 1), DATA),
+        ((4, None, 1), HYBRID),
+        ((None, 2, 1), HYBRID),
+        ((None, None, 4), (2, 1, 4)),
+    ],
+)
+def test_mesh_by_default_shards_the_optimizer_over_what_is_left(asked, sizes):
+    assert tuple(sharding.make_mesh(*asked).shape.values()) == sizes

@@ -59,7 +59,7 @@ def prepare(config: Settings) -> Setup:
       UserError: a mistake in the config.
     """
     runtime.use_compilation_cache(config.compilation_cache)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.zero, config.mesh.fsdp)
     classes = config.model.num_classes or (CLASSES if config.model.class_conditional else 0)
     geometry = model.geometry_of(config.model, config.data.image_size, classes)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps

@@ -41,7 +41,7 @@ def measure(config: Settings, seconds: float) -> dict[str, Any]:
     from jitjax.sharding import BATCH, make_mesh
 
     dataset = open_dataset(config.data.path, config.data.image_size, **config.data.reading())
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = make_mesh(config.mesh.data, config.mesh.zero, config.mesh.fsdp)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
     workers = config.data.num_workers
 

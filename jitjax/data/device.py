@@ -76,7 +76,7 @@ def to_device(host_iterator: Iterator[dict[str, Any]], sharding: Any, buffer: in
 
     Args:
       host_iterator: yields {name: numpy array} with this process's share of each global batch (rows first).
-      sharding: a `jax.sharding.Sharding` of the global batch, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
+      sharding: a `jax.sharding.Sharding` of the global batch, e.g. NamedSharding(mesh, jitjax.sharding.BATCH).
 
     Returns:
       An iterator of {name: global jax.Array} with `wait_seconds` and `close()`. An error in the pipeline is raised by

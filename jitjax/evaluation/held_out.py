@@ -55,7 +55,7 @@ class HeldOutLoss:
         times = jnp.asarray(self.times, jnp.float32)
 
         def losses(params, images, labels, indices, used):
-            params = sharding.gather(params, specs, mesh, jnp.dtype(comm_dtype))
+            params = sharding.gather(params, specs, jnp.dtype(comm_dtype))
             network = jit_model.merge(graphdef, params)
             x = diffusion.to_float(images)
 

@@ -1,0 +1,193 @@
+"""Weights and gradients between devices, under the computation; for use inside `jax.shard_map`.
+
+A gradient is on its way as soon as the backward pass has it: `leave` and `block_by_block` put the transfer into the backward
+pass itself, one parameter at a time, and nothing waits for it before the optimizer. When exactly it starts is up to XLA's
+scheduler (docs/speed.md shows what it does on two cards).
+
+A reduce-scatter is written as an all-to-all and a sum in float32, whatever the type of the transfer: each device sends every
+other the part that the other one owns. That moves the same bytes, adds up in the same order on every run, and inside one
+process is done by the copy engines, which leave the multiprocessors to the matmuls (`jitjax.runtime`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.sharding import Mesh
+
+from jitjax import sharding
+
+f32 = jnp.float32
+Stage = Callable[[Any, Any, Any], Any]  # (block's parameters, carry, shared) -> carry
+Run = Callable[[Sequence[Stage], Sequence[Any], Any, Any], Any]  # (stages, blocks, carry, shared) -> carry
+
+
+def gather(shard: jax.Array, axis: int | None, name: str, dtype: Any) -> jax.Array:
+    """A whole array from its shards, in `dtype`, in which it also crosses devices.
+
+    Args:
+      axis: along which it is split over the mesh axis `name`; None if every device has it whole.
+    """
+    value = shard.astype(dtype)
+    return value if axis is None else jax.lax.all_gather(value, name, axis=axis, tiled=True)
+
+
+def reduce(grad: jax.Array, axis: int | None, name: str, mesh: Mesh, dtype: Any) -> jax.Array:
+    """The sum of a gradient over all devices, float32: of an array that is split, the part that this device owns.
+
+    Args:
+      grad: this device's gradient of the whole array.
+      axis, name: as for `gather`.
+      dtype: the widest type in which gradients cross devices. Those of a narrower one cross as they are.
+    """
+    if axis is None:
+        return sharding.total(grad.astype(dtype), mesh).astype(f32)
+    if jnp.finfo(grad.dtype).bits > jnp.finfo(dtype).bits:
+        grad = grad.astype(dtype)
+    parts = mesh.shape[name]
+    cut = grad.reshape(*grad.shape[:axis], parts, grad.shape[axis] // parts, *grad.shape[axis + 1 :])
+    received = jax.lax.all_to_all(jnp.moveaxis(cut, axis, 0), name, 0, 0, tiled=True)
+    mine = jnp.sum(received.astype(f32), axis=0)
+    return sharding.total(mine.astype(dtype), mesh, ("data",)).astype(f32) if mesh.shape["data"] > 1 else mine
+
+
+def sum_together(arrays: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """The sums over all devices of many small float32 arrays, in one transfer."""
+    flat = sharding.total(jnp.concatenate([value.ravel() for value in arrays.values()]), mesh)
+    sums, start = {}, 0
+    for name, value in arrays.items():
+        sums[name] = flat[start : start + value.size].reshape(value.shape)
+        start += value.size
+    return sums
+
+
+def leave(
+    slot: jax.Array, value: jax.Array, sent: jax.Array | None, scale: jax.Array, send: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`value`, whose gradient is sent as soon as the backward pass has it.
+
+    Args:
+      slot: zeros of the shape of what `send` returns. Differentiate with respect to it: its gradient is send(gradient of
+        value), or send(sent + gradient / scale) where there is something to add.
+      sent: what earlier micro-batches add to the gradient, float32, or None.
+      scale: the loss scale.
+    """
+
+    @jax.custom_vjp
+    def identity(slot, value, sent, scale):
+        return value
+
+    def forward(slot, value, sent, scale):
+        return value, (sent, scale)
+
+    def backward(saved, grad):
+        sent, scale = saved
+        return send(grad if sent is None else sent + grad.astype(f32) / scale), None, None, None
+
+    identity.defvjp(forward, backward)
+    return identity(slot, value, sent, scale)
+
+
+# ---------------------------------------------------------------- block by block (FSDP)
+
+
+def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) -> Run:
+    """How to run the blocks of a model of which each device holds shards (`jitjax.model.in_sequence` is the plain way).
+
+    In both passes a block's weights are gathered while its predecessor computes, and freed behind it: the backward pass
+    gathers them again, and computes again what depends on weights alone (casts, permutations). A block's gradients are sent
+    while the next one is differentiated.
+
+    Args:
+      gather: shards of a block's parameters -> whole parameters.
+      scatter: gradients of whole parameters -> the shards of their sum.
+    """
+
+    def run(stages, blocks, carry, shared):
+        plans: list[_Plan] = []
+
+        @jax.custom_vjp
+        def apply(shards, carry, shared):
+            return forward(shards, carry, shared)[0]
+
+        def forward(shards, carry, shared):
+            plans.clear()
+            saved, last = [], len(stages) - 1
+            following = gather(shards[0])
+            for i, stage in enumerate(stages):
+                whole, following = following, gather(_after(shards[i + 1], carry)) if i < last else None
+                own = _after(shared, carry)
+                plans.append(_Plan(stage, whole, carry, own))
+                carry, rest = plans[-1].forward(whole, carry, own)
+                saved.append(rest)
+            return carry, (shards, saved, whole)  # the last block's weights are needed again at once
+
+        def backward(residuals, grad):
+            shards, saved, following = residuals
+            grads, grad_shared = [], None
+            for i in reversed(range(len(stages))):
+                whole, following = following, gather(_after(shards[i - 1], grad)) if i else None
+                grad_whole, grad, own = plans[i].backward(whole, saved[i], grad)
+                grads.append(scatter(grad_whole))
+                grad_shared = own if grad_shared is None else jax.tree.map(_add, grad_shared, own)
+            return grads[::-1], grad, grad_shared
+
+        apply.defvjp(forward, backward)
+        return apply(list(blocks), carry, shared)
+
+    run.looks_inside = True  # what depends on weights alone is found in the stages' equations, so they must not be jitted
+    return run
+
+
+def _after(values: Any, anchor: Any) -> Any:
+    """`values`, not to be read before `anchor` has been computed: otherwise all blocks' weights would be gathered at once, and
+    XLA would make one matmul of all their modulations, which would need them at once."""
+    leaves, structure = jax.tree.flatten(values)
+    held = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]  # keys are free to pass
+    values, _ = jax.lax.optimization_barrier(([leaves[i] for i in held], anchor))
+    for i, value in zip(held, values, strict=True):
+        leaves[i] = value
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _add(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a if a.dtype == jax.dtypes.float0 else a + b  # keys have no gradient
+
+
+class _Plan:
+    """One stage's forward and backward pass; between them stand its residuals, but for those that follow from weights alone."""
+
+    def __init__(self, stage: Stage, whole: Any, carry: Any, shared: Any):
+        def forward(whole, carry, shared):
+            return jax.vjp(stage, whole, carry, shared)
+
+        self.program, (carry_out, vjp) = jax.make_jaxpr(forward, return_shape=True)(whole, carry, shared)
+        self.carry_tree, self.vjp_tree = jax.tree.structure(carry_out), jax.tree.structure(vjp)
+        jaxpr = self.program.jaxpr
+        weights = jaxpr.invars[: len(jax.tree.leaves(whole))]
+        known, equations = {*weights, *jaxpr.constvars}, []
+        for eqn in jaxpr.eqns:
+            if not eqn.effects and all(isinstance(v, Literal) or v in known for v in eqn.invars):
+                known.update(eqn.outvars)
+                equations.append(eqn)
+        residuals = jaxpr.outvars[self.carry_tree.num_leaves :]
+        self.again = [not isinstance(v, Literal) and v in known for v in residuals]
+        wanted = [v for v, again in zip(residuals, self.again, strict=True) if again]
+        part = jaxpr.replace(invars=weights, eqns=equations, outvars=wanted, debug_info=None)
+        self.from_weights = jaxpr_as_fun(ClosedJaxpr(part, self.program.consts))
+
+    def forward(self, whole: Any, carry: Any, shared: Any) -> tuple[Any, list[jax.Array]]:
+        outputs = jaxpr_as_fun(self.program)(*jax.tree.leaves((whole, carry, shared)))
+        count = self.carry_tree.num_leaves
+        rest = [value for value, again in zip(outputs[count:], self.again, strict=True) if not again]
+        return jax.tree.unflatten(self.carry_tree, outputs[:count]), rest
+
+    def backward(self, whole: Any, rest: Sequence[jax.Array], grad: Any) -> Any:
+        """Gradients of (whole, carry, shared)."""
+        derived, rest = iter(self.from_weights(*jax.tree.leaves(whole))), iter(rest)
+        vjp = jax.tree.unflatten(self.vjp_tree, [next(derived if again else rest) for again in self.again])
+        return vjp(grad)

@@ -1,0 +1,215 @@
+"""Gradients of one optimizer step: accumulated over micro-batches, and summed over devices under the backward pass.
+
+On one device: `accumulate`, nothing else. On several that hold whole weights (mesh axes `data`, `zero`), gradients cross
+devices once per optimizer step, parameter by parameter during the backward pass of the last micro-batch. With `fsdp` no
+device holds whole gradients, so they cross in every micro-batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jitjax import exchange, sharding
+
+Params = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+Objective = Callable[[Params, Any, jax.Array], tuple[jax.Array, jax.Array]]
+BLOCKS = "blocks."
+f32 = jnp.float32
+
+
+def make(
+    loss: Callable[..., jax.Array], shapes: Params, mesh: Mesh, *, micro_batches: int, dtype: str, comm_dtype: str
+) -> Callable[[Params, Batch, jax.Array, jax.Array], tuple[Params, jax.Array, jax.Array]]:
+    """A function for use inside `jax.shard_map`: (parameters, images and labels, keys (B,), loss scale) -> (gradients, losses,
+    number), all of this device; the results are sums over the finite micro-batches of all devices, and of a split parameter the
+    device has its own part.
+
+    Args:
+      loss: from `step.make_loss`.
+      shapes: of the whole parameters.
+      dtype: compute type, in which matrices of split parameters cross devices.
+      comm_dtype: type in which gradients cross devices.
+    """
+    if mesh.size == 1:
+        return functools.partial(accumulate, objective_of(loss), micro_batches=micro_batches)
+    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype))
+    form = _block_by_block if mesh.shape["fsdp"] > 1 else _during_the_last
+    return form(loss, transfers, micro_batches)
+
+
+def objective_of(loss: Callable[..., jax.Array], **options: Any) -> Objective:
+    """(parameters, (images, labels, keys), loss scale) -> (what is differentiated, the mean loss)."""
+
+    def objective(params, part, scale):
+        value = jnp.mean(loss(params, *part, **options))
+        return value * scale, value
+
+    return objective
+
+
+def accumulate(
+    objective: Objective, params: Params, batch: Batch, keys: jax.Array, scale: jax.Array, *, micro_batches: int
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Gradients of one device's images, accumulated over `micro_batches` equal parts.
+
+    Returns:
+      (sum of the finite micro-batches' mean gradients, sum of their mean losses, their number as float32).
+    """
+    part = batch["image"], batch["label"], keys
+    if micro_batches > 1:
+        return _multi_steps(objective, params, _cut(part, micro_batches), scale)
+    (_, value), grads = jax.value_and_grad(objective, has_aux=True)(params, part, scale)
+    return _unscaled(grads, scale), value, f32(1)
+
+
+def _cut(part: Any, pieces: int) -> Any:
+    """The same with a leading axis over `pieces` micro-batches."""
+    return jax.tree.map(lambda a: a.reshape(pieces, a.shape[0] // pieces, *a.shape[1:]), part)
+
+
+def _unscaled(grads: Params, scale: jax.Array) -> Params:
+    return jax.tree.map(lambda grad: grad.astype(f32) / scale, grads)
+
+
+def _multi_steps(objective, params, parts, scale, skip=optax.skip_not_finite):
+    """`accumulate` by `optax.MultiSteps`, over the leading axis of `parts`.
+
+    MultiSteps serves as the accumulator only, set to emit one micro-step later than there are: the sum is taken from its
+    state and AdamW runs once, behind it. (Emitting from inside, it would run the optimizer on every micro-step and select,
+    and a device could not wait for the others' gradients.) It leaves out a micro-batch whose gradient is not finite, which
+    would otherwise stay in the accumulator as 0 * NaN for good.
+    """
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    accumulator = optax.MultiSteps(
+        optax.identity(),
+        every_k_schedule=len(parts[-1]) + 1,
+        use_grad_mean=False,
+        should_skip_update_fn=skip,
+    )
+
+    def micro_step(carry, part):
+        state, loss_sum = carry
+        (_, value), grads = gradient(params, part, scale)
+        _, new_state = accumulator.update(_unscaled(grads, scale), state, params)
+        counted = new_state.mini_step > state.mini_step
+        return (new_state, loss_sum + jnp.where(counted, value, 0)), None
+
+    (state, loss_sum), _ = jax.lax.scan(micro_step, (accumulator.init(params), f32(0)), parts)
+    return state.acc_grads, loss_sum, state.mini_step.astype(f32)
+
+
+class _Transfers:
+    """What crosses devices, for each parameter on a mesh of several devices."""
+
+    def __init__(self, shapes: Params, mesh: Mesh, dtype: Any, comm_dtype: Any):
+        self.mesh, self.specs, self._over = mesh, sharding.specs(shapes, mesh), sharding.split_over(mesh)
+        self._axes = {name: sharding.split_axis(shape.shape, mesh.shape[self._over]) for name, shape in shapes.items()}
+        # Biases and norm weights cross together at the end: one by one they would cost more in latency than they take.
+        self._small = sorted(name for name, shape in shapes.items() if sharding.is_small(shape.shape))
+        # The network casts its matrices to the compute type in any case, and adds up class and position embeddings in float32.
+        self._types = {name: dtype if name.endswith(".kernel") else f32 for name in shapes}
+        self._comm_dtype = comm_dtype
+
+    def gather(self, name: str, shard: jax.Array) -> jax.Array:
+        """The whole parameter, as the network takes it."""
+        if name in self._small:
+            return shard
+        return exchange.gather(shard, self._axes[name], self._over, self._types[name])
+
+    def send(self, name: str, grad: jax.Array) -> jax.Array:
+        """The sum over devices, float32; a small one stays this device's until `finish`."""
+        if name in self._small:
+            return grad.astype(f32)
+        return exchange.reduce(grad, self._axes[name], self._over, self.mesh, self._comm_dtype)
+
+    def finish(self, grads: Params, loss_sum: jax.Array, count: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
+        """Sums over devices of what has not crossed yet."""
+        rest = {name: grads[name] for name in self._small} | {"loss": loss_sum, "count": count}
+        rest = exchange.sum_together(rest, self.mesh)
+        loss_sum, count = rest.pop("loss"), rest.pop("count")
+        return grads | rest, loss_sum, count
+
+    def leaving(self, slots: Params, whole: Params, sent: Params, scale: jax.Array) -> Params:
+        """`exchange.leave` for all of `whole`."""
+        return {
+            name: exchange.leave(slots[name], value, sent.get(name), scale, functools.partial(self.send, name))
+            for name, value in whole.items()
+        }
+
+
+def _slots(params: Params) -> Params:
+    return {name: jnp.zeros(value.shape, f32) for name, value in params.items()}
+
+
+def _during_the_last(loss, transfers, micro_batches):
+    objective = objective_of(loss)
+
+    def summed(params, batch, keys, scale):
+        whole = {name: transfers.gather(name, value) for name, value in params.items()}
+        last, sent, loss_sum, count = (batch["image"], batch["label"], keys), {}, f32(0), f32(0)
+        if micro_batches > 1:
+            parts = _cut(last, micro_batches)
+            earlier, last = jax.tree.map(lambda a: a[:-1], parts), jax.tree.map(lambda a: a[-1], parts)
+            sent, loss_sum, count = _multi_steps(objective, whole, earlier, scale)
+
+        def leaving(slots, part, scale):
+            return objective(transfers.leaving(slots, whole, sent, scale), part, scale)
+
+        (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(_slots(params), last, scale)
+        if micro_batches == 1:
+            return transfers.finish(_unscaled(grads, scale), value, f32(1))
+        result = transfers.finish(grads, loss_sum + value, count + 1)
+
+        def without_the_last():
+            return transfers.finish({name: transfers.send(name, grad) for name, grad in sent.items()}, loss_sum, count)
+
+        # A last micro-batch that is not finite on one device spoils the sums of all, which are then sent without it.
+        finite = jnp.isfinite(sharding.global_norm(result[0], transfers.specs, transfers.mesh))
+        return jax.lax.cond(finite, lambda: result, without_the_last)
+
+    return summed
+
+
+def _block_by_block(loss, transfers, micro_batches):
+    def by_name(act, block):
+        """act(name, value) for every parameter of a block; all blocks have the same shapes."""
+
+        def one(path, value):
+            name = ".".join(key.name for key in path).removesuffix(".value")
+            return act(f"{BLOCKS}0.{name}", value)
+
+        return jax.tree_util.tree_map_with_path(one, block)
+
+    run_blocks = exchange.block_by_block(
+        functools.partial(by_name, transfers.gather), functools.partial(by_name, transfers.send)
+    )
+    objective = objective_of(loss, run_blocks=run_blocks)
+
+    def summed(params, batch, keys, scale):
+        outside = {name: value for name, value in params.items() if not name.startswith(BLOCKS)}
+        whole = {name: transfers.gather(name, value) for name, value in outside.items()}
+
+        def leaving(slots, part, scale):
+            return objective(slots | transfers.leaving(slots, whole, {}, scale), part, scale)
+
+        def skip(updates, *arguments):
+            """Of all devices or of none: the gradients that they hold are of all their images."""
+            bad, info = optax.skip_not_finite(updates, *arguments)
+            return sharding.total(bad.astype(f32), transfers.mesh) > 0, info
+
+        slots = params | _slots(outside)
+        part = batch["image"], batch["label"], keys
+        if micro_batches == 1:
+            (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(slots, part, scale)
+            return transfers.finish(_unscaled(grads, scale), value, f32(1))
+        return transfers.finish(*_multi_steps(leaving, slots, _cut(part, micro_batches), scale, skip))
+
+    return summed
