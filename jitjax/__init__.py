@@ -1,8 +1,10 @@
 """JiT image diffusion in JAX: a trainer, and this small surface for scripts and notebooks, kept stable.
 
-    load(path, which=None) -> Pipeline           a workdir, checkpoint, exported folder, official .pth or .safetensors
+    load(path, which=None) -> Pipeline           a workdir, checkpoint, exported folder, official .pth, .safetensors
+                                                 or hf://owner/name
     pipe.sample(labels, seed=0, steps=50, method="heun", cfg_scale=1.0, interval=(0, 1)) -> uint8 (N, S, S, 3)
-    pipe.save(folder)                            model.safetensors and config.json
+    pipe.save(folder)                            model.safetensors, config.json and a model card
+    pipe.push("hf://owner/name")                 the same, to the Hugging Face Hub
 
     create_model(name, *, image_size, num_classes, seed=0, **geometry) -> JiT     a fresh nnx module
     load_official(path, which="model_ema1") -> JiT                                an official .pth or .safetensors

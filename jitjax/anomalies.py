@@ -1,8 +1,9 @@
 """Steps whose numbers are not finite, and losses out of line. Imports no JAX.
 
-The training step leaves weights, EMAs and optimizer untouched where the gradient is not finite. What is decided here, from the
-metrics of the interval before, is whether the run may go on: skipped steps are counted in the workdir, across starts, so that
-a scheduler that starts a failing run again and again meets the same stop.
+The training step leaves weights, EMAs and optimizer untouched where loss or gradient is not finite; with accumulation it
+leaves out a micro-batch whose gradient is not. What is decided here, from the metrics of the interval before, is whether the
+run may go on: such steps are counted in the workdir, across starts, so that a scheduler that starts a failing run again and
+again meets the same stop.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from jitjax.errors import UserError
 
 FILE = "skipped_steps.json"
 POLICIES = ("skip", "stop")
-_LOSS_SCALE_PATIENCE = 24  # halvings in a row: from 2^15 down to 2^-9, where float16 has no excuse left
+_LOSS_SCALE_PATIENCE = 24  # halvings in a row: from the largest loss scale, 2^24, down to 1
+_LEFT_OUT = "train/skipped_micro_batches"
 _USUAL = 200  # losses that say what is usual
 _SPIKE = 10.0  # times the usual deviation from the median
 _SPIKE_LEAST = 0.25  # and by this fraction of the median
@@ -29,12 +31,12 @@ _SPIKE_LEAST = 0.25  # and by this fraction of the median
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """Optimizer steps that were skipped, over the workdir's whole life."""
+    """Optimizer steps that were skipped, wholly or in part, over the workdir's whole life."""
 
     in_a_row: int = 0
     total: int = 0
     first: int = 0  # step at which the current row began
-    last: int = 0  # step that was skipped last
+    last: int = 0  # the latest such step
 
     def after(self, step: int, finite: bool) -> Skipped:
         """The count after optimizer step `step`. A step that was counted before and is repeated after a restart counts
@@ -45,9 +47,13 @@ class Skipped:
         return Skipped(self.in_a_row + 1, self.total + 1, first, step)
 
 
-def finite(metrics: Mapping[str, float]) -> bool:
-    """Whether the loss and the gradient of a step are finite: if not, the step changed nothing."""
-    return all(math.isfinite(metrics[name]) for name in ("train/loss", "train/grad_norm") if name in metrics)
+def what_is_not_finite(metrics: Mapping[str, float]) -> str:
+    """ "loss" or "gradient": the step changed nothing; "gradient of N micro-batches": it did without them; "": nothing."""
+    for name, what in (("train/loss", "loss"), ("train/grad_norm", "gradient")):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            return what
+    left_out = int(metrics.get(_LEFT_OUT, 0))
+    return f"gradient of {left_out} micro-batch{'es' if left_out > 1 else ''}" if left_out else ""
 
 
 def is_spike(loss: float, before: Iterable[float]) -> bool:
@@ -99,14 +105,14 @@ class Anomalies:
         Raises:
           UserError: the run must not go on. Weights and checkpoints are as they were before the skipped steps.
         """
-        good = finite(metrics)
-        if not good and self._overflows < self._tolerated:
+        what = what_is_not_finite(metrics)
+        if what and self._overflows < self._tolerated:
             self._overflows += 1
             return []
-        self._overflows = 0 if good else self._overflows
-        before, self.skipped = self.skipped, self.skipped.after(step, good)
+        self._overflows = self._overflows if what else 0
+        before, self.skipped = self.skipped, self.skipped.after(step, finite=not what)
         lines = []
-        if good:
+        if not what:
             if before.in_a_row:
                 self._write()
                 lines.append(f"step {step:,} is finite again after {before.in_a_row:,} skipped")
@@ -117,13 +123,13 @@ class Anomalies:
             self._losses.append(loss)
             return lines
         self._write()
-        what = "loss" if not math.isfinite(metrics.get("train/loss", 0.0)) else "gradient"
         if self._policy == "stop" or self.skipped.in_a_row >= self._limit:
             raise self._end(what)
         if _power_of_two(self.skipped.in_a_row):
+            done = f"skipped: its {what}" if what in ("loss", "gradient") else f"made without the {what}, which"
             lines.append(
-                f"step {step:,} skipped: its {what} is not finite ({self.skipped.in_a_row:,} in a row, {self.skipped.total:,} "
-                f"in all; the run stops after {self._limit:,} in a row)"
+                f"step {step:,} {done} is not finite ({self.skipped.in_a_row:,} in a row, {self.skipped.total:,} in all; the "
+                f"run stops after {self._limit:,} in a row)"
             )
         return lines
 
@@ -137,14 +143,14 @@ class Anomalies:
             file = self._workdir / f"bad_batch_{s.last:08d}.json"
             try:
                 file.write_text(json.dumps({"step": s.last, "images": self._batch(s.last)}, indent=1))
-                where = f"; its images are listed in {file}"
+                where = f"; its images are listed in {file}, and `jitjax replay {self._workdir} --step {s.last}` looks at it"
             except OSError:  # a full disk does not hide the fault
                 pass
         good = self._last_good()
         return UserError(
-            f"the {what} is not finite: {s.in_a_row:,} optimizer steps in a row skipped up to step {s.last:,}, from step "
-            f"{s.first:,}{where}{'; ' + good if good else ''}. Lower --config.optim.lr, set --config.optim.clip_norm=1, or "
-            f"look at them; a finite step, or deleting {self._workdir / FILE}, begins the count anew"
+            f"the {what} is not finite: {s.in_a_row:,} optimizer steps in a row over all starts, from step {s.first:,} to "
+            f"step {s.last:,}{where}{'; ' + good if good else ''}. Lower --config.optim.lr or set --config.optim.clip_norm=1; "
+            f"a finite step, or deleting {self._workdir / FILE}, begins the count anew"
         )
 
     def _read(self) -> Skipped:

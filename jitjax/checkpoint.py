@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def defect(folder: Path, run: str | None) -> str | None:
     try:
         known = manifest.read(folder)
         if known is None:
-            meta = read_items(folder, meta=ocp.args.JsonRestore())["meta"]
+            meta = read_meta(folder)
             if "checksums" in meta:
                 return f"{manifest.FILE} is missing"
             if meta.get("examples") and int(folder.name) and meta["examples"] % int(folder.name):
@@ -80,16 +81,49 @@ def defect(folder: Path, run: str | None) -> str | None:
     return manifest.defect(folder, known)
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Whether every number of every float array in `tree` is finite; a bool scalar on the devices, not waited for."""
-    # One small program a shape instead of one of a thousand reductions, which would take seconds to compile.
-    flags = [_finite(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.bool_(True)
+def all_finite(groups: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Whether every number of every float array in each tree is finite: a bool scalar a group on the devices; does not wait."""
+    # One small program a shape instead of one of a thousand reductions, which would take seconds to compile. Each device looks
+    # at what it holds; they talk to each other in the last program only. (Emulated devices that reduce many arrays at once can
+    # wait for each other for ever.)
+    return _all({name: [_flags_of(leaf.sharding)(leaf) for leaf in _floats(tree)] for name, tree in groups.items()})
+
+
+def compile_all_finite(groups: Mapping[str, Any]) -> None:
+    """Compile what `all_finite` needs for such trees (shape structs with shardings), so that it runs at once later."""
+    compiled = {}
+
+    def flag_of(leaf):
+        kind = leaf.shape, leaf.dtype, leaf.sharding
+        if kind not in compiled:
+            lowered = _flags_of(leaf.sharding).lower(leaf)
+            (placed,) = jax.tree.leaves(lowered.compile().output_shardings)
+            compiled[kind] = jax.ShapeDtypeStruct(lowered.out_info.shape, jnp.bool_, sharding=placed)
+        return compiled[kind]
+
+    _all.lower({name: [flag_of(leaf) for leaf in _floats(tree)] for name, tree in groups.items()}).compile()
+
+
+def _floats(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+@functools.lru_cache
+def _flags_of(placed: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Jitted: an array that is sharded like this -> a bool for each device, whether all that it holds is finite."""
+
+    def flag(x):
+        return jnp.all(jnp.isfinite(x))[None]
+
+    if not isinstance(placed, jax.sharding.NamedSharding):
+        return jax.jit(flag)
+    mesh, every = placed.mesh, jax.sharding.PartitionSpec(placed.mesh.axis_names)
+    return jax.jit(jax.shard_map(flag, mesh=mesh, in_specs=placed.spec, out_specs=every, check_vma=False))
 
 
 @jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x))
+def _all(flags: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
+    return {name: jnp.all(jnp.concatenate(found)) if found else jnp.bool_(True) for name, found in flags.items()}
 
 
 def report_skipped(folder: Path, reason: str) -> None:
@@ -100,6 +134,10 @@ def read_items(folder: Path, **items: Any) -> Any:
     """Items of the checkpoint in `folder`, by Orbax."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    return read_items(folder, meta=ocp.args.JsonRestore())["meta"]
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:
@@ -128,9 +166,11 @@ def reason_of(error: BaseException | None) -> str:
         return "no permission to write checkpoints there"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, UserError):
+        return text
     first = text.strip().splitlines()[0].strip() if text.strip() else ""
     first = first if len(first) <= 160 else first[:157] + "..."
-    return first if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {first}".rstrip(": ")
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +251,7 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
     folder = workdir / DIRECTORY / str(step)
     mesh = mesh or jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     try:
-        meta = read_items(folder, meta=ocp.args.JsonRestore())["meta"]
+        meta = read_meta(folder)
         geometry = jit_model.Geometry(**meta["geometry"])
         like = sharding.abstract(jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0)), mesh)
         restored = read_items(
@@ -221,7 +261,7 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
         )
     except Exception as error:  # without checksums (jitjax 0.1.0) damage shows only here
         raise UserError(f"the checkpoint {folder} cannot be read ({reason_of(error)}): use another") from error
-    if not bool(all_finite((restored["params"], restored["ema"]))):
+    if not bool(all_finite({"weights": (restored["params"], restored["ema"])})["weights"]):
         raise UserError(f"the checkpoint {folder} holds weights that are not finite: use an earlier one")
     return Weights(restored["params"], restored["ema"], meta, step)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jitjax import checkpoint, cli, settings
+from jitjax import checkpoint, cli, hub, pipeline, settings
 from jitjax.errors import UserError
 from jitjax.interop import diffusers, sources, weights, workdir
 
@@ -19,6 +19,8 @@ PTH_ENDINGS = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 def format_of(path: str) -> str:
     """What a target's ending stands for."""
     name = path.lower()
+    if hub.is_name(name):
+        return "folder"
     if name.endswith(".safetensors"):
         return "safetensors"
     return "pth" if name.endswith(PTH_ENDINGS) else "jitjax"
@@ -29,8 +31,13 @@ def run(args: argparse.Namespace) -> None:
     UserError: a source that is not one of the kinds, or a target that cannot be written or cannot hold it.
     """
     checkpoint.quiet()
+    if hub.is_name(args.source):
+        args.source = hub.download(args.source)
     source, target = Path(args.source).expanduser(), Path(args.to).expanduser()
     kind = args.format or format_of(args.to)
+    if kind == "folder":
+        export(source, args)
+        return
     from_workdir = source.is_dir() and sources.is_workdir(source)
     if from_workdir and kind == "jitjax":
         raise UserError(
@@ -68,6 +75,22 @@ def run(args: argparse.Namespace) -> None:
     if found.moments and not one_set:
         print(f"with the state of AdamW after {found.step} steps")
     for note in found.notes:
+        print(f"note: {note}")
+
+
+def export(source: Path, args: argparse.Namespace) -> None:
+    """An exported folder with every set of weights and a model card, in `args.to` or on the hub.
+
+    Raises:
+      UserError: a flag that has no meaning there, or what `Pipeline.save` and `push` refuse.
+    """
+    for flag, value in (("--which", args.which), ("--context_start", args.context_start)):
+        if value is not None:
+            raise UserError(f"{flag}={value}: a folder holds every set of weights as they are; leave {flag} out")
+    pipe = pipeline.load(source)
+    written = pipe.push(args.to) if hub.is_name(args.to) else pipe.save(args.to)
+    print(f"{source} -> {written}: {', '.join(pipe.weights)}")
+    for note in pipe.notes:
         print(f"note: {note}")
 
 

@@ -82,6 +82,8 @@ def _launcher(environ: Mapping[str, str]) -> tuple[str, str, str, str, str]:
     # The step's tasks, not the job's: a plain `python` inside an allocation is one process.
     if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         host = _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+        if host and environ.get("SLURM_STEP_NUM_NODES") == "1":
+            host = "127.0.0.1"  # Slurm's name of a node need not resolve
         job = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
         port = 61440 + sum(int(number) for number in job if number.isdecimal()) % 4096
         several = re.split(r"[(,]", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0] != "1"
@@ -128,10 +130,7 @@ def start(environ: Mapping[str, str] = os.environ) -> Peers:
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        peers.failed(reason)
-        raise UserError(
-            f"process {cluster.rank} of {cluster.count}: JAX could not start at {cluster.address} ({reason})"
-        ) from error
+        peers.failed(f"JAX could not start at {cluster.address} ({reason})", 2)
     return peers
 
 
@@ -163,9 +162,12 @@ class Peers:
         self._votes: dict[int, dict[int, int]] = {}  # by round and rank
         self._results: dict[int, int] = {}
         self._round = 0
+        self._stop_sent = False
+        self.on_stop: Callable[[int], None] = lambda number: None  # called in a thread when another process got a signal
         self._changed = threading.Condition()
         for other, link in self._links.items():
             link.settimeout(None)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # every step waits for a message of a few bytes
             threading.Thread(target=self._listen, args=(other, link), name=f"peer_{other}", daemon=True).start()
         if self._links:
             threading.Thread(target=self._beat, name="peers", daemon=True).start()
@@ -205,8 +207,16 @@ class Peers:
                 self._gone(f"the processes have not agreed for {seconds:.0f} s ({at or 'process 0 did not answer'})")
             return self._results.pop(number, value)
 
-    def failed(self, message: str) -> None:
-        """Tell the others that this process ends because of `message` (one line). They end as well.
+    def ask_to_stop(self, number: int) -> None:
+        """Tell the others that this process has received signal `number`. They may be waiting for input that never comes."""
+        if not self._stop_sent:
+            self._stop_sent = True
+            for other in self._links:
+                self._send(other, {"stop": number})
+
+    def failed(self, message: str, code: int = signals.NOT_SAVED) -> None:
+        """End this process with exit code `code` and the line `message`, and the others with the same code: one process's
+        mistake is no reason to start all of them again. Returns only where there are no others.
 
         A collective fails where another process died: for a moment this one waits for the better reason, with which it ends.
         """
@@ -217,8 +227,9 @@ class Peers:
         self._closed.set()
         line = f"process {self.rank} stopped: {' '.join(message.split())[:300]}"
         for other in self._links:
-            self._send(other, {"gone": line})
+            self._send(other, {"gone": line, "code": code})
         time.sleep(_LAST_WORD_SECONDS)
+        self._leave(code, message)  # at once: JAX's exit handlers would wait for the others, and abort with a native stack dump
 
     def close(self, seconds: float = 60.0) -> None:
         """This process has done its work; waits until all have, at most `seconds`."""
@@ -277,8 +288,10 @@ class Peers:
             with self._changed:
                 self._done.add(other)
                 self._changed.notify_all()
+        elif "stop" in message:
+            self.on_stop(message["stop"])
         elif "gone" in message and not self._closed.is_set():
-            self._gone(message["gone"])
+            self._gone(message["gone"], message["code"])
 
     def _vote(self, number: int, rank: int, value: int) -> None:
         """In process 0."""
@@ -296,13 +309,14 @@ class Peers:
         with self._lock, contextlib.suppress(OSError):  # a dead one is noticed by its listener
             self._links[other].sendall((json.dumps(message) + "\n").encode())
 
-    def _gone(self, line: str) -> None:
+    def _gone(self, line: str, code: int = signals.NOT_SAVED) -> None:
         self._closed.set()
         if self.rank == 0:
             for other in self._links:
-                self._send(other, {"gone": line})
+                self._send(other, {"gone": line, "code": code})
             time.sleep(_LAST_WORD_SECONDS)
-        self._leave(signals.NOT_SAVED, f"{line}; the run stops, the same command continues it from the last checkpoint")
+        again = ", the same command continues it from the last checkpoint" if code == signals.NOT_SAVED else ""
+        self._leave(code, f"{line}; the run stops{again}")
 
 
 def _gather(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:

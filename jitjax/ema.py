@@ -11,6 +11,7 @@ Steps count updates: after the first update step = 1.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -235,8 +236,9 @@ def write_snapshot(folder: Path, step: int, sigma_rel: float, params: Arrays, *,
         safetensors.numpy.save_file(arrays, temporary, metadata)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error}") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written: {error}") from error
     return path
 
 

@@ -34,7 +34,7 @@ class Speed:
     tokens_per_second: float
 
 
-# docs/speed.md, "Train step": medians over the cards measured there.
+# docs/speed-notebook.md, "The train step": medians over the cards measured there.
 MEASURED = (
     Speed("JiT-B/4", 64, "h200", 64, 720e3),
     Speed("JiT-B/4", 64, "h200", 256, 810e3),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 from multiprocessing import shared_memory
 from pathlib import Path
 
 _SHARED = Path("/dev/shm")
 _PREFIX = "jj"
-# By `draw_dataset`, `Workdir.write`, `Checkpoints`, `TimeAccount` and `Anomalies`.
+# By `draw_dataset`, `Workdir.write`, `Checkpoints`, `TimeAccount`, `Anomalies` and, through safetensors, `Snapshots`.
 _WRITTEN = ("config.json", "versions.json", "run.json", "parameters.txt")
-_PARTIAL = (".shapes.*.partial", "*.json.tmp", *(f".{name}.*" for name in _WRITTEN))
+_PARTIAL = (".shapes.*.partial", "*.json.tmp", "ema/.tmp*", "ema/*.tmp*", *(f".{name}.*" for name in _WRITTEN))
 
 
 def name_segments(owner: int) -> None:
@@ -25,6 +26,15 @@ def name_segments(owner: int) -> None:
     # A private constant of the standard library: names of 14 characters, of which the rest is random.
     if hasattr(shared_memory, "_SHM_NAME_PREFIX") and len(name) <= 10:
         shared_memory._SHM_NAME_PREFIX = name
+
+
+def new_segment(size: int) -> shared_memory.SharedMemory:
+    """Shared memory of this process, which is the run's main one, with its number in the name.
+
+    Raises:
+      OSError: there is no room for it.
+    """
+    return shared_memory.SharedMemory(f"{_PREFIX}{os.getpid():x}_{secrets.token_hex(4)}", create=True, size=size)
 
 
 def remove_segments(folder: Path = _SHARED) -> int:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-import scipy.linalg
-import scipy.special
+import scipy  # which imports its modules when they are used
 
 from jitjax.errors import UserError
 

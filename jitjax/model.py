@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,11 @@ class Geometry:
             raise UserError(
                 f"--config.model.depth={self.depth} with --config.model.width={self.width} is a model of about "
                 f"{18 * self.depth * self.width**2:.1e} parameters, beyond what this trainer is for: use smaller ones"
+            )
+        if self.mlp_hidden < 1:
+            raise UserError(
+                f"--config.model.mlp_ratio={self.mlp_ratio} with --config.model.width={self.width} leaves the MLP no hidden "
+                "feature: use a larger one, e.g. 4"
             )
         if self.context_length and not 0 <= self.context_start < self.depth:
             raise UserError(
@@ -370,6 +376,7 @@ class JiT(nnx.Module):
         remat: str = "none",
         dropout_keys: jax.Array | None = None,
         run_blocks: Callable[..., Any] | None = None,
+        observe: Callable[[str, jax.Array], None] | None = None,
     ) -> jax.Array:
         """Args:
           z: noised images, (B, S, S, 3) float.
@@ -380,6 +387,8 @@ class JiT(nnx.Module):
           remat: what the backward pass computes again: "none", "dots" (all but matmuls) or "full".
           dropout_keys: one key per image, (B,) key array; None switches dropout off.
           run_blocks: how the blocks are run, with the signature of `in_sequence` (the default).
+          observe: called while tracing with ("embed", tokens), then for each block ("blocks.<i>.attn", tokens after the
+            attention's residual) and ("blocks.<i>.mlp", the SwiGLU branch), last ("final", output). For diagnosis.
 
         Returns:
           (B, S, S, 3) in `dtype`.
@@ -392,11 +401,12 @@ class JiT(nnx.Module):
             raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
         if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 matmuls to TF32
             with jax.default_matmul_precision("float32"):
-                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence)
-        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence)
+                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, observe)
+        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, observe)
 
-    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks):
+    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks, observe):
         g = self.geometry
+        observe = observe or (lambda name, x: None)
         ops = ops or kernels.get_ops("plain")
         if remat == "dots":
             ops = kernels.with_visible_matmuls(ops)
@@ -412,6 +422,7 @@ class JiT(nnx.Module):
             x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
             context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype) if g.context_length else None
 
+        observe("embed", x_BTD)
         apply_block = _apply_block.__wrapped__ if getattr(run_blocks, "looks_inside", False) else _apply_block
 
         def stage(i, block, carry, shared):
@@ -427,14 +438,19 @@ class JiT(nnx.Module):
             if remat != "none":
                 apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
             rope = rope_tables(g.head_dim, g.grid, context)
-            return apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i])
+            x_BTD, pending = apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i])
+            observe(f"blocks.{i}.attn", x_BTD)
+            observe(f"blocks.{i}.mlp", pending[0])
+            return x_BTD, pending
 
         stages = [functools.partial(stage, i) for i in range(g.depth)]
         x_BTD, pending = run_blocks(stages, self.blocks, (x_BTD, None), (c_BD, context_BTD, keys))
 
         shift, scale = jnp.split(affine(self.final.adaln, c_BD), 2, axis=-1)
         _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)
-        return unpatchify(affine(self.final.linear, h_BTD), g.patch_size)
+        output_BTV = affine(self.final.linear, h_BTD)
+        observe("final", output_BTV)
+        return unpatchify(output_BTV, g.patch_size)
 
 
 # ---------------------------------------------------------------- modules <-> flat parameters
@@ -452,15 +468,26 @@ def merge(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array]) -> JiT:
     return nnx.merge(graphdef, nnx.from_flat_state({path: nnx.Param(value) for path, value in paths.items()}))
 
 
+class _Keys:
+    """The keys of `nnx.Rngs(params=key)`, bit for bit, counted in Python: counted in an array, tracing JiT-H's initialisation
+    takes five times as long, and its time grows with the square of the depth."""
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, itertools.count()
+
+    def params(self) -> jax.Array:
+        return jax.random.fold_in(self.key, next(self.count))
+
+
 def init_fn(geometry: Geometry):
     """A pure function from a random key to freshly initialised parameters, for `jax.jit` or `jax.eval_shape`."""
-    return lambda key: split(JiT(geometry, rngs=nnx.Rngs(params=key)))[1]
+    return lambda key: split(JiT(geometry, rngs=_Keys(key)))[1]
 
 
 @functools.lru_cache(maxsize=32)
 def graphdef_of(geometry: Geometry) -> nnx.GraphDef:
     """The structure alone, without computing any parameter."""
-    return nnx.split(nnx.eval_shape(lambda: JiT(geometry, rngs=nnx.Rngs(0))), nnx.Param)[0]
+    return nnx.split(nnx.eval_shape(lambda: JiT(geometry, rngs=_Keys(jax.random.key(0)))), nnx.Param)[0]
 
 
 def create_model(name: str, *, image_size: int, num_classes: int, seed: int = 0, **geometry: Any) -> JiT:

@@ -2,7 +2,8 @@
 
     pipe = jitjax.load("runs/a")
     images = pipe.sample(["cat", "dog"], seed=0, cfg_scale=2.9, interval=(0.1, 1.0))   # (2, S, S, 3) uint8
-    pipe.save("exported")                                                              # model.safetensors, config.json
+    pipe.save("exported")                                                              # weights, config.json, model card
+    pipe.push("hf://me/shapes")                                                        # the same, on the Hugging Face Hub
 
 Everything that draws images goes through `Sampler` here: `Pipeline.sample`, the previews of a run, the benchmark.
 """
@@ -12,6 +13,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +28,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jitjax import diffusion, ema, kernels, sampling, settings, sharding
+from jitjax import card, diffusion, ema, hub, kernels, sampling, settings, sharding
 from jitjax import model as jit_model
 from jitjax.diffusion import Diffusion
 from jitjax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 RAW = "model"  # the weights that the optimizer moves; the other sets are EMAs, named by their decay
 PER_DEVICE = {"gpu": 64, "cpu": 8}  # images that a device draws at once, unless batch_size says otherwise
@@ -141,7 +148,8 @@ class Pipeline:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what was guessed or left out while loading
     step: int | None = None  # optimizer steps behind the weights, where known
-    snapshots: Path | None = None  # folder of the run's EMA snapshots
+    workdir: Path | None = None  # of the run that it was loaded from
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its checkpoint records: config, scores, ...
 
     def __post_init__(self):
         if self.class_names and len(self.class_names) != self.geometry.num_classes:
@@ -157,6 +165,12 @@ class Pipeline:
     @property
     def emas(self) -> tuple[str, ...]:
         return tuple(name for name in self.weights if name != RAW)
+
+    @property
+    def snapshots(self) -> Path | None:
+        """Folder of the run's EMA snapshots, where there is one."""
+        folder = self.workdir and self.workdir / ema.FOLDER
+        return folder if folder and folder.is_dir() else None
 
     def using(self, which: str | None) -> Pipeline:
         """The same pipeline with another set of weights in use: "model" (or "params"), an EMA's decay, "model_ema1" or
@@ -309,20 +323,82 @@ class Pipeline:
 
     # ------------------------------------------------------------ storage
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `model.safetensors` (all sets of weights) and `config.json`, which `jitjax.load` reads. Power-function EMAs
-        are left out, unless one is in use: then it is the only set, as "model".
+    def save(self, folder: str | Path, *, samples: int | None = None) -> Path:
+        """Write `model.safetensors` (all sets of weights) and `config.json`, which `jitjax.load` reads, and for people a model
+        card, `README.md`, with a grid, `samples.png`. Power-function EMAs are left out, unless one is in use: then it is
+        the only set, as "model". A `README.md` that is there already stays, with its grid; the log says so.
+
+        Args:
+          samples: images to draw for the grid; default: the run's last preview up to this step, if it has one; 0: no grid.
 
         Raises:
           UserError: the folder cannot be written.
         """
+        return self._save(Path(folder).expanduser(), samples)
+
+    def push(self, name: str, *, private: bool | None = None, samples: int | None = None, message: str = "") -> str:
+        """Save and upload to the Hugging Face Hub, and return the address; `jitjax.load(name)` gets it back. A model card
+        that is there already stays, with its grid; the log says so.
+
+        Args:
+          name: hf://OWNER/NAME, or hf://OWNER/NAME@BRANCH. The repository is made if there is none.
+          private: whether a new repository is private; default the owner's own default.
+          samples: as for `save`.
+          message: of the commit; default names the step.
+
+        Raises:
+          UserError: huggingface_hub is not installed or has no token that may write there, or no network.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), samples, name)
+            message = message or "Weights" + (f" of step {self.step:,}" if self.step is not None else "")
+            address, notes = hub.push(Path(folder), name, private=private, message=message)
+        for note in notes:
+            _log.warning("%s", note)
+        return address
+
+    def _save(self, folder: Path, samples: int | None, name: str = "hf://OWNER/NAME") -> Path:
         from jitjax.interop.weights import write_folder
 
         facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
         sets = {name: params for name, params in self.weights.items() if not name.startswith(ema.POWER)}
         sets = {RAW: self.params} if self.which.startswith(ema.POWER) else sets
-        write_folder(folder, jax.device_get(sets), self.geometry, facts)
-        return Path(folder)
+        # A set at a time: JAX sorts the names of a dictionary, and the first EMA is the one that is used.
+        write_folder(folder, {name: jax.device_get(params) for name, params in sets.items()}, self.geometry, facts)
+        if (folder / hub.CARD).exists():
+            _log.warning("%s stays as it is; delete it to have it written again", folder / hub.CARD)
+            return folder
+        try:
+            picture = self._preview(folder / hub.PICTURE) if samples is None else self._draw(folder / hub.PICTURE, samples)
+            (folder / hub.CARD).write_text(card.model_card(self, name=name, picture=picture), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        return folder
+
+    def _preview(self, picture: Path) -> str:
+        """The run's last preview up to this step, and what it shows; "" where there is none."""
+        if self.workdir is None or self.step is None:
+            return ""
+        found = ((path.stem.removeprefix("step_"), path) for path in (self.workdir / "samples").glob("step_*.png"))
+        step, path = max(((int(n), path) for n, path in found if n.isdigit() and int(n) <= self.step), default=(0, None))
+        if path is None:
+            return ""
+        shutil.copyfile(path, picture)
+        return f"The run's preview at step {step:,}"
+
+    def _draw(self, picture: Path, count: int) -> str:
+        """Draws images, class-balanced, as the run drew its previews; "" for none."""
+        if not count:
+            return ""
+        from jitjax.monitor import save_grid
+
+        options, classes = card.sampling(self), self.geometry.num_classes
+        labels = [i % classes for i in range(count)] if classes else None
+        images = self.sample(labels, num=None if classes else count, **dataclasses.asdict(options))
+        save_grid(picture, images, captions=[self.class_names[i] if self.class_names else str(i) for i in labels or ()] or None)
+        guidance = f", guidance {options.cfg_scale:g}" if options.cfg_scale != 1 else ""
+        used = "the raw weights" if self.which == RAW else f"EMA {self.which}"
+        return f"Drawn from {used}: {options.method}, {options.steps} steps{guidance}"
 
 
 def choose(sets: Mapping[str, Any], which: str | None) -> str:
@@ -374,7 +450,7 @@ def _whole(name: str, value: Any, low: int) -> int:
 
 def load(path: str | Path, which: str | None = None) -> Pipeline:
     """A pipeline from a workdir (its newest checkpoint), one checkpoint or `runs/a/checkpoints/best`, an exported folder, an
-    official .pth or a .safetensors file.
+    official .pth, a .safetensors file, or the Hugging Face Hub (hf://OWNER/NAME, see `jitjax.hub`).
 
     Args:
       which: the set of weights to use; default the first EMA, see `Pipeline.using`.
@@ -386,8 +462,8 @@ def load(path: str | Path, which: str | None = None) -> Pipeline:
     from jitjax.interop import sources
     from jitjax.interop import weights as weight_files
 
-    path = Path(path).expanduser()
-    if not path.exists() and path.name != checkpoint.BEST:
+    path = hub.download(str(path)) if hub.is_name(path) else Path(path).expanduser()
+    if not os.path.exists(path) and path.name != checkpoint.BEST:  # also where a name is too long to look for
         raise UserError(f"{path}: no such file or folder; give a workdir, a checkpoint, an exported folder or a weights file")
     if path.name == checkpoint.BEST or (path.is_dir() and sources.is_workdir(path)):
         pipe = from_checkpoint(checkpoint.load_weights(path), checkpoint.workdir_of(path))
@@ -431,7 +507,8 @@ def from_checkpoint(saved: Any, workdir: Path | None = None) -> Pipeline:
         which=emas[0] if emas else RAW,
         class_names=_names(meta.get("class_names"), saved.geometry.num_classes),
         step=saved.step,
-        snapshots=workdir / ema.FOLDER if workdir is not None and (workdir / ema.FOLDER).is_dir() else None,
+        workdir=workdir,
+        run=meta,
     )
 
 

@@ -74,6 +74,28 @@ def make_plan(settings: Settings, *, images: int, tokens_per_image: int, devices
     )
 
 
+def fit_devices(settings: Settings, effective_batch: int, devices: int) -> Settings:
+    """The settings with which `devices` make steps of the same `effective_batch`: other micro-batches, none larger than
+    `batch_size`, and where the mesh does not fit, another one.
+
+    Raises:
+      UserError: the devices cannot share the batch.
+    """
+    images = effective_batch // devices
+    if images * devices != effective_batch:
+        fitting = ", ".join(str(n) for n in range(1, devices) if effective_batch % n == 0)
+        raise UserError(f"{devices} devices cannot share an effective batch of {effective_batch}: use {fitting}")
+    micro = max(n for n in range(1, min(images, settings.batch_size) + 1) if images % n == 0)
+    mesh = settings.mesh
+    asked = (mesh.data or 1) * (mesh.zero or 1) * mesh.fsdp
+    open_axis = mesh.data is None or (mesh.zero is None and mesh.fsdp == 1)
+    if devices % asked or (asked < devices and not open_axis):
+        zero = mesh.zero and math.gcd(mesh.zero, devices)
+        mesh = dataclasses.replace(mesh, data=None, zero=zero, fsdp=math.gcd(mesh.fsdp, devices))
+    optim = dataclasses.replace(settings.optim, accumulation_steps=images // micro)
+    return dataclasses.replace(settings, batch_size=micro, optim=optim, mesh=mesh)
+
+
 def resolve_num_classes(class_conditional: bool, configured: int | None, found: int) -> int:
     """Classes of the model: the configured number, else the data set's (0 if unconditional).
 

@@ -7,6 +7,7 @@ fails, and it removes old steps by number, whatever state the newer ones are in.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jitjax import checkpoint, manifest
+from jitjax import checkpoint, ema, manifest
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
@@ -39,24 +40,38 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one workdir, for the run that writes them. With several processes every one makes the same calls."""
 
-    def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        keep_last: int = 1,
+        keep_every: int | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        committed: Callable[[int], None] = lambda step: None,
+    ):
         """Removes what a killed run left half written.
 
         Args:
           keep_last: how many of the newest checkpoints stay. One is deleted only after a newer one is known to be whole.
           keep_every: checkpoints whose step is a multiple stay for good.
+          before_commit: called by process 0 in a thread before a checkpoint gets its name; what it raises makes the save fail.
+          committed: called in a thread with the step of a checkpoint that is on disk.
 
         Raises:
           UserError: the folder cannot be written.
         """
         self._workdir, self._folder = Path(workdir).absolute(), (Path(workdir) / checkpoint.DIRECTORY).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._before_commit, self._committed = before_commit, committed
+        self._reserving: threading.Thread | None = None
         self._is_main = jax.process_index() == 0
         self._whole: set[int] = set()  # steps known to be whole: verified, or written by this process
         self._thread: threading.Thread | None = None
         self._pending: int | None = None  # the step that is being written
+        self._final = False  # no step comes after it
         self._error: BaseException | None = None  # of the write that ended last
         self._failures, self._failed_at = 0, 0.0  # in a row; `time.monotonic()` of the last one
+        self._reported = False  # whether the last one was raised
         self._run: dict[str, Any] = {}
         self._best: dict[str, Any] | None = None  # of the save that is under way
         had_folder = self._folder.is_dir()
@@ -131,26 +146,11 @@ class Checkpoints:
         return checkpoint.steps_in(self._folder)
 
     def meta(self, step: int) -> dict[str, Any]:
-        return checkpoint.read_items(self._folder / str(step), meta=ocp.args.JsonRestore())["meta"]
+        return checkpoint.read_meta(self._folder / str(step))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, laid out like `like` (a tree of shape structs with shardings)."""
-        optimizer = {"opt_state": like.opt_state, "loss_scale": like.loss_scale}
-        restored = checkpoint.read_items(
-            self._folder / str(step),
-            params=ocp.args.StandardRestore(like.params),
-            ema=ocp.args.StandardRestore(like.ema),
-            optimizer=ocp.args.StandardRestore(optimizer),
-        )
-        # Onto the mesh also what is a scalar: Orbax may return those on one device only.
-        place = jax.tree.map(lambda leaf: leaf.sharding, like.step)
-        return TrainState(
-            step=jax.device_put(np.int32(step), place),
-            params=restored["params"],
-            opt_state=restored["optimizer"]["opt_state"],
-            ema=restored["ema"],
-            loss_scale=restored["optimizer"]["loss_scale"],
-        )
+        return restore(self._folder / str(step), like)
 
     def _candidates(self) -> list[int]:
         """Steps to try, newest first; with several processes those that all of them see."""
@@ -187,31 +187,51 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- write
 
-    def reserve(self, like: TrainState) -> None:
-        """Page-lock the host memory that saves use, in a thread; the runtime keeps it. Otherwise the first save does so and
-        training stands still meanwhile. Call it before the first step is compiled. `like`: as for `resume`."""
-        if jax.process_count() > 1 or jax.default_backend() == "cpu":
-            return
+    def reserve(self, like: TrainState) -> threading.Thread:
+        """Prepare the first save, in a thread: page-lock the host memory that saves and EMA snapshots use, which the runtime
+        retains, and compile the check of the numbers. Otherwise training stands still for it. Call it before the first step is
+        compiled. `like`: as for `resume`.
 
-        def allocate() -> None:
-            sizes = [(leaf.shape, leaf.dtype, _one_replica(leaf.sharding)) for leaf in jax.tree.leaves(like)]
+        Returns:
+          The thread; a save waits for it.
+        """
+        alone = jax.process_count() == 1
+
+        def prepare() -> None:
             with contextlib.suppress(Exception):  # the first save will say it
-                jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
+                checkpoint.compile_all_finite(_groups(like))
+                if alone and jax.default_backend() != "cpu":
+                    powers = {name: params for name, params in like.ema.items() if name.startswith(ema.POWER)}
+                    leaves = jax.tree.leaves((like, powers))
+                    sizes = [(leaf.shape, leaf.dtype, _one_replica(leaf.sharding)) for leaf in leaves]
+                    jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
 
-        threading.Thread(target=allocate, name="checkpoint_reserve", daemon=True).start()
+        self._reserving = threading.Thread(target=prepare, name="checkpoint_reserve", daemon=True)
+        self._reserving.start()
+        if not alone:  # all processes compile the same programs in the same order
+            self._reserving.join()
+        return self._reserving
 
     def require_space(self, state: TrainState) -> None:
         """Raises:
         UserError: the disk has not room for one more checkpoint. Orbax would find out half-way.
         """
         if reason := self._lacks_space(state):
-            raise UserError(f"--workdir={self._workdir}: {reason} (earlier checkpoints are intact)")
+            raise UserError(f"--workdir={self._workdir}: {reason}: free some and run the same command again")
 
     def best(self) -> dict[str, Any] | None:
         """{"step", "metric", "value"} of the checkpoint that was saved as the best; None where there is none."""
         return checkpoint.read_best(self._workdir)
 
-    def save(self, state: TrainState, step: int, meta: Mapping[str, Any], *, best: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        meta: Mapping[str, Any],
+        *,
+        best: Mapping[str, Any] | None = None,
+        final: bool = False,
+    ) -> None:
         """Begin to copy the state to the host and return; the state may be donated at once. With one process everything else
         happens in a thread, which waits for the copy too.
 
@@ -221,13 +241,16 @@ class Checkpoints:
         Args:
           best: {"metric", "value"}: from now on this is the best checkpoint. It stays until there is a better one, and
             <workdir>/checkpoints/best means it.
+          final: training ends here: a failure is left to `wait`.
 
         Raises:
           UserError: the weights, EMAs or moments are not finite (nothing is written), or too many saves failed in a row.
         """
         self._settle()
         self._check_limit()
-        self._best = None if best is None else {"step": step, **best}
+        if self._reserving is not None:
+            self._reserving.join()
+        self._best, self._final = None if best is None else {"step": step, **best}, final
         if step in self._whole:
             self._mark_best()
             return
@@ -243,7 +266,7 @@ class Checkpoints:
         copy, alone = state, jax.process_count() == 1
         if alone:
             try:
-                copy = _to_host(state)
+                copy = to_host(state)
             except Exception as error:  # no room for it in page-locked memory: Orbax copies, and training waits
                 _log.warning(
                     "no copy of the state fits into page-locked host memory (%s): this save is slower",
@@ -267,6 +290,11 @@ class Checkpoints:
             items = None
         self._thread = threading.Thread(target=self._write, args=(step, items), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def has(self, step: int) -> bool:
+        """Whether a whole checkpoint of `step` is on disk. Waits for the write in the background."""
+        self._settle()
+        return step in self._whole
 
     def retry_due(self) -> bool:
         """Whether the last save failed and it is time to try again. Cheap: for every turn of a loop.
@@ -294,11 +322,13 @@ class Checkpoints:
             raise self._as_user_error()
 
     def close(self) -> None:
-        """Like `wait`; afterwards nothing of Orbax runs any more."""
+        """Like `wait`, but what was raised before is not raised again; afterwards nothing of Orbax runs any more."""
         try:
-            self.wait()
+            self._settle()
+            if not self._reported:
+                self.wait()
         finally:
-            self._failures = 0  # raised once
+            self._failures = 0
             with _one_line(self._workdir):
                 self._writer.close()
 
@@ -325,6 +355,7 @@ class Checkpoints:
         if self._is_main:
             self._mark_best()
             self._rotate()
+        self._committed(step)
 
     def _mark_best(self) -> None:
         if self._best is not None and self._is_main:
@@ -338,9 +369,9 @@ class Checkpoints:
             self._thread = None
 
     def _failed(self, step: int, error: BaseException) -> None:
-        self._error, self._failed_at = error, time.monotonic()
+        self._error, self._failed_at, self._reported = error, time.monotonic(), False
         self._failures += 1
-        if self._failures < _MAX_FAILURES and jax.process_count() == 1:
+        if self._failures < _MAX_FAILURES and jax.process_count() == 1 and not self._final:
             _log.warning(
                 "saving step %s failed (%s); training goes on, failure %d of at most %d in a row; %s",
                 f"{step:,}",
@@ -353,6 +384,7 @@ class Checkpoints:
             shutil.rmtree(self._folder / f"{step}{_TEMPORARY}", ignore_errors=True)  # it may hold the space that is lacking
 
     def _as_user_error(self) -> UserError:
+        self._reported = True
         times = f"{self._failures} saves in a row" if self._failures > 1 else "the last save"
         return UserError(
             f"--workdir={self._workdir}: {times} failed ({checkpoint.reason_of(self._error)}); {self.last_good()}. "
@@ -366,6 +398,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Called by Orbax in process 0 when all files of the pending step are complete, before the folder gets its name."""
+        self._before_commit()
         folder = self._folder / f"{self._pending}{_TEMPORARY}"
         if not folder.is_dir():  # file systems without an atomic rename: Orbax writes in place
             folder = self._folder / str(self._pending)
@@ -404,14 +437,12 @@ class Checkpoints:
             return f"{self._workdir}: {error.strerror}"
         if free >= needed:
             return None
-        return (
-            f"no space for a checkpoint, which takes {needed / 2**20:,.0f} MiB where {free / 2**20:,.0f} MiB are free; "
-            "free some and run the same command again"
-        )
+        return f"no space for a checkpoint, which takes {needed / 2**20:,.0f} MiB where {free / 2**20:,.0f} MiB are free"
 
     def _lacks_permission(self) -> str | None:
         """Ask before Orbax does: with several processes it would leave the others waiting."""
         try:
+            self._folder.mkdir(exist_ok=True)  # somebody may have deleted it
             os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=self._folder))
         except OSError as error:
             return f"{self._folder} cannot be written ({error.strerror})"
@@ -449,22 +480,48 @@ class Checkpoints:
         )
 
 
+def restore(folder: Path, like: TrainState) -> TrainState:
+    """The state in <workdir>/checkpoints/<step>, laid out like `like` (a tree of shape structs with shardings). Its checksums
+    are not looked at, see `checkpoint.defect`."""
+    optimizer = {"opt_state": like.opt_state, "loss_scale": like.loss_scale}
+    restored = checkpoint.read_items(
+        folder,
+        params=ocp.args.StandardRestore(like.params),
+        ema=ocp.args.StandardRestore(like.ema),
+        optimizer=ocp.args.StandardRestore(optimizer),
+    )
+    # Onto the mesh also what is a scalar: Orbax may return those on one device only.
+    place = jax.tree.map(lambda leaf: leaf.sharding, like.step)
+    return TrainState(
+        step=jax.device_put(np.int32(folder.name), place),
+        params=restored["params"],
+        opt_state=restored["optimizer"]["opt_state"],
+        ema=restored["ema"],
+        loss_scale=restored["optimizer"]["loss_scale"],
+    )
+
+
 def not_finite(state: TrainState) -> str:
     """Name of the first part of `state` with a number that is not finite, "" where there is none. Waits for the device."""
-    groups = {
+    finite = jax.device_get(checkpoint.all_finite(_groups(state)))
+    return next((name for name in _groups(state) if not finite[name]), "")
+
+
+def _groups(state: TrainState) -> dict[str, Any]:
+    return {
         "weights": state.params,
         **{f"EMA {decay} weights": params for decay, params in state.ema.items()},
         "optimizer moments": state.opt_state,
     }
-    flags = {name: checkpoint.all_finite(tree) for name, tree in groups.items()}  # all under way before the first is waited for
-    return next((name for name, flag in flags.items() if not bool(flag)), "")
 
 
-def _to_host(state: TrainState) -> TrainState:
-    """A copy of `state` in the host's page-locked memory, one replica of each array. Only dispatched: the devices copy it
+def to_host(tree: Any) -> Any:
+    """A copy of `tree` in the host's page-locked memory, one replica of each array. Only dispatched: the devices copy it
     between the steps that are under way and the next one. One process only."""
-    leaves, structure = jax.tree.flatten(state)
+    leaves, structure = jax.tree.flatten(tree)
     placed = [_one_replica(leaf.sharding) for leaf in leaves]
+    if all(p.device_set == leaf.sharding.device_set for leaf, p in zip(leaves, placed, strict=True)):
+        return jax.tree.unflatten(structure, jax.device_put(leaves, placed))  # nothing is replicated: half the time
     shards = [
         [s.data for s in leaf.addressable_shards if s.device in p.device_set] for leaf, p in zip(leaves, placed, strict=True)
     ]
@@ -479,6 +536,7 @@ def _to_host(state: TrainState) -> TrainState:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def _one_replica(of: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """`of` in host memory, on the part of its mesh that holds every number once."""
     if not isinstance(of, jax.sharding.NamedSharding):

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jitjax import paths
+from jitjax import hub, paths
 from jitjax.errors import UserError
 from jitjax.signals import StopAfter
 
@@ -208,10 +208,11 @@ class Log:
 @dataclasses.dataclass(frozen=True)
 class Wandb:
     enabled: bool = free(False, "Log to Weights & Biases.")
-    project: str = free("jitjax", "W&B project.")
-    name: str | None = free(None, "Name of the W&B run.")
-    group: str | None = free(None, "Group of the W&B run.")
-    tags: str = free("", "Tags of the W&B run, separated by commas.")
+    project: str | None = free(None, "W&B project; unset: $WANDB_PROJECT, else jitjax.")
+    entity: str | None = free(None, "W&B user or team; unset: $WANDB_ENTITY, else your default.")
+    name: str | None = free(None, "Name of the W&B run; unset: $WANDB_NAME, else the workdir's.")
+    group: str | None = free(None, "Group of the W&B run; unset: $WANDB_RUN_GROUP.")
+    tags: str = free("", "Tags of the W&B run, separated by commas; '': $WANDB_TAGS.")
     mode: str = free("online", "offline: write files that `wandb sync` uploads later.", choices=("online", "offline"))
 
 
@@ -230,13 +231,17 @@ class Settings:
     dtype: str = setting("bfloat16", "Type of matmuls and attention.", choices=("bfloat16", "float32", "float16"))
     kernels: str = free("auto", "Implementation of the model's operations.", choices=("auto", "fused", "plain"))
     remat: str = free("none", "What the backward pass computes again to save memory.", choices=("none", "dots", "full"))
-    init_from: str = setting("", "Weights to start from: workdir, checkpoint, exported folder, .pth or .safetensors.")
+    init_from: str = setting(
+        "", "Weights to start from: a workdir, a checkpoint, any file or folder of docs/weights.md, hf://OWNER/NAME."
+    )
     prediction: str = setting("x", "What the network outputs.", choices=SPACES)
     loss: str = setting("v", "Space in which the error is measured.", choices=SPACES)
     nan_policy: str = free("skip", "A step whose loss or gradient is not finite changes nothing.", choices=("skip", "stop"))
     nan_limit: int = free(20, "Such steps in a row that end the run.", low=1, high=10**6)
     stop_after: str = free("", "End this invocation after a time or steps, saved: 2h, 90min, 500steps; '': never.")
-    hang_factor: float = free(30.0, "A step this many times the usual, and 300 s, is a hang.", low=2, high=1e6)
+    hang_factor: float = free(
+        30.0, "A step this many times the usual, and 300 s (several processes: 100 s), hangs.", low=2, high=1e6
+    )
     compilation_cache: str = free("auto", "Directory of compiled programs; auto: the user's cache, on GPU; '': none.")
     data: Data = group(Data)
     model: Model = group(Model)
@@ -450,7 +455,8 @@ def check_paths(settings: Settings) -> None:
     UserError: an address such as gs:// where a local path is needed.
     """
     for name in ("data.path", "init_from", "eval.reference", "eval.held_out", "eval.inception", "compilation_cache"):
-        if value := get(settings, name):
+        value = get(settings, name)
+        if value and not (name == "init_from" and hub.is_name(value)):
             paths.local(value, f"--config.{name}")
 
 

@@ -20,7 +20,8 @@ from jitjax.errors import UserError
 # Exit codes: 0 complete, or `stop_after` reached; 1 a bug; 2 a user's mistake or a run that cannot go on (one line says what);
 # 3 stopped without saving; 128 + n saved and stopped by signal n. After 3 and 128 + n the same command continues the run.
 NOT_SAVED = 3
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+_WAKE = signal.SIGURG  # ends a wait of the main thread; ignored by default, so harmless where nobody handles it
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Stopped(Exception):
@@ -36,12 +37,20 @@ class StopRequest:
     Args:
       grace_seconds: time from the signal to the end of the process. If it has not left by itself it ends with code 3.
       last_good: describes the newest checkpoint, for the line that the deadline prints.
+      tell: called in a thread with the signal that has arrived, to pass it on.
     """
 
-    def __init__(self, *, grace_seconds: float = 60.0, last_good: Callable[[], str] = lambda: ""):
+    def __init__(
+        self,
+        *,
+        grace_seconds: float = 60.0,
+        last_good: Callable[[], str] = lambda: "",
+        tell: Callable[[int], None] = lambda number: None,
+    ):
         self.signal = 0
-        self._grace, self._last_good = grace_seconds, last_good
+        self._grace, self._last_good, self._tell = grace_seconds, last_good, tell
         self._arrived, self._finished = threading.Event(), threading.Event()
+        self._saved = False
         self._interruptible = False
         self._before: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
@@ -57,6 +66,7 @@ class StopRequest:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
+        self._before[_WAKE] = signal.signal(_WAKE, self._leave_wait)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -88,6 +98,17 @@ class StopRequest:
             self._arrived.set()
             threading.Thread(target=self._deadline, name="grace", daemon=True).start()
 
+    def request_from_thread(self, number: int) -> None:
+        """As `request`; a wait of the main thread within `interruptible` ends too."""
+        self.request(number)
+        if self._before:
+            signal.pthread_kill(threading.main_thread().ident, _WAKE)
+
+    def saved(self) -> None:
+        """All that matters is on disk. What still has to be closed may take longer than the grace period without being called
+        a failure."""
+        self._saved = True
+
     def wait(self, seconds: float) -> bool:
         """Whether a request has arrived, at the latest after `seconds`. (A signal to the process group may kill an input
         worker a moment before this process learns of it.)"""
@@ -107,7 +128,10 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         # In the main thread, between two bytecodes; perhaps before the thread has read the number.
         self.request(number)
-        if self._interruptible:
+        self._leave_wait()
+
+    def _leave_wait(self, *_: Any) -> None:
+        if self.signal and self._interruptible:
             self._interruptible = False
             raise Stopped
 
@@ -116,7 +140,7 @@ class StopRequest:
         with reader:
             while numbers := reader.recv(64):
                 for number in numbers:
-                    if number not in self._before:
+                    if number not in SIGNALS:
                         continue
                     interrupts += number == signal.SIGINT
                     if interrupts > 1 and not self._finished.is_set():
@@ -124,7 +148,10 @@ class StopRequest:
                     self.request(number)
 
     def _deadline(self) -> None:
+        self._tell(self.signal)
         if not self._finished.wait(self._grace):
+            if self._saved:
+                leave(self.exit_code)
             leave(NOT_SAVED, f"not saved within {self._grace:g} s of {self.name}: stopped without saving" + self._last())
 
     def _last(self) -> str:

@@ -64,6 +64,24 @@ def fresh_state(params: Params, ema: dict[str, Params], optim: Optimizer, dtype:
     )
 
 
+def randomness(key: jax.Array, shape: tuple[int, ...], d: Diffusion) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What is drawn for one image of `shape` (S, S, 3): time, noise, whether its label is dropped, a key for dropout."""
+    key_t, key_noise, key_label, key_dropout = jax.random.split(key, 4)
+    return (
+        diffusion.sample_times(key_t, d.p_mean, d.p_std),
+        d.noise_scale * jax.random.normal(key_noise, shape),
+        jax.random.bernoulli(key_label, d.label_drop_prob),
+        key_dropout,
+    )
+
+
+def image_keys(seed: int, number: jax.Array, mesh: Mesh, local: int) -> jax.Array:
+    """Keys of this device's `local` images when `number` optimizer steps are done, (local,). Inside `shard_map`."""
+    step_key = jax.random.fold_in(jax.random.key(seed), number)
+    indices = sharding.device_index(mesh) * local + jnp.arange(local)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
+
+
 def make_loss(
     geometry: jit_model.Geometry,
     diffusion_settings: Diffusion,
@@ -75,26 +93,15 @@ def make_loss(
     remat: str,
     ops: kernels.Ops,
 ) -> Callable[..., jax.Array]:
-    """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,), run_blocks) -> loss of each image, (B,) float32.
+    """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,)) -> loss of each image, (B,) float32.
 
-    `run_blocks` is passed on to the model.
+    Further arguments, `run_blocks` and `observe`, are the network's, see `model.JiT`.
     """
     graphdef, d = jit_model.graphdef_of(geometry), diffusion_settings
 
-    def loss_of_images(
-        params: Params, images: jax.Array, labels: jax.Array, keys: jax.Array, run_blocks: Callable[..., Any] | None = None
-    ) -> jax.Array:
-        def draw(key):
-            key_t, key_noise, key_label, key_dropout = jax.random.split(key, 4)
-            return (
-                diffusion.sample_times(key_t, d.p_mean, d.p_std),
-                d.noise_scale * jax.random.normal(key_noise, images.shape[1:]),
-                jax.random.bernoulli(key_label, d.label_drop_prob),
-                key_dropout,
-            )
-
+    def loss_of_images(params, images, labels, keys, **options) -> jax.Array:
         with jax.named_scope("loss"):
-            t, e, dropped, dropout_keys = jax.vmap(draw)(keys)
+            t, e, dropped, dropout_keys = jax.vmap(lambda key: randomness(key, images.shape[1:], d))(keys)
             if class_conditional:
                 y = jnp.where(dropped, geometry.num_classes, labels)
             else:
@@ -102,9 +109,7 @@ def make_loss(
             x = diffusion.to_float(images)
             z = diffusion.noised(x, e, t)
         network = jit_model.merge(graphdef, params)
-        output = network(
-            z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys, run_blocks=run_blocks
-        )
+        output = network(z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys, **options)
         with jax.named_scope("loss"):
             return diffusion.loss_per_image(output, x, e, t, prediction, loss, d.t_eps)
 
@@ -142,7 +147,8 @@ def make_train_step(
       dynamic_loss_scale: for float16.
 
     The state is donated. `batch` holds the images of one optimizer step, split over both mesh axes; each device cuts
-    its part into `optim.accumulation_steps` micro-batches. A step without a finite gradient changes only the step counter.
+    its part into `optim.accumulation_steps` micro-batches. A step whose loss or gradient is not finite changes only the step
+    counter.
     """
     optimizer = make_optimizer(optim)
     micro_batches = optim.accumulation_steps
@@ -154,16 +160,13 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         local = batch["label"].shape[0]
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        indices = sharding.device_index(mesh) * local + jnp.arange(local)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
-
+        keys = image_keys(seed, state.step, mesh, local)
         scale = state.loss_scale["scale"]
         grads, loss_sum, count = summed_gradients(state.params, batch, keys, scale)
         with jax.named_scope("optimizer"):
             grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
             norm = sharding.global_norm(grads, param_specs, mesh)
-            usable = jnp.isfinite(norm) & (count > 0)
+            usable = jnp.isfinite(norm) & jnp.isfinite(loss_sum) & (count > 0)
             if optim.clip_norm:
                 shrink = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(norm, 1e-12))
                 grads = jax.tree.map(lambda grad: grad * shrink, grads)

@@ -3,61 +3,78 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 FILE = "time.json"
-# "step": what the loop spent on training steps; "lost": steps that were not saved before a crash and had to be made again.
+# "startup": from the first line of a start to the loop; "compile": until the first step is done; "step": the loop's own time,
+# all that is of no other kind; "lost": steps that were not saved before a crash and had to be made again.
 KINDS = ("startup", "compile", "input_wait", "step", "save", "preview", "evaluation", "lost")
 _PERSIST_SECONDS = 30.0
+_REMEMBERED = 64  # saves
 
 
 class TimeAccount:
     """Adds up what a run's seconds were spent on and keeps the sums in the workdir's `time.json`.
 
+    The clock always runs for one kind, first "startup": so no second is counted twice or not at all.
+
     Args:
       workdir: of the run.
       resumed_from: optimizer step of the checkpoint that this start continues, 0 without one.
+      begun: when this start began, by `clock`; default now.
       is_main: whether this process writes the file.
       clock: seconds.
     """
 
-    def __init__(self, workdir: Path, *, resumed_from: int, is_main: bool = True, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resumed_from: int,
+        begun: float | None = None,
+        is_main: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self._file, self._is_main, self._clock = workdir / FILE, is_main, clock
-        self.seconds, self.starts, self._unsaved, reached = self._read()
-        if reached > resumed_from:
-            # What was trained after the checkpoint must be made again.
-            lost = min(self._unsaved, self.seconds["step"])
-            self.seconds["step"] -= lost
-            self.seconds["lost"] += lost
-        self._unsaved = 0.0
+        self.seconds, self.starts, self._saves, self._step = self._read()
+        self._take_back(resumed_from)
         self.starts += 1
-        self._step = resumed_from
-        self._nested = 0.0
         self._persisted = clock()
+        self._kind, self._since = "startup", self._persisted if begun is None else begun
 
-    def add(self, kind: str, seconds: float) -> None:
-        """`kind`: one of `KINDS`. Seconds of two kinds do not overlap."""
-        self.seconds[kind] += seconds
-        self._nested += seconds
-        if kind == "step":
-            self._unsaved += seconds
+    def _take_back(self, resumed_from: int) -> None:
+        """What was trained after the checkpoint must be made again."""
+        if self._step > resumed_from:
+            # By what the account said when that step was saved; where it does not know, by the share of steps.
+            steps, seconds = zip((0, 0.0), *sorted(self._saves.items()), (self._step, self.seconds["step"]), strict=True)
+            retained = float(np.interp(resumed_from, steps, seconds))
+            self.seconds["lost"] += self.seconds["step"] - retained
+            self.seconds["step"] = retained
+        self._saves = {step: seconds for step, seconds in self._saves.items() if step <= resumed_from}
+        self._step = resumed_from
+
+    def switch(self, kind: str) -> None:
+        """From now on the time is spent on `kind`, one of `KINDS`."""
+        now = self._clock()
+        self.seconds[self._kind] += now - self._since
+        self._kind, self._since = kind, now
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Adds the time inside, less what was added inside under other kinds."""
-        outer, self._nested = self._nested, 0.0
-        begun = self._clock()
+        """The time inside is spent on `kind`."""
+        before = self._kind
+        self.switch(kind)
         try:
             yield
         finally:
-            elapsed = self._clock() - begun
-            inside, self._nested = self._nested, outer
-            self.add(kind, max(0.0, elapsed - inside))
-            self._nested = outer + elapsed
+            self.switch(before)
 
     def reached(self, step: int) -> None:
         """Optimizer step `step` is done. Writes the file now and then."""
@@ -65,38 +82,53 @@ class TimeAccount:
         if self._clock() - self._persisted >= _PERSIST_SECONDS:
             self.persist()
 
-    def saved(self) -> None:
-        """A checkpoint of the present step was saved: what was trained so far cannot be lost."""
-        self._unsaved = 0.0
+    def saved(self, step: int) -> None:
+        """The state after optimizer step `step`, the present one, is being saved."""
+        self.switch(self._kind)
+        self._step = step
+        self._saves[step] = self.seconds["step"]
+        self._saves = dict(sorted(self._saves.items())[-_REMEMBERED:])
         self.persist()
 
     @property
     def goodput(self) -> float:
         """Share of all seconds, over all starts, that made steps which are still part of the run; 1.0 before any."""
+        self.switch(self._kind)
         total = sum(self.seconds.values())
         return self.seconds["step"] / total if total else 1.0
 
     def metrics(self) -> dict[str, float]:
         """`time/<kind>_seconds` over all starts, `time/starts`, `time/goodput`."""
+        goodput = self.goodput
         sums = {f"time/{kind}_seconds": seconds for kind, seconds in self.seconds.items()}
-        return {**sums, "time/starts": float(self.starts), "time/goodput": self.goodput}
+        return {**sums, "time/starts": float(self.starts), "time/goodput": goodput}
+
+    def __str__(self) -> str:
+        """E.g. "goodput 93.1% over 2 starts (step 1:02:03, startup 0:01:10, ...)"."""
+        goodput = self.goodput
+        spent = sorted(
+            ((seconds, kind) for kind, seconds in self.seconds.items() if seconds >= 0.5 or kind == "step"), reverse=True
+        )
+        parts = ", ".join(f"{kind.replace('_', ' ')} {datetime.timedelta(seconds=round(seconds))}" for seconds, kind in spent)
+        return f"goodput {goodput:.1%} over {self.starts} start{'s' if self.starts > 1 else ''} ({parts})"
 
     def persist(self) -> None:
         """Write the file whole or not at all. A disk that refuses is left for the next save to report."""
+        self.switch(self._kind)
         self._persisted = self._clock()
         if not self._is_main:
             return
-        content = {"starts": self.starts, "step": self._step, "unsaved": self._unsaved, "seconds": self.seconds}
+        content = {"starts": self.starts, "step": self._step, "seconds": self.seconds, "saves": self._saves}
         with contextlib.suppress(OSError):
             temporary = self._file.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n")
             os.replace(temporary, self._file)
 
-    def _read(self) -> tuple[dict[str, float], int, float, int]:
-        empty = dict.fromkeys(KINDS, 0.0)
+    def _read(self) -> tuple[dict[str, float], int, dict[int, float], int]:
         try:
             known = json.loads(self._file.read_text())
             seconds = {kind: float(known["seconds"].get(kind, 0.0)) for kind in KINDS}
-            return seconds, int(known["starts"]), float(known["unsaved"]), int(known["step"])
+            saves = {int(step): float(spent) for step, spent in known["saves"].items()}
+            return seconds, int(known["starts"]), saves, int(known["step"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or torn by a full disk: begin anew
-            return empty, 0, 0.0, 0
+            return dict.fromkeys(KINDS, 0.0), 0, {}, 0

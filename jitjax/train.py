@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
 from jitjax import checkpoint, data, diffusion, ema, flops, kernels, model, pipeline, runtime, saving, sharding, step, transfer
@@ -25,16 +24,21 @@ from jitjax.anomalies import Anomalies
 from jitjax.data.order import ExampleOrder
 from jitjax.data.shapes import draw_dataset
 from jitjax.distributed import Peers
+from jitjax.errors import closing
 from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.optimizer import ema_names, make_schedule
 from jitjax.plan import Plan, make_plan, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
-from jitjax.signals import StopAfter, Stopped, StopRequest
+from jitjax.signals import StopAfter, Stopped, StopRequest, leave
+from jitjax.snapshots import Snapshots
 from jitjax.timing import TimeAccount
 from jitjax.watchdog import Watchdog
-from jitjax.workdir import Workdir, parameter_table
+from jitjax.workdir import Workdir, fitted, parameter_table
+
+# A step that takes longer is a hang, unless steps usually take long. Several processes wait for the one that hangs.
+HANG_SECONDS, HANG_SECONDS_OF_SEVERAL = 300.0, 100.0
 
 
 @dataclasses.dataclass
@@ -46,7 +50,8 @@ class Run:
     plan: Plan
     state: step.TrainState
     train_step: Any
-    batches: Any
+    host_batches: data.HostIterator
+    batches: Any  # the same on the devices
     preview: Preview | None
     preview_ema: str
     evaluation: live.LiveEvaluation | None
@@ -54,6 +59,7 @@ class Run:
     monitor: Monitor
     log: LateLog
     checkpoints: saving.Checkpoints
+    snapshots: Snapshots
     meta: dict[str, Any]  # of every checkpoint
     start: int  # optimizer steps done before this start
     anomalies: Anomalies
@@ -84,11 +90,26 @@ def train(
     with contextlib.ExitStack() as stack:
         # First, so that a signal is answered from the start; the grace period ends with everything closed.
         grace = settings.checkpoint.grace_seconds
-        stop = stack.enter_context(StopRequest(grace_seconds=grace, last_good=lambda: run.checkpoints.last_good()))
-        run = build(
-            settings, workdir, stack, accept_config_changes=accept_config_changes, notes=notes, peers=peers or Peers(0, 1)
+        peers = peers or Peers(0, 1)
+        stop = StopRequest(grace_seconds=grace, last_good=lambda: run.checkpoints.last_good(), tell=peers.ask_to_stop)
+        stack.enter_context(stop)
+        peers.on_stop = stop.request_from_thread
+        run = build(settings, workdir, stack, accept_config_changes=accept_config_changes, notes=notes, peers=peers)
+        alone = run.peers.count == 1
+
+        def give_up(code: int, line: str) -> None:
+            run.host_batches.wake()
+            run.peers.failed(line, code)
+            leave(code, line)
+
+        dog = stack.enter_context(
+            Watchdog(
+                factor=settings.hang_factor,
+                least_seconds=HANG_SECONDS if alone else HANG_SECONDS_OF_SEVERAL,
+                describe=run.host_batches.describe,
+                leave=give_up,
+            )
         )
-        dog = stack.enter_context(Watchdog(factor=settings.hang_factor))
         run.exit_code = loop(run, stop, dog)
         return run.exit_code
 
@@ -110,6 +131,13 @@ def build(
     checkpoint.quiet()
     runtime.use_compilation_cache(settings.compilation_cache)
     is_main = jax.process_index() == 0
+    given, notes = settings, list(notes)
+    if not accept_config_changes and (settings := fitted(given, workdir, jax.device_count())) != given:
+        notes.append(
+            f"{jax.device_count()} devices make the same steps with batch_size={settings.batch_size}, "
+            f"accumulation_steps={settings.optim.accumulation_steps}"
+            + ("" if settings.mesh == given.mesh else f", mesh.zero={settings.mesh.zero}, mesh.fsdp={settings.mesh.fsdp}")
+        )
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.zero, settings.mesh.fsdp)
     folder = Workdir(workdir, is_main=is_main)
     stack.callback(folder.close)
@@ -132,12 +160,16 @@ def build(
 
     # ---------------------------------------------------------------- state: fresh, from other weights, or resumed
     keep = settings.checkpoint
-    saved = saving.Checkpoints(folder.path, keep_last=keep.keep_last, keep_every=keep.keep_every)
-    stack.callback(saved.close)
-    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
-    key = jax.random.key(settings.seed)
-    like = sharding.abstract(jax.eval_shape(init, key), mesh)
-    notes = list(notes)
+    snapshots = stack.enter_context(closing(Snapshots(folder.path / ema.FOLDER)))
+    saved = saving.Checkpoints(
+        folder.path,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        before_commit=snapshots.settle,
+        committed=lambda number: monitor.checkpoint(number, folder.path / checkpoint.DIRECTORY / str(number)),
+    )
+    stack.enter_context(closing(saved))
+    like = abstract_state(settings, geometry, mesh)
 
     def check_saved(meta: dict[str, Any]) -> None:
         if meta.get("data"):  # a checkpoint imported from elsewhere has seen none of ours
@@ -149,24 +181,22 @@ def build(
         state, start, _ = resumed
         notes.append(f"resumed from step {start:,}" + ("; the run is complete" if start >= plan.total_steps else ""))
     else:
-        state = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
-        if settings.init_from:
-            names = tuple(dataset.class_names) if conditional else ()
-            state, report = transfer.initialise_from(settings.init_from, state, process, names, settings.optim, settings.dtype)
-            notes.append(f"from {settings.init_from}: {report}")
+        state, report = first_state(settings, geometry, process, dataset, like)
+        notes.extend(report)
     if is_main:
         saved.require_space(state)  # now rather than after the first hour
     saved.reserve(like)
-    card = jax.devices()[0].device_kind
+    card, parameters = jax.devices()[0].device_kind, sum(p.size for p in state.params.values())
     facts = {
         "devices": mesh.size,
         "device_kind": card,
         "effective_batch": plan.global_batch,
         "images_per_epoch": len(dataset),
+        "parameters": parameters,
         "planned_steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
     }
-    folder.describe_run(settings, facts)
+    folder.describe_run(given, facts)
     folder.write("parameters.txt", parameter_table(state.params))
     meta = checkpoint.describe(
         geometry,
@@ -231,15 +261,9 @@ def build(
         resume_step=start,
         is_main=is_main,
         title=settings.model.name,
-        memory=lambda: (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         next_commands=(f"jitjax sample {workdir} --out {workdir}/samples/drawn.png",),
         run_config=settings_lib.to_dict(settings) | facts,
-        wandb_enabled=settings.wandb.enabled,
-        wandb_project=settings.wandb.project,
-        wandb_name=settings.wandb.name,
-        wandb_mode=settings.wandb.mode,
-        wandb_group=settings.wandb.group,
-        wandb_tags=tuple(tag.strip() for tag in settings.wandb.tags.split(",") if tag.strip()),
+        wandb=settings.wandb,
         tensorboard=settings.log.tensorboard,
     )
     peak = flops.datasheet_flops(card)
@@ -251,10 +275,6 @@ def build(
     )
     order = ExampleOrder(settings.seed, len(dataset), plan.global_batch)
 
-    def images_of(number: int) -> list[dict[str, Any]]:
-        examples = np.arange((number - 1) * plan.global_batch, number * plan.global_batch)
-        return [{"index": int(i), "file": dataset.name(int(i))} for i in order.images(examples)]
-
     anomalies = Anomalies(
         folder.path,
         policy=settings.nan_policy,
@@ -262,24 +282,30 @@ def build(
         dynamic_loss_scale=settings.dtype == "float16",
         is_main=is_main,
         last_good=saved.last_good,
-        batch=images_of,
+        batch=lambda number: data.names(dataset, order.batch(number), host_batches.bad_files),
     )
 
     def observe(number: int, metrics: Any) -> None:
         for line in anomalies.add(number, metrics):
             monitor.note(line)
 
+    account = TimeAccount(folder.path, resumed_from=start, begun=begun, is_main=is_main)
     log = LateLog(
-        monitor, meter, samples_per_step=plan.global_batch, steps_per_epoch=plan.steps_per_epoch, observers=(observe,)
+        monitor,
+        meter,
+        samples_per_step=plan.global_batch,
+        steps_per_epoch=plan.steps_per_epoch,
+        memory=lambda: (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        observers=(observe,),
+        facts=lambda: account.metrics() | anomalies.metrics(),
     )
-    account = TimeAccount(folder.path, resumed_from=start, is_main=is_main)
-    account.add("startup", time.perf_counter() - begun)
     run = Run(
         settings=settings,
         folder=folder,
         plan=plan,
         state=state,
         train_step=train_step,
+        host_batches=host_batches,
         batches=batches,
         preview=preview,
         preview_ema=str(settings.preview.ema_decay or settings.optim.ema_decays[0]),
@@ -288,6 +314,7 @@ def build(
         monitor=monitor,
         log=log,
         checkpoints=saved,
+        snapshots=snapshots,
         meta=meta,
         start=start,
         anomalies=anomalies,
@@ -296,10 +323,11 @@ def build(
     )
     stack.callback(account.persist)
     stack.callback(lambda: monitor.close(run.exit_code))
+    stack.callback(lambda: monitor.summary(account.metrics()))
     stack.callback(log.close)
     monitor.note(
-        f"{settings.model.name}, {sum(p.size for p in state.params.values()):,} parameters, "
-        f"{sharding.describe(mesh)}, {card}, {settings.dtype}, kernels {kind}" + (f" ({reason})" if reason else "")
+        f"{settings.model.name}, {parameters:,} parameters, {sharding.describe(mesh)}, {card}, {settings.dtype}, kernels {kind}"
+        + (f" ({reason})" if reason else "")
     )
     monitor.note(dataset.summary)
     monitor.note(
@@ -308,6 +336,34 @@ def build(
     for note in notes:
         monitor.note(note)
     return run
+
+
+def abstract_state(settings: Settings, geometry: model.Geometry, mesh: jax.sharding.Mesh) -> step.TrainState:
+    """Shapes and shardings of a run's state."""
+    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
+    return sharding.abstract(jax.eval_shape(init, jax.random.key(settings.seed)), mesh)
+
+
+def first_state(
+    settings: Settings,
+    geometry: model.Geometry,
+    process: diffusion.Diffusion,
+    dataset: data.DataSet,
+    like: step.TrainState,
+) -> tuple[step.TrainState, list[str]]:
+    """The state at step 0, fresh or from the weights of `init_from`, laid out like `like`; lines about it.
+
+    Raises:
+      UserError: the weights of `init_from` cannot be used.
+    """
+    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, like)
+    state = jax.jit(init, out_shardings=placed)(jax.random.key(settings.seed))
+    if not settings.init_from:
+        return state, []
+    names = tuple(dataset.class_names) if settings.model.class_conditional else ()
+    state, report = transfer.initialise_from(settings.init_from, state, process, names, settings.optim, settings.dtype)
+    return state, [f"from {settings.init_from}: {report}"]
 
 
 def make_loss(settings: Settings, geometry: model.Geometry, ops: kernels.Ops) -> Any:
@@ -326,10 +382,9 @@ def make_loss(settings: Settings, geometry: model.Geometry, ops: kernels.Ops) ->
 
 def make_step(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: jax.sharding.Mesh, ops: kernels.Ops) -> Any:
     """The jitted training step of a run, (state, batch) -> (state, metrics); see `step.make_train_step`."""
-    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
     return step.make_train_step(
         make_loss(settings, geometry, ops),
-        jax.eval_shape(init, jax.random.key(settings.seed)),
+        abstract_state(settings, geometry, mesh),
         mesh,
         optim=settings.optim,
         schedule=make_schedule(settings.optim, plan),
@@ -349,39 +404,39 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
     one_step_in_flight = jax.default_backend() == "cpu"
     begun = last_save = time.monotonic()
     done = run.start
-    saved_step = run.start if run.start else None
     stop_after = StopAfter.parse(settings.stop_after)
     alone = run.peers.count == 1
     compiling = contextlib.ExitStack()  # until the first step is done
     compiling.enter_context(dog.untimed("compiling, and the first batch"))
-    account, mark, other = run.account, begun, 0.0  # `other`: seconds since `mark` that were not spent on steps
+    account = run.account
 
-    def save(scores: dict[str, float] | None = None, best: dict[str, Any] | None = None) -> None:
+    def save(scores: dict[str, float] | None = None, best: dict[str, Any] | None = None, final: bool = False) -> None:
         meta = run.meta | {"examples": done * plan.global_batch} | ({"scores": scores} if scores else {})
-        nonlocal saved_step
-        run.checkpoints.save(state, done, meta, best=best)
-        saved_step = done
-        monitor.checkpoint(done, run.folder.path / checkpoint.DIRECTORY / str(done))
+        with account.measure("save"):
+            run.checkpoints.save(state, done, meta, best=best, final=final)
+        account.saved(done)
 
     if done < plan.total_steps:
         monitor.stage("compiling, and reading the first batch")
+        account.switch("compile")
     while done < plan.total_steps:
         waited = run.batches.wait_seconds
         run.peers.doing(f"step {done + 1}, waiting for input")
         try:
-            # Alone it may stop here; of several, the others are in the same step already.
-            with dog.phase("input"), stop.interruptible() if alone else contextlib.nullcontext():
+            with account.measure("input_wait"), dog.phase("input"), stop.interruptible():
                 batch = next(run.batches)
         except Stopped:
-            break
+            pass
         except Exception:
-            if alone and stop.wait(2.0):  # Ctrl-C and a scheduler's SIGTERM reach the workers too
-                break
-            raise
+            if not stop.wait(2.0):  # Ctrl-C and a scheduler's SIGTERM reach the workers too
+                raise
+        # Of several processes none begins a step before all have their batch: one that waits for ever for its own could not be
+        # stopped, nor could the others, whose step never ends.
+        with account.measure("input_wait"), dog.phase("the other processes"):
+            stop.request(run.peers.agree(stop.signal))
+        if stop.requested:
+            break
         run.peers.doing(f"step {done + 1}")
-        if done > run.start:  # the first wait runs beside the compilation
-            account.add("input_wait", run.batches.wait_seconds - waited)
-            other += run.batches.wait_seconds - waited
         state, metrics = run.train_step(state, batch)
         done += 1
         log.add(done, metrics, run.batches.wait_seconds - waited)
@@ -390,20 +445,19 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
         if done == run.start + 1:
             log.first_step_done()
             compiling.close()
-            mark = time.monotonic()
-            account.add("compile", mark - begun)
+            account.switch("step")
             monitor.note(f"first step after {time.monotonic() - begun:.1f} s")
         dog.step(done)
         at_log = done % settings.log.every_steps == 0
         if at_log:
             log.interval()
-            account.add("step", max(0.0, time.monotonic() - mark - other))
-            mark, other = time.monotonic(), 0.0
             account.reached(done)
+            run.snapshots.check()
+            run.folder.require_lock()
         every_minutes = settings.checkpoint.every_minutes
         show = run.preview is not None and (done == plan.total_steps or done % plan.preview_steps == 0)
-        timely = bool(every_minutes) and at_log and run.peers.agree(time.monotonic() - last_save >= 60 * every_minutes)
-        timely = run.peers.agree(timely or run.checkpoints.retry_due()) if at_log else False
+        late = bool(every_minutes) and time.monotonic() - last_save >= 60 * every_minutes
+        timely = at_log and run.peers.agree(late or run.checkpoints.retry_due())
         regular = bool(plan.checkpoint_steps) and done % plan.checkpoint_steps == 0
         snapshot = bool(plan.snapshot_steps) and (done == plan.total_steps or done % plan.snapshot_steps == 0)
         score = run.evaluation is not None and (done == plan.total_steps or done % plan.eval_steps == 0)
@@ -418,47 +472,38 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
                     monitor.image(done, "samples", path)
             if snapshot:
                 with account.measure("save"):
-                    save_snapshots(run, state, done)
+                    run.snapshots.save(state.ema, done)
             with account.measure("evaluation"):
                 scores, best = (evaluate(run, state, done) if score else None), None
             if scores:
                 best = run.evaluation.best(scores, run.checkpoints.best())
+            if best:
+                monitor.summary({"best/step": done, best["metric"].replace("eval/", "best/"): best["value"]})
             if timely or regular or best:
-                with account.measure("save"):
-                    save(scores, best)
-                account.saved()
+                save(scores, best)
                 last_save = time.monotonic()
             log.paused(time.perf_counter() - pause)
-            other += time.perf_counter() - pause
             quiet.close()
-        if at_log or alone:
-            stop.request(run.peers.agree(stop.signal))
-            if stop.requested or run.peers.agree(stop_after.reached(done - run.start, time.monotonic() - begun)):
-                break
+        if (at_log or alone) and run.peers.agree(stop_after.reached(done - run.start, time.monotonic() - begun)):
+            break
     dog.__exit__()  # the grace period takes over
     log.flush()
-    if saved_step != done or run.checkpoints.retry_due():
-        save()
-    run.checkpoints.wait()
+    if not run.checkpoints.has(done):
+        save(final=True)
+    with account.measure("save"):
+        run.snapshots.close()
+        run.checkpoints.wait()
+    stop.saved()
     account.reached(done)
-    account.saved()
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         monitor.note(f"peak device memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB")
+    monitor.note(str(account))
     if done < plan.total_steps:
         reason = f"by {stop.name}" if stop.requested else f"after {settings.stop_after} (--config.stop_after)"
         monitor.note(f"stopped {reason} at step {done:,}; the same command continues from there")
         return stop.exit_code
     return 0
-
-
-def save_snapshots(run: Run, state: step.TrainState, done: int) -> None:
-    """The power-function EMAs as small files, from which `jitjax.ema` rebuilds an EMA of any length."""
-    for name in state.ema:
-        if name.startswith(ema.POWER):
-            whole = sharding.replicated(state.ema[name])
-            if jax.process_index() == 0:
-                ema.write_snapshot(run.folder.path / ema.FOLDER, done, float(name.removeprefix(ema.POWER)), whole)
 
 
 def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:

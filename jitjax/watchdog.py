@@ -19,7 +19,8 @@ class Watchdog:
 
     The clock runs between `step` calls, except within `untimed` (compiling, saving, previewing) and while the process itself
     was stopped. On a GPU the loop runs ahead of the device, but it waits for it at every log interval, so a device that hangs
-    is noticed too. A context manager.
+    is noticed too. Who waits for input has that time; who does not has a tenth more, as with several processes all others wait
+    for that one. A context manager.
 
     Args:
       factor: how many times the median of the last steps may pass.
@@ -95,7 +96,8 @@ class Watchdog:
             with self._lock:
                 if now - seen > 10 * self._period:  # the process was stopped (SIGSTOP, a suspended machine)
                     self._started += now - seen
-                overdue = not self._untimed and now - self._started > self.limit
+                limit = self.limit * (1.0 if self._phase == "input" else 1.1)
+                overdue = not self._untimed and now - self._started > limit
             seen = now
             if overdue:
                 self._bark(now - self._started)

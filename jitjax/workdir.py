@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -16,6 +18,7 @@ from typing import Any
 
 from jitjax import leftovers, paths
 from jitjax.errors import UserError
+from jitjax.plan import fit_devices
 from jitjax.settings import Settings, differing_fields, to_dict
 
 PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "wandb")
@@ -38,30 +41,41 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "samples").mkdir(exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._lock.flush()
+            self._take_lock()
             leftovers.remove_partial(self.path)
             leftovers.remove_segments()
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            raise UserError(
-                f"--workdir={path} is in use by a live run ({self._lock.read().strip()}): stop that one or choose another"
-            ) from error
         except OSError as error:
             raise UserError(f"--workdir={path} cannot be written ({error.strerror}): choose another") from error
 
-    def saved_config(self) -> dict[str, Any] | None:
-        """What config.json holds, or None in a new workdir."""
-        file = self.path / "config.json"
+    def require_lock(self) -> None:
+        """For every now and then: somebody may delete .lock, after which nothing would keep a second run out.
+
+        Raises:
+          UserError: one has come already.
+        """
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):  # a disk that is full or gone is the next save's to report
+            try:
+                if os.path.samestat(os.stat(self.path / ".lock"), os.fstat(self._lock.fileno())):
+                    return
+            except FileNotFoundError:
+                pass
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        lock = open(self.path / ".lock", "a+")
         try:
-            return json.loads(file.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"--workdir={self.path}: config.json is unreadable ({error}); move it away to go on") from error
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(
+                f"--workdir={self.path} is in use by a live run ({lock.read().strip()}): stop that one or choose another"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock
 
     def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool) -> None:
         """The same effective batch, however it is cut over devices and micro-batches, is the same run.
@@ -69,7 +83,7 @@ class Workdir:
         Raises:
           UserError: this workdir's run began with another configuration; the line names the differing fields.
         """
-        saved = self.saved_config()
+        saved = saved_config(self.path)
         if saved is None:
             return
         differing = differing_fields(saved, settings)
@@ -83,7 +97,7 @@ class Workdir:
             )
 
     def describe_run(self, settings: Settings, facts: Mapping[str, Any]) -> None:
-        """Write config.json (the resolved configuration and `facts`, e.g. devices) and versions.json."""
+        """Write config.json (the configuration as it was given and `facts`, e.g. devices) and versions.json."""
         if not self.is_main:
             return
         self.write("config.json", json.dumps({**to_dict(settings), **facts}, indent=1))
@@ -126,6 +140,33 @@ class Workdir:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def saved_config(workdir: Path) -> dict[str, Any] | None:
+    """What config.json holds, or None in a new workdir."""
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir={workdir}: config.json is unreadable ({error}); move it away to go on") from error
+
+
+def fitted(settings: Settings, workdir: str | Path, devices: int) -> Settings:
+    """The settings for as many devices as are here. The same command continues a run on another machine, with the effective
+    batch that the run began with. Only reads the workdir.
+
+    Raises:
+      UserError: the devices cannot share that batch.
+    """
+    saved = saved_config(paths.workdir(workdir)) or {}
+    asked = settings.batch_size, settings.optim.accumulation_steps
+    before = saved.get("batch_size"), saved.get("optim", {}).get("accumulation_steps")
+    if asked != before or "effective_batch" not in saved:
+        return settings
+    result = fit_devices(settings, saved["effective_batch"], devices)
+    # A mesh that is asked for is not changed, also where it is impossible.
+    return result if to_dict(settings.mesh) == saved.get("mesh") else dataclasses.replace(result, mesh=settings.mesh)
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import shutil
+import subprocess
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,15 +14,18 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_collective_call_terminate_timeout_seconds=1200 --xla_gpu_enable_triton_gemm=false"
+    " --xla_gpu_use_memcpy_local_p2p=true"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Compiled programs are shared by the test processes of one session and by the programs that they start, and removed after it.
 COMPILED = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jitjax-tests-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import json  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -40,6 +44,18 @@ def shared(path: str) -> Path:
     if not file.exists():
         pytest.skip(f"needs {file}, which is not on this machine")
     return file
+
+
+def wandb_records(path):
+    """The records of a W&B run by type, read by W&B's own command."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    records = {}
+    for line in result.stdout.splitlines():
+        record = json.loads(line)
+        records.setdefault(record["type"], []).append(record)
+    return records
 
 
 def small_config(**overrides):
@@ -78,3 +94,43 @@ def small_settings(**overrides):
     from jitjax import settings
 
     return settings.from_mapping(small_config(**overrides))
+
+
+class SmallDisk:
+    """32 MB of memory as a file system."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._taken = folder, folder / "taken"
+
+    def fill(self, leave: int = 0) -> None:
+        """Somebody else takes all but `leave` bytes."""
+        with open(self._taken, "wb", buffering=0) as file:
+            for size in (2**20, 2**12):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    continue
+            file.truncate(file.tell() - leave)
+
+    def free(self) -> None:
+        self._taken.unlink()
+
+    def remount(self, how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "jitjax-tests", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        problem = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        pytest.skip(f"a file system cannot be mounted here ({problem})")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

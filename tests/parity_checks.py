@@ -233,12 +233,12 @@ def parameter_counts() -> list[Row]:
 
 
 def initial_weights(model_name: str = "JiT-B/16", image_size: int = 256) -> list[Row]:
-    """Mean, spread and bounds of every tensor of a fresh model against spec section 1.4.
+    """Mean, spread and bounds of every tensor of a fresh model, cut to three equal blocks, against spec section 1.4.
 
     Allowed: five standard errors of the mean, and of the standard deviation; the bounds of a uniform draw may not be passed
     and must nearly be reached.
     """
-    g = jit_model.make_geometry(model_name, image_size, 1000)
+    g = jit_model.make_geometry(model_name, image_size, 1000, depth=3, context_start=1)
     params = jax.jit(jit_model.init_fn(g))(jax.random.key(0))
     shapes, rows, skip = official.official_shapes(g), {}, official.POSITIONS
     for key, ours in official.official_names(g).items():

@@ -8,6 +8,7 @@ import pickle
 import struct
 import zipfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -391,3 +392,4 @@ def test_the_documented_way_from_a_file_to_pixels(tiny):
     fresh = jitjax.create_model("JiT-nano/4", image_size=32, num_classes=10, depth=2)
     z, t, y = noise, jnp.array([0.2, 0.9]), jnp.array([10, 0])
     assert jnp.all(fresh(z, t, y) == 0)  # adaLN-Zero and a zero last layer
+    chex.assert_trees_all_equal(model.split(fresh)[1], model.init_fn(fresh.geometry)(jax.random.key(0)))  # as a run begins

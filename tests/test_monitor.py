@@ -18,13 +18,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import wandb_records
 from PIL import Image
 
 from jitjax.errors import UserError
-from jitjax.monitor import LateLog, Monitor, StopWhenNonFinite, Throughput, print_status, save_animation, save_grid, save_strip
+from jitjax.monitor import LateLog, Monitor, Throughput, print_status, save_animation, save_grid, save_strip
 from jitjax.monitor import images as grids
 from jitjax.monitor.console import Console
 from jitjax.monitor.metrics import MetricsFile
+from jitjax.settings import Wandb
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +82,14 @@ def test_resume_keeps_a_last_line_that_lost_only_its_newline(tmp_path):
     assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
+def test_lines_that_are_missing_are_reported(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    for resume_step, said in ((2, ""), (5, "metrics.jsonl has no lines of steps 3 to 5\n")):
+        Monitor(tmp_path, total_steps=9, resume_step=resume_step).close()
+        assert capsys.readouterr().out.split("finished")[0].endswith(said)
+        assert ("no lines" in (tmp_path / "log.txt").read_text()) == bool(said)
+
+
 def test_epoch_loss_is_the_mean_of_the_whole_epoch_across_a_crash_and_resume(tmp_path):
     loss = {step: 1 / (step + 3) for step in range(1, 9)}
     monitor = Monitor(tmp_path, total_steps=8)
@@ -117,7 +127,7 @@ def test_a_full_disk_neither_stops_the_run_nor_loses_or_tears_a_line(tmp_path):
 
 
 def test_other_processes_write_and_print_nothing(tmp_path, capsys):
-    monitor = Monitor(tmp_path, total_steps=2, is_main=False, wandb_enabled=True, tensorboard=True)
+    monitor = Monitor(tmp_path, total_steps=2, is_main=False, wandb=Wandb(enabled=True), tensorboard=True)
     monitor.write(1, {"train/loss": 0.5}, epoch_start=0)
     monitor.status(1, {"train/loss": 0.5})
     monitor.image(1, "samples", "none.png")
@@ -140,6 +150,7 @@ STATUS = {
     "train/samples_per_second": 2445.8,
     "perf/mfu": 0.41,
     "perf/data_wait": 0.004,
+    "perf/peak_memory_gib": 3.0,
 }
 
 
@@ -191,7 +202,7 @@ def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(wi
         f"""
         import logging, time
         from jitjax.monitor import Monitor
-        monitor = Monitor({str(tmp_path)!r}, total_steps=400, steps_per_epoch=100, title="JiT-B/4", memory=lambda: 3 << 30)
+        monitor = Monitor({str(tmp_path)!r}, total_steps=400, steps_per_epoch=100, title="JiT-B/4")
         monitor.note("a [bracketed] note")
         monitor.stage("compiling")
         for step in range(1, 201):
@@ -203,7 +214,7 @@ def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(wi
         print("a stray print")
         monitor.checkpoint(150, "runs/a/checkpoints/150")
         monitor.image(200, "samples", "runs/a/samples/step_00000200.png")
-        monitor.scores(100, {{"eval/fid": 12.345}})
+        monitor.scores(100, {{"eval/fid": 12.345, "eval/kid_std": 0.5}})
         monitor.close(143)
         """,
     )
@@ -215,7 +226,7 @@ def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(wi
         "a stray print",
         "checkpoint of step 150: runs/a/checkpoints/150",
         "preview of step 200: runs/a/samples/step_00000200.png",
-        "scores of step 100: eval/fid 12.345",
+        "scores of step 100: eval/fid 12.345, eval/kid_std 0.5",
     ]
     assert len(view) == 1 and view[0].endswith(" 200/400 (50%)") and shown[7] == view[0]
     closing = next(i for i, line in enumerate(shown) if line.startswith("stopped as asked"))
@@ -234,15 +245,15 @@ def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(wi
 def test_elsewhere_each_interval_is_one_plain_line_with_the_time_left_by_the_clock():
     now = [1000.0]
     stream = io.StringIO()
-    console = Console(1000, steps_per_epoch=80, memory=lambda: 3 << 29, stream=stream, clock=lambda: now[0])
+    console = Console(1000, steps_per_epoch=80, stream=stream, clock=lambda: now[0])
     console.status(100, {"train/loss": 0.5, "time/step": 1.0})  # no history yet: 900 steps of a second
     now[0] += 4 * 3600  # 200 steps, previews and all, in four hours: 72 s a step
     console.status(300, STATUS)
     console.close()
     assert stream.getvalue().splitlines() == [
-        "step 100/1,000 (10%)  epoch 1.25  elapsed 0:00:00  left 0:15:00  loss 0.5000  memory 1.5 GiB",
+        "step 100/1,000 (10%)  epoch 1.25  elapsed 0:00:00  left 0:15:00  loss 0.5000",
         "step 300/1,000 (30%)  epoch 3.75  elapsed 4:00:00  left 14:00:00  loss 0.5000  lr 2.00e-04  grad norm 0.25  "
-        "tokens/s 626,123  images/s 2,445.8  MFU 41.0%  input wait 0.4%  memory 1.5 GiB",
+        "tokens/s 626,123  images/s 2,445.8  MFU 41.0%  input wait 0.4%  memory 3.0 GiB",
     ]
 
 
@@ -295,21 +306,24 @@ def test_a_closed_terminal_does_not_stop_the_run():
 def test_the_status_of_a_run_started_elsewhere_comes_from_its_files_also_while_it_writes(tmp_path):
     monitor = Monitor(tmp_path, total_steps=1000)
     for step in range(1, 301):
-        speed = {"time/step": 2.0, "time/paused": 50.0, "train/tokens_per_second": 626_123.4} if step % 100 == 0 else {}
-        monitor.write(step, {"train/loss": 0.5, "train/learning_rate": 2e-4, **speed})
+        speed = {"time/step": 2.0, "time/paused": 50.0, "train/tokens_per_second": 626_123.4, "perf/peak_memory_gib": 3.0}
+        monitor.write(step, {"train/loss": 0.5, "train/learning_rate": 2e-4, **(speed if step % 100 == 0 else {})})
     monitor.write(301, {"train/loss": 0.5, "train/learning_rate": 2e-4})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 302, "train/lo')  # a line under way
     for folder in ("checkpoints/100", "checkpoints/300", "checkpoints/400.partial-1", "samples"):
         (tmp_path / folder).mkdir(parents=True)
     save_grid(tmp_path / "samples" / "step_00000200.png", np.zeros((1, 8, 8, 3), np.uint8))
+    (tmp_path / "scores.jsonl").write_text('{"step": 100, "eval/fid": 9.0}\n{"step": 200, "ema": "0.9", "eval/fid": 7.5}\n')
+    (tmp_path / "time.json").write_text(json.dumps({"starts": 2, "seconds": {"step": 1800.0, "save": 1800.0}}))
     stream = io.StringIO()
     print_status(tmp_path, total_steps=1000, steps_per_epoch=100, title="runs/a", stream=stream)
     shown = " ".join(stream.getvalue().split())
     assert shown.startswith("runs/a ━") and " 301/1,000 (30%) " in shown
-    for field in ("epoch 3.01", "left 0:29:10", "loss 0.5000", "lr 2.00e-04", "tokens/s 626,123"):
+    for field in ("epoch 3.01", "left 0:29:10", "loss 0.5000", "lr 2.00e-04", "tokens/s 626,123", "memory 3.0 GiB"):
         assert field in shown  # 700 steps of 2.5 s
-    assert "last checkpoint step 300 last preview step 200" in shown and "last step written 0:00:0" in shown
+    assert "last checkpoint step 300 last preview step 200 last score fid 7.5 (step 200) last step written 0:00:0" in shown
+    assert "; elapsed 1:00:00 in 2 starts, 50% of it training steps" in shown
     monitor.close()
     with pytest.raises(UserError, match="metrics.jsonl"):
         print_status(tmp_path / "samples", total_steps=1000)
@@ -331,7 +345,7 @@ def test_observers_see_every_step_in_order_and_once_even_when_one_of_them_raises
         if step == 6:
             raise RuntimeError("roll back")
 
-    log = late_log(tmp_path, observers=[observe])
+    log = late_log(tmp_path, observers=[observe], memory=lambda: 3 << 29, facts=lambda: {"time/starts": len(seen)})
     for step in range(1, 9):
         log.add(step, {"train/loss": jnp.float32(step / 4)}, waited=0.0)
         if step % 4 == 0:
@@ -344,21 +358,9 @@ def test_observers_see_every_step_in_order_and_once_even_when_one_of_them_raises
     records = lines(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))  # the interval was written first
     assert [record["step"] for record in records if "train/epoch_loss" in record] == [5]
-    assert [record["step"] for record in records if "train/samples_per_second" in record] == [4, 8]
-
-
-def test_a_run_ends_when_its_loss_stays_non_finite_and_not_before(tmp_path):
-    stop = StopWhenNonFinite(patience=3)
-    for step, loss in enumerate([math.nan, math.inf, 0.5, math.nan, math.nan], 1):
-        stop(step, {"train/loss": loss})
-    with pytest.raises(UserError, match="not been finite for 3 optimizer steps"):
-        stop(6, {"train/loss": math.nan})
-    log = late_log(tmp_path)  # by default
-    for step in range(1, 101):
-        log.add(step, {"train/loss": jnp.float32(math.nan)}, waited=0.0)
-    with pytest.raises(UserError, match="--config.optim.lr"):
-        log.flush()
-    log.close()
+    speeds = [record for record in records if "train/samples_per_second" in record]
+    assert [(record["step"], record["perf/peak_memory_gib"]) for record in speeds] == [(4, 1.5), (8, 1.5)]
+    assert [(record["step"], record["time/starts"]) for record in records if "time/starts" in record] == [(4, 0), (8, 4)]
 
 
 # ---------------------------------------------------------------- throughput
@@ -384,9 +386,9 @@ def test_throughput_excludes_pauses_and_start_up_and_counts_each_interval_alone(
 FIVE = ("train/loss", "train/learning_rate", "train/grad_norm", "train/epoch_loss", "train/samples_per_second")
 WANDB_RUN = """
     from jitjax.monitor import Monitor
+    from jitjax.settings import Wandb
     monitor = Monitor({workdir!r}, total_steps=9, resume_step={first} - 1, run_config={{"seed": 3, "optim": {{"lr": 0.5}}}},
-        wandb_enabled=True, wandb_project="shapes", wandb_name="first", wandb_group="ours", wandb_tags=["a", "b"],
-        wandb_mode="offline")
+        wandb=Wandb(enabled=True, project="shapes", entity="us", group="ours", tags="a, b", mode="offline"))
     monitor.summary({{"devices": 8}})
     for step in range({first}, {last} + 1):
         if step == {last} - 1:
@@ -396,18 +398,6 @@ WANDB_RUN = """
     monitor.scores({first}, {{"eval/fid": 7.5}})
     monitor.close()
 """
-
-
-def wandb_records(path):
-    """The records of a W&B run by type, read by W&B's own command."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    records = {}
-    for line in result.stdout.splitlines():
-        record = json.loads(line)
-        records.setdefault(record["type"], []).append(record)
-    return records
 
 
 def wandb_history(records):
@@ -425,11 +415,15 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_with_every_step_image_and_s
     first, second = map(wandb_records, sorted(tmp_path.glob("wandb/offline-*/*.wandb"), key=os.path.getmtime))
     for records, steps in ((first, range(1, 6)), (second, range(4, 10))):
         run = records["run"][0]["run"]
-        assert (run["run_id"], run["project"], run["display_name"], run["run_group"]) == (run_id, "shapes", "first", "ours")
+        named = ("run_id", "project", "entity", "display_name", "run_group", "job_type")
+        assert [run[name] for name in named] == [run_id, "shapes", "us", tmp_path.name, "ours", "train"]
         assert run["tags"] == ["a", "b"]
         assert {k: v for k, v in run["config"]["update"].items() if k != "_wandb"} == {"seed": 3, "optim": {"lr": 0.5}}
         metrics = [record["metric"] for record in records["metric"]]
-        assert {m["name"]: m["step_metric"] for m in metrics if "name" in m} == dict.fromkeys(FIVE, "step")
+        assert {m["name"]: m["step_metric"] for m in metrics if "step_metric" in m and "name" in m} == dict.fromkeys(
+            FIVE, "step"
+        )
+        assert {m["name"] for m in metrics if m.get("options", {}).get("hidden")} == {"step", "eval/step"}
         history = wandb_history(records)
         assert {step: (row["step"], row["train/loss"]) for step, row in history.items()} == {s: (s, 1 / s) for s in steps}
         assert [step for step, row in history.items() if "samples.path" in row] == [max(steps)]
@@ -444,7 +438,8 @@ def test_an_unreachable_wandb_server_leaves_offline_files_and_no_trace_of_the_ke
     output = run_python(
         f"""
         from jitjax.monitor.wandb_run import WandbRun
-        run = WandbRun({str(tmp_path)!r}, {{}}, project="p", init_timeout=1, finish_timeout=20)
+        from jitjax.settings import Wandb
+        run = WandbRun({str(tmp_path)!r}, {{}}, Wandb(enabled=True), init_timeout=1, finish_timeout=20)
         run.log(1, {{"train/loss": 0.5}})
         run.finish()
         """,
@@ -467,7 +462,9 @@ def test_a_wandb_process_that_hangs_or_dies_costs_a_warning_and_nothing_else(tmp
         f"""
         import os, psutil, signal
         from jitjax.monitor.wandb_run import WandbRun
-        run = WandbRun({str(tmp_path)!r}, {{}}, project="p", mode="offline", finish_timeout=1, answer_timeout=1)
+        from jitjax.settings import Wandb
+        options = Wandb(enabled=True, mode="offline")
+        run = WandbRun({str(tmp_path)!r}, {{}}, options, finish_timeout=1, answer_timeout=1)
         (core,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
         os.kill(core.pid, signal.{signal})
         if {when == "while training"}:
@@ -485,7 +482,7 @@ def test_a_wandb_process_that_hangs_or_dies_costs_a_warning_and_nothing_else(tmp
 
 def test_without_the_package_or_a_folder_wandb_is_off_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monitor = Monitor(tmp_path, total_steps=5, wandb_enabled=True, wandb_mode="offline")
+    monitor = Monitor(tmp_path, total_steps=5, wandb=Wandb(enabled=True, mode="offline"))
     for step in range(1, 6):
         monitor.write(step, {"train/loss": 0.5})
         monitor.status(step, {})

@@ -4,13 +4,12 @@ import jax
 import parity_checks
 import pytest
 
+SLOW = ("forward_B16_256", "forward_L16_256", "trajectory_wd0_full")  # second proofs, on files that a clone lacks
+
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("forward_L16_256", "trajectory_wd0_full") else [])
-        for name in parity_checks.CHECKS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in parity_checks.CHECKS],
 )
 def test_equals_the_official_code(name):
     with jax.default_matmul_precision("highest"):

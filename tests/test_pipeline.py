@@ -28,9 +28,9 @@ def make_pipe(prediction="x", names=NAMES, seed=0):
     params = jax.jit(model.init_fn(geometry))(jax.random.key(seed))
     keys = jax.random.split(jax.random.key(seed + 1), len(params))
     noisy = {n: v + 0.1 * jax.random.normal(k, v.shape) for (n, v), k in zip(params.items(), keys, strict=True)}
-    half = {name: value / 2 for name, value in noisy.items()}
+    half, tenth = ({name: value / k for name, value in noisy.items()} for k in (2, 10))
     process = Diffusion(prediction=prediction, noise_scale=1.5, t_eps=0.03, sample_t_eps=0.04)
-    return pipeline.Pipeline(geometry, process, {"model": noisy, "0.9999": half}, "0.9999", tuple(names))
+    return pipeline.Pipeline(geometry, process, {"model": noisy, "0.9999": half, "0.9996": tenth}, "0.9999", tuple(names))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_saved_and_loaded_whole(pipe, tmp_path):
     for prediction in ("x", "epsilon", "v"):
         made = make_pipe(prediction)
         made.save(tmp_path / prediction)
-        assert sorted(p.name for p in (tmp_path / prediction).iterdir()) == ["config.json", "model.safetensors"]
+        written = sorted(p.name for p in (tmp_path / prediction).iterdir())
+        assert written == ["README.md", "config.json", "model.safetensors"]
         back = jitjax.load(tmp_path / prediction)
         assert (back.geometry, back.diffusion, back.class_names) == (made.geometry, made.diffusion, made.class_names)
         assert list(back.weights) == list(made.weights) and back.which == "0.9999"

@@ -6,8 +6,10 @@ import pytest
 from conftest import ROOT, small_config, small_settings
 
 from jitjax import settings
+from jitjax.cli import arguments
 from jitjax.config import default_config
 from jitjax.errors import UserError
+from jitjax.model import geometry_of
 
 ABSURD = [
     "nan",
@@ -99,3 +101,26 @@ def test_what_may_change_between_starts():
 
 def test_the_reference_page_is_that_of_the_fields():
     assert (ROOT / "docs/settings.md").read_text() == settings.reference_page() + "\n"
+
+
+# What once trained into NaN, ended in a traceback, or took minutes to fail.
+EXTREMES = """
+model.mlp_ratio=-inf,nan,inf,0,-1,1e-9 model.context_length=99999999999999999999
+model.depth=1000,2147483648,99999999999999999999 data.image_size=2147483648,99999999999999999999
+model.bottleneck=99999999999999999999,0,-3 model.width=2147483648,0 optim.warmup_steps=2147483648,99999999999999999999,1e18
+preview.every_epochs=inf seed=99999999999999999999,1e30 epochs=nan,inf total_images=nan total_tokens=inf total_steps=1e30
+data.num_workers=2147483648,99999999999999999999 optim.b1=nan,inf,1,-1,3.7e5 optim.b2=nan,inf,1,7 optim.lr=inf
+optim.weight_decay=inf optim.eps=inf diffusion.noise_scale=inf,1e30 diffusion.p_mean=nan,inf diffusion.p_std=inf
+diffusion.t_eps=inf preview.cfg_scale=nan,inf preview.t_eps=1.5,inf preview.interval=(2,1)
+""".split()
+
+
+@pytest.mark.parametrize("field", EXTREMES)
+def test_extremes_are_refused_in_one_line_before_anything_begins(field, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, _, values = field.partition("=")
+    for value in [values] if values.startswith("(") else values.split(","):
+        with pytest.raises(UserError) as error:
+            s = arguments.load(["--config=configs/quickstart.py", f"--config.{name}={value}"]).settings
+            geometry_of(s.model, s.data.image_size, 8)
+        assert "\n" not in str(error.value) and name in str(error.value)

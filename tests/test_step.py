@@ -272,6 +272,24 @@ def test_non_finite_micro_gradient_of_one_device_of_two(bad, used):
     assert float(count) == len(used) and float(loss_sum) == sum(used) * params["w"].size
 
 
+def test_a_loss_that_is_not_finite_changes_nothing():
+    """Also where the gradient is finite: infinity plus a constant has the gradient of the constant."""
+    config = small_settings(batch_size=1, optim__accumulation_steps=2)
+    state, _, plan, mesh = build(config, ZERO)
+
+    def loss(params, images, labels, keys):
+        return jnp.sum(jnp.square(params["final.linear.bias"] - 1)) + jnp.where(labels == labels, jnp.inf, 0.0)
+
+    train_step = step.make_train_step(
+        loss, state, mesh, optim=config.optim, schedule=lambda number: 0.1, seed=0, dtype="float32"
+    )
+    before = jax.device_get(state)
+    state, metrics = train_step(state, next(batches(plan, mesh, 1)))
+    assert np.isfinite(metrics["train/grad_norm"]) and float(metrics["train/skipped_micro_batches"]) == 16
+    chex.assert_trees_all_equal((before.params, before.opt_state, before.ema), (state.params, state.opt_state, state.ema))
+    assert int(state.step) == 1
+
+
 def test_float16_overflow_skips_the_step_and_halves_the_scale():
     """A scale that overflows leaves weights, moments and averages as they are; training goes on at half the scale."""
     config = small_settings(**SHALLOW, batch_size=1, dtype="float16")

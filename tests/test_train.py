@@ -1,4 +1,4 @@
-"""Whole runs: kill and resume, fine-tuning, what a workdir refuses, and that training learns the classes."""
+"""Whole runs: stop and resume, fine-tuning, what a workdir refuses, and that training learns the classes."""
 
 import json
 import os
@@ -13,11 +13,12 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, small_settings
+from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
-from jitjax import checkpoint, settings
+from jitjax import checkpoint, pipeline, settings
 from jitjax.errors import UserError
+from jitjax.plan import fit_devices
 from jitjax.train import train
 
 
@@ -85,7 +86,8 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
 
 
 def test_sigterm_saves_and_resumes(uninterrupted, tmp_path):
-    """A polite stop saves at once; the resumed run loses nothing. Here on a 4x2 mesh after the start on 8x1."""
+    """A polite stop saves at once; the resumed run loses nothing. Here with FSDP on a 4x2 mesh after a start with a sharded
+    optimizer, equal within rounding, and with W&B."""
 
     class Stop(Exception):
         pass
@@ -103,7 +105,65 @@ def test_sigterm_saves_and_resumes(uninterrupted, tmp_path):
     finally:
         LateLog.add = original
     assert checkpoint.find(tmp_path)[1] == 21
-    assert train(small_settings(**RUN, mesh__data=4, mesh__fsdp=2), tmp_path) == 0
+    settings = small_settings(**RUN, mesh__data=4, mesh__fsdp=2, wandb__enabled=True, wandb__mode="offline")
+    assert train(settings, tmp_path) == 0
+    a, b = metrics(uninterrupted), metrics(tmp_path)
+    assert [line["step"] for line in b] == list(range(1, 41))
+    assert [m["train/loss"] for m in b[:21]] == [m["train/loss"] for m in a[:21]]
+    np.testing.assert_allclose([m["train/loss"] for m in b], [m["train/loss"] for m in a], rtol=5e-6)
+    np.testing.assert_allclose([m["train/grad_norm"] for m in b], [m["train/grad_norm"] for m in a], rtol=2e-5)
+    (file,) = tmp_path.glob("wandb/offline-*/*.wandb")
+    records = wandb_records(file)
+    config = records["run"][0]["run"]["config"]["update"]
+    assert (config["optim"]["lr"], config["devices"], config["effective_batch"]) == (1e-3, 8, 32)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert config["parameters"] == saved["parameters"] == sum(p.size for p in weights(tmp_path).params.values())
+    history = {record["history"]["item"]["_step"]: record["history"]["item"] for record in records["history"]}
+    assert [step for step in history if "train/loss" in history[step]] == list(range(22, 41))
+    assert history[32]["train/epoch_loss"] == metrics(tmp_path)[31]["train/epoch_loss"] and "samples.path" in history[40]
+    summary = {k: v for record in records["summary"] for k, v in record["summary"]["update"].items()}
+    assert summary["time/starts"] == 2 and 0 < summary["time/goodput"] < 1
+
+
+def test_the_same_command_on_another_machine(uninterrupted, tmp_path):
+    """From 8 devices to 2, to 1 and back to 8, with nothing changed but the machine: the same steps on the same data, with
+    losses within rounding."""
+    config, workdir = tmp_path / "config.py", tmp_path / "run"
+    config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=RUN))
+    assert train(small_settings(**RUN, stop_after="8 steps"), workdir) == 0
+    for devices in (2, 1):
+        command = [sys.executable, "-m", "jitjax.main", f"--config={config}", f"--workdir={workdir}"]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        command.append("--config.stop_after=8steps")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        micro = 16 // devices
+        assert f"{devices} devices make the same steps with batch_size=2, accumulation_steps={micro}\n" in done.stdout
+    assert train(small_settings(**RUN), workdir) == 0
+    a, b = metrics(uninterrupted), metrics(workdir)
+    assert [line["step"] for line in b] == list(range(1, 41))
+    np.testing.assert_allclose([m["train/loss"] for m in b], [m["train/loss"] for m in a], rtol=5e-6)
+    np.testing.assert_allclose([m["train/grad_norm"] for m in b], [m["train/grad_norm"] for m in a], rtol=2e-5)
+    with pytest.raises(UserError, match=r"5 devices cannot share an effective batch of 32: use 1, 2, 4"):
+        fit_devices(small_settings(**RUN), 32, 5)
+    assert fit_devices(small_settings(**RUN, mesh__fsdp=8), 32, 4).mesh.fsdp == 4
+
+
+@pytest.mark.slow
+def test_the_clock_of_the_host_may_jump(uninterrupted, tmp_path, monkeypatch):
+    """A day back after step 10, 400 days on after step 20: nothing but times in logs depends on it."""
+    true, jumps = time.time, iter([0.0] * 10 + [-86400.0] * 10 + [400 * 86400.0] * 1000)
+    offset = [0.0]
+
+    from jitjax.monitor import LateLog
+
+    def add(self, *args, original=LateLog.add):
+        offset[0] = next(jumps)
+        return original(self, *args)
+
+    monkeypatch.setattr(LateLog, "add", add)
+    monkeypatch.setattr(time, "time", lambda: true() + offset[0])
+    assert train(small_settings(**RUN), tmp_path) == 0
     assert_same_run(uninterrupted, tmp_path)
 
 
@@ -113,6 +173,11 @@ def test_workdir_tells_its_story(uninterrupted):
     assert [line["step"] for line in lines] == list(range(1, 41))
     assert all({"train/loss", "train/learning_rate", "train/grad_norm"} <= line.keys() for line in lines)
     assert {"train/samples_per_second", "train/tokens_per_second"} <= lines[-1].keys()
+    assert {"time/goodput", "time/starts", "time/compile_seconds", "time/lost_seconds"} <= lines[-1].keys()
+    assert [line["step"] for line in lines if "time/goodput" in line] == list(range(2, 41, 2))
+    spent = json.loads((uninterrupted / "time.json").read_text())
+    assert spent["step"] == 40 and list(spent["saves"]) == ["8", "16", "24", "32", "40"]
+    assert all(spent["seconds"][kind] > 0 for kind in ("startup", "compile", "input_wait", "step", "save", "preview"))
     first = [line["train/loss"] for line in lines[:16]]
     assert lines[15]["train/epoch_loss"] == pytest.approx(np.mean(first), rel=1e-6)
     assert [line["step"] for line in lines if "train/epoch_loss" in line] == [16, 32]
@@ -171,6 +236,8 @@ def test_finetuning_carries_weights_and_null_class(tmp_path):
     again = tmp_path / "c"  # one checkpoint instead of a workdir
     train(small_settings(init_from=str(pretrained / "checkpoints" / "3"), total_steps=1, optim__warmup_steps=10), again)
     np.testing.assert_array_equal(weights(again).params["final.adaln.kernel"], new.params["final.adaln.kernel"])
+    with pytest.raises(UserError, match="no such file or folder"):
+        pipeline.load("a" * 300)
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         train(small_settings(init_from=str(tmp_path / "nowhere"), total_steps=1), tmp_path / "d")
 
@@ -182,7 +249,7 @@ def test_finetuning_carries_weights_and_null_class(tmp_path):
         (dict(data__image_size=9), r"not a multiple of the patch size 4"),
         (dict(model__name="JiT-X/4"), r"--config\.model\.name='JiT-X/4' is unknown.*JiT-B"),
         (dict(batch_size=128), r"holds 512 images, fewer than one effective batch of 1024.*batch_size=64"),
-        (dict(mesh__data=3), r"must be one of 8x1, 4x2, 2x4, 1x8"),
+        (dict(mesh__data=3), r"each one of 1, 2, 4, 8"),
         (dict(model__proj_dropout=1.0), r"model\.proj_dropout=1\.0: must be a number in \[0, 1\)"),
         (dict(model__mlp_ratio=float("nan")), r"model\.mlp_ratio=nan: must be a number in \(0, 64\]"),
         (dict(model__num_classes=5), r"--config\.model\.num_classes=5 but .* has 8 class folders"),

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -17,7 +18,7 @@ from conftest import small_settings
 
 from jitjax import checkpoint, cli, convert, model, saving, settings, step
 from jitjax.errors import UserError
-from jitjax.interop import diffusers, official, pth
+from jitjax.interop import diffusers, official, pth, weights
 from jitjax.interop.pth import PthFile, write_pth
 from jitjax.interop.weights import read_weights, write_folder, write_safetensors
 
@@ -175,6 +176,15 @@ def test_hostile_pickles_are_refused_in_one_line(tmp_path, kind, monkeypatch, ca
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.pth"]
 
 
+def test_a_pickle_of_billions_of_dictionaries_is_refused(tmp_path):
+    many = {"last": 1}
+    for _ in range(12):
+        many = dict.fromkeys("abcdefghijklmnopqrst", many)  # one object twenty times
+    for where in ("extra", "ema"):
+        with pytest.raises(UserError, match="more than 10000 dictionaries"):
+            read(tmp_path, {"model": state(RAW), where: many})
+
+
 # ---------------------------------------------------------------- names
 
 
@@ -219,6 +229,11 @@ EMAS = {
     "list": {"model": state(RAW), "ema": list(state(EMA).values())},
     "list without positions": {"model": state(RAW), "ema_params1": [v for k, v in state(EMA).items() if "pos_embed" not in k]},
     "Diffusers": {"model": state(RAW), "ema": {"decay": 0.9999, "shadow_params": list(state(EMA).values())}},
+    "one for each decay": {"model": state(RAW), "ema": {0.9999: state(EMA)}},
+    "a list of one": {"model": state(RAW), "ema": [state(EMA)]},
+    "callback": {"state_dict": state(RAW), "callbacks": {"EMA": {"ema_state_dict": state(EMA)}}},
+    "Polyak": {"model": state(RAW), "polyak": state(EMA)},
+    "camel case": {"model": state(RAW), "modelEma": state(EMA)},
     "one level down": {"state": {"model": state(RAW), "ema": state(EMA)}, "step": 3},
 }
 
@@ -243,6 +258,8 @@ def test_decays_come_from_names_arguments_and_neighbours(tmp_path):
     found = read(tmp_path, {**two, "args": {"ema_decay1": 0.9, "ema_decay2": 0.5}})
     assert found.decays == (0.9, 0.5) and same(found.sets["model_ema1"], EMA)
     assert read(tmp_path, {"model": state(RAW), "ema": state(EMA), "args": {"ema_decay": 0.99}}).decays == (0.99,)
+    decay = np.array(0.999, np.float32)  # a tensor, as a buffer of the EMA
+    assert read(tmp_path, {"model": state(RAW), "ema": {**state(EMA), "decay": decay}}, which="0.999").decays == (0.999,)
     assert any("0.9999 is assumed" in note for note in read(tmp_path, {"model": state(RAW), "ema": state(EMA)}).notes)
 
 
@@ -255,12 +272,55 @@ def test_a_file_with_one_set_has_no_choice_and_says_so(tmp_path):
         read(tmp_path, {"model": state(RAW)}, which="best")
 
 
-def test_no_other_set_stands_in_for_an_ema_that_cannot_be_read(tmp_path):
-    broken = [{"ema": list(state(EMA).values())[:-3]}, {"ema": [np.zeros(3, np.float32)] * 20}]
-    for content in broken:
-        with pytest.raises(UserError, match="use one of model .not readable: ema"):
-            read(tmp_path, {"model": state(RAW), **content}, which="model_ema1")
-        assert same(one(read(tmp_path, {"model": state(RAW), **content}, which="model")), RAW)
+def lacking(values, part, prefix="net."):
+    return {name: value for name, value in state(values, prefix).items() if part not in name}
+
+
+UNREAD = {  # content beside "model", and what the error names
+    "a list that is short": ({"ema": list(state(EMA).values())[:-3]}, "not read: ema"),
+    "a list of something else": ({"ema": [np.zeros(3, np.float32)] * 20}, "not read: ema"),
+    "an object": ({"ema": Call("__main__", "EMA", (), {"decay": 0.9})}, "not read: ema"),
+    "no embedding": ({"ema": lacking(EMA, "proj1")}, "not read: ema"),
+    "no embedding, in the model's dictionary": ({"model": {**state(RAW), **lacking(EMA, "proj1", "ema.")}}, "not read: ema"),
+    "by number": ({"ema": {str(k): value for k, value in enumerate(state(EMA).values())}}, "not read: ema"),
+    "inside an optimizer": ({"optimizer": {"ema_params": list(state(EMA).values())}}, "not read: optimizer.ema_params"),
+    "a second model": ({"teacher": state(EMA)}, "not read: teacher"),
+    "a second model, not an EMA by its name": ({"cinema": state(EMA)}, "not read: cinema"),
+    "too few blocks": ({"ema": lacking(EMA, "blocks.1.")}, "model_ema1 is not complete: model also has"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_no_other_set_stands_in_for_an_ema_that_cannot_be_read(tmp_path, kind):
+    content, message = UNREAD[kind]
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, {"model": state(RAW), **content}, which="model_ema1")
+    assert same(one(read(tmp_path, {"model": state(RAW), **content}, which="model")), RAW)
+
+
+def test_another_model_is_read_under_the_file_s_own_name(tmp_path):
+    content = {"model": state(RAW), "best_model": state(EMA2), "ema": state(EMA)}
+    for which, wanted in (("best_model", EMA2), ("model", RAW), ("ema", EMA)):
+        assert same(one(read(tmp_path, content, which=which)), wanted)
+    assert same(one(read(tmp_path, [state(RAW), state(EMA)], which="1")), EMA)
+
+
+def test_what_lies_beside_the_weights_of_a_folder_is_no_other_set(tmp_path):
+    bare = state(RAW, "")
+    for number, beside in enumerate(("ema.safetensors", "pytorch_model_ema.bin", "transformer_ema/model.safetensors")):
+        folder = tmp_path / str(number)
+        (folder / beside).parent.mkdir(parents=True)
+        safetensors.numpy.save_file(bare, folder / "model.safetensors")
+        safetensors.numpy.save_file(state(EMA, ""), folder / beside)
+        name = beside.partition("/")[0]
+        with pytest.raises(UserError, match=f"which='model_ema1' is not in the file.*not read: {name}"):
+            read_weights(folder, which="model_ema1", context_start=1)
+        found = read_weights(folder, which="model", context_start=1)
+        assert same(one(found), RAW) and any(f"not read: {name}" in note for note in found.notes)
+    (folder / "optimizer.bin").write_bytes(b"")
+    safetensors.numpy.save_file(bare, folder / "pytorch_model.bin")  # the same weights once more
+    (folder / "transformer_ema/model.safetensors").unlink()
+    assert same(one(read_weights(folder, which="model_ema1", context_start=1)), RAW)
 
 
 # ---------------------------------------------------------------- constants, buffers, types
@@ -286,6 +346,9 @@ def test_buffers_and_what_is_outside_are_left_out_and_what_is_inside_is_refused(
         assert same(one(found), RAW) and any("left out: 1 entries" in note for note in found.notes)
     found = read(tmp_path, {"model": {**state(RAW), "net.num_batches_tracked": np.array(7), "repa.0.weight": zeros}})
     assert same(one(found), RAW) and any("repa.0.weight" in note for note in found.notes)
+    scale = {"net.blocks.0.attn.logit_scale": np.array(1.5, np.float32)}  # one number, but learned
+    with pytest.raises(UserError, match="unknown 1 entries .blocks.0.attn.logit_scale"):
+        read(tmp_path, {"model": state(RAW) | scale})
     for extra in ("net.head.weight", "net.blocks.0.attn.bias_table", "net.final_layer.scale"):
         with pytest.raises(UserError, match=f"a.pth: not the weights of a JiT.*unknown 1 entries .{extra[4:]}"):
             read(tmp_path, {"model": {**state(RAW), extra: zeros}})
@@ -328,6 +391,22 @@ def test_what_looks_off_is_noted(tmp_path):
     assert any("usually near 1" in note for note in read(tmp_path, {"model": large}).notes)
     assert any("equals model" in note for note in read(tmp_path, {"model": state(RAW), "ema": state(RAW)}).notes)
     assert not read(tmp_path, {"model": state(RAW), "model_ema1": state(EMA)}).notes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bottleneck": 64}, "bottleneck 64 (published 128)"),
+        ({"heads": 16}, "heads 16 (published 12)"),
+        ({"mlp_ratio": 3.0}, "mlp_hidden 1536 (published 2048)"),
+        ({"context_length": 16}, "context_length 16 (published 32)"),
+        ({}, ""),
+    ],
+)
+def test_a_published_size_with_other_shapes_is_noted(change, said):
+    found = weights.Weights(dataclasses.replace(model.make_geometry("JiT-B/16", 256, 1000), **change), {})
+    weights._check_values(found, "a.pth")
+    assert found.notes == ([f"depth and width are JiT-B's, but not {said}"] if said else [])
 
 
 # ---------------------------------------------------------------- endings and folders
@@ -568,6 +647,15 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, message)
     assert [f.name for f in tmp_path.iterdir()] == ["a.pth"]
 
 
+@pytest.mark.parametrize(("text", "prediction"), [("velocity", "v"), ("epsilon", "epsilon"), ("flow", None)])
+def test_the_prediction_type_may_stand_in_config_json_or_args(tmp_path, text, prediction):
+    folder = hub(tmp_path / "d", state(RAW, ""), {"prediction_type": text})
+    write_pth(tmp_path / "a.pth", {"model": state(RAW), "args": {"prediction": text}})
+    for path in (folder, tmp_path / "a.pth"):
+        found = read_weights(path, context_start=1)
+        assert found.prediction == prediction and any("is none of x" in note for note in found.notes) == (prediction is None)
+
+
 def test_a_description_that_cannot_be_used_is_noted_or_refused(tmp_path):
     folder = hub(tmp_path / "d", state(RAW, ""), {})
     for text, message in (
@@ -589,3 +677,34 @@ def test_the_first_bytes_decide_not_the_ending(tmp_path):
     write_pth(tmp_path / "b.safetensors", state(RAW))
     for name in ("a.pth", "b.safetensors"):
         assert same(one(read_weights(tmp_path / name, context_start=1)), RAW)
+
+
+def test_a_run_starts_from_every_form(tmp_path):
+    """--config.init_from: the model's weights and, where the form holds one, the EMA of the same decay."""
+    import jax
+
+    from jitjax import pipeline, transfer
+
+    facts = {"prediction": "x", "noise_scale": 1.0}
+    forms = {
+        "official.pth": {"model": state(RAW), "model_ema1": state(EMA), "model_ema2": state(EMA2)},
+        "wrapped.pth.tar": {"model": state(RAW, "module._orig_mod.net."), "ema": list(state(EMA).values())},
+        "strays.ckpt": {"state_dict": {**state(RAW), **state(EMA, "ema_net.")}, "best": np.float64(3), "path": STRAYS["path"]},
+    }
+    for name, content in forms.items():
+        write_pth(tmp_path / name, content)
+    safetensors.numpy.save_file(state(RAW, ""), tmp_path / "hub.safetensors")
+    write_safetensors(tmp_path / "ours.safetensors", RAW, G, facts)
+    hub(tmp_path / "hub", state(RAW, ""), CONFIG)
+    diffusers.write_folder(tmp_path / "diffusers", RAW, G, facts=facts)
+    write_folder(tmp_path / "exported", {"model": RAW, "0.9999": EMA}, G, facts)
+    for path in sorted(tmp_path.iterdir()):
+        found = pipeline.load(path).weights
+        assert same(found["model"], RAW), path
+        assert ("0.9999" in found) == (path.name in {*forms, "exported"}) and same(found.get("0.9999", EMA), EMA), path
+    config = small_settings(data__image_size=16, optim__ema_decays=(0.9999, 0.5))
+    fresh = step.init_state(G, config.optim, config.dtype, jax.random.key(0))
+    process = pipeline.load(tmp_path / "wrapped.pth.tar").diffusion
+    begun, report = transfer.initialise_from(str(tmp_path / "wrapped.pth.tar"), fresh, process, (), config.optim, config.dtype)
+    assert same(begun.params, RAW) and same(begun.ema["0.9999"], EMA) and same(begun.ema["0.5"], RAW)
+    assert report.fresh == ["EMA 0.5 (from the weights)"]

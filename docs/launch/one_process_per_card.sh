@@ -9,10 +9,18 @@ for ((rank = 0; rank < cards; rank++)); do
   children+=($!)
 done
 # A signal to this script goes to every process; each saves and ends.
-trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM INT HUP USR1
-code=0
+trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM INT HUP USR1 USR2 XCPU
+# When one has ended the others have 90 s: they notice a dead or hung one within about 30 s, save or end by themselves. What then
+# still hangs is killed.
+left=90
+while running=($(jobs -pr)) && ((${#running[@]} > 0)); do
+  sleep 1
+  if ((${#running[@]} < cards && --left < 0)); then kill -KILL "${running[@]}" 2>/dev/null; fi
+done
+code=0 # the greatest of all
 for child in "${children[@]}"; do
-  while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # `wait` also returns when a signal arrives
-  wait "$child" || code=$?
+  wait "$child"
+  ended=$?
+  if ((ended > code)); then code=$ended; fi
 done
 exit "$code"

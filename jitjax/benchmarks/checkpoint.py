@@ -2,10 +2,11 @@
 
     jitjax bench checkpoint --config configs/imagenet.py:h16 --directory /disk/to/test
 
-`stopped_seconds` is how long a training loop stands still for an asynchronous save: until the state is on the host and
-the next step may overwrite it. `durable_seconds` counts from the same moment to the end of the write in the background.
-The first save also starts threads and is reported separately. What is restored is compared with what was saved, bit for bit;
-it may come from the operating system's file cache.
+`stopped_seconds` is how long a training loop stands still for an asynchronous save: until the state may be overwritten by
+the next step; `stopped_seconds_per_gb` divides by the gigabytes of the state. `durable_seconds` counts from the same moment to
+the end of the write in the background. The first save of a process is reported separately. `reserve_seconds` is what a run does
+in a thread while its first step compiles, so that the first save is as short as the others. What is restored is compared with
+what was saved, bit for bit; it may come from the operating system's file cache.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
     # As after a train step: new arrays in the memory of the old ones, of which the host has no copy yet.
     advance = jax.jit(_advanced, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
     saved = saving.Checkpoints(folder, keep_last=1)
+    begun = time.perf_counter()
+    saved.reserve(like).join()
+    reserve_seconds = time.perf_counter() - begun
     stopped, durable = [], []
     for number in range(1, repeats + 2):
         state = jax.block_until_ready(advance(state))
@@ -71,7 +75,8 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
 
     in_memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     common.say(
-        f"{setup.config.model.name}: {size / 1e9:.2f} GB; stopped {statistics.median(stopped[1:]):.2f} s, durable after "
+        f"{setup.config.model.name}: {size / 1e9:.2f} GB; stopped {stopped[0]:.2f} s the first time, then "
+        f"{statistics.median(stopped[1:]):.2f} s ({statistics.median(stopped[1:]) / in_memory * 1e9:.3f} s/GB), durable after "
         f"{statistics.median(durable[1:]):.2f} s, restored in {statistics.median(restore):.2f} s"
     )
     return {
@@ -79,7 +84,10 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
         **common.summary(stopped[1:], "stopped_seconds"),
         **common.summary(durable[1:], "durable_seconds"),
         **common.summary(restore, "restore_seconds"),
+        "stopped_seconds_per_gb": round(statistics.median(stopped[1:]) / in_memory * 1e9, 4),
         "first_stopped_seconds": round(stopped[0], 3),
+        "first_stopped_seconds_per_gb": round(stopped[0] / in_memory * 1e9, 4),
+        "reserve_seconds": round(reserve_seconds, 3),
         "first_durable_seconds": round(durable[0], 3),
         "repeats": repeats,
         "state_bytes": in_memory,

@@ -24,6 +24,8 @@ VERBS = {
     "evaluate": "score a model or a set of images; make reference statistics",
     "sweep": "find the best guidance and EMA of a run",
     "status": "where a run stands that was started elsewhere",
+    "replay": "make one step of a run again and look at it by layer and image",
+    "report": "one HTML file about one or several runs",
     "prepare": "convert a data set once, for faster reading",
     "convert": "exchange weights with the official code, safetensors and Diffusers",
     "estimate": "how long a run takes",
@@ -53,20 +55,25 @@ def program(argv: Sequence[str] | None = None) -> None:
 
 
 def dispatch(argv: list[str]) -> int:
+    parser = make_parser(next((word for word in argv if word in VERBS), None))
+    if not argv:
+        parser.print_help()
+        return 0
+    return run(parser, argv)
+
+
+def make_parser(wanted: str | None) -> Parser:
+    """The program's parser. Only the verb that is `wanted` has its flags, so that a command imports nothing else."""
     parser = Parser(prog="jitjax", description="JiT image diffusion in JAX.", epilog="`jitjax VERB --help` explains a verb.")
     parser.add_argument("--version", action="version", version=_version())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    wanted = next((word for word in argv if word in VERBS), None)
     for verb, text in VERBS.items():
         module = importlib.import_module(f"jitjax.cli.{verb}") if verb == wanted else None
         child = verbs.add_parser(verb, help=text, description=module and module.__doc__)
         if module:
             module.add_arguments(child)
             child.set_defaults(run=module.run)
-    if not argv:
-        parser.print_help()
-        return 0
-    return run(parser, argv)
+    return parser
 
 
 def run(parser: Parser, argv: list[str]) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jitjax import settings
+from jitjax import hub, settings
 from jitjax.errors import UserError
 
 # Flags of the PyTorch guide for JiT and of the official code, and ours for the same thing.
@@ -179,6 +179,12 @@ def at_least(low: float, kind: type = int):
 
     number.__name__ = "whole number" if kind is int else "number"
     return number
+
+
+def existing_model(path: str, flag: str) -> None:
+    """As `existing`; a model may also be named on the Hugging Face Hub."""
+    if not hub.is_name(path):
+        existing(path, flag)
 
 
 def existing(path: str, flag: str) -> None:

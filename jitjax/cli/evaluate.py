@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if not stats and value is not None:
             raise UserError(f"{flag}={value} is for `jitjax evaluate stats DATA`")
     if not stats:
-        arguments.existing(args.target, "TARGET")
+        arguments.existing_model(args.target, "TARGET")
         if args.reference is None:
             raise UserError("--reference is missing: name a folder of images, a prepared set or a file of statistics")
         arguments.existing(args.reference, "--reference")

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on_bad", choices=("skip", "fail"), default="skip", help="what to do with an image that cannot be decoded"
     )
-    parser.add_argument("--workers", type=at_least(1), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=at_least(0), help="processes; 0: none besides this one (default: all cores)")
     parser.add_argument("--image_column", help="Parquet column with the image bytes (default: found by name and type)")
     parser.add_argument("--label_column", help="Parquet column with the labels (default: found by name)")
     parser.add_argument("--check", metavar="DIR", help="verify a prepared directory instead: checksums, counts, every record")

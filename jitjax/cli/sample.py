@@ -4,7 +4,8 @@
     jitjax sample runs/a --labels cat,dog --cfg_scale 2.9 --interval 0.1,1 --out images/
     jitjax sample runs/a --labels all --num 50000 --out samples.npz
 
-MODEL is a workdir, a checkpoint, an exported folder, an official .pth or a .safetensors file. Image i depends on (seed, i, its
+MODEL is a workdir, a checkpoint, an exported folder, an official .pth, a .safetensors file, or hf://OWNER/NAME on the Hugging
+Face Hub. Image i depends on (seed, i, its
 label) alone. Interrupted, the same command continues.
 """
 
@@ -17,7 +18,9 @@ from jitjax.cli import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="workdir, checkpoint, exported folder, .pth or .safetensors")
+    parser.add_argument(
+        "model", metavar="MODEL", help="workdir, checkpoint, exported folder, .pth, .safetensors or hf://OWNER/NAME"
+    )
     parser.add_argument("--out", required=True, help="FILE.png: a captioned grid; FILE.npz: arr_0, arr_1; else a folder")
     parser.add_argument("--num", type=int, help="images; default one per label, or 16")
     parser.add_argument("--path", metavar="FILE", help="also the way from noise to image: FILE.png (strips) or FILE.gif")
@@ -46,7 +49,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    arguments.existing(args.model, "MODEL")
+    arguments.existing_model(args.model, "MODEL")
     runtime.set_environment()
     runtime.start_distributed()
     from jitjax import draw  # only now: it imports JAX, which reads the environment

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    arguments.existing(args.model, "MODEL")
+    arguments.existing_model(args.model, "MODEL")
     if args.reference is None:
         raise UserError("--reference is missing: name a folder of images, a prepared set or a file of statistics")
     arguments.existing(args.reference, "--reference")

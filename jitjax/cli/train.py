@@ -8,6 +8,7 @@ The same command again continues after anything. Every field below can be overri
 from __future__ import annotations
 
 import argparse
+import traceback
 
 from jitjax import runtime
 from jitjax.cli import arguments
@@ -42,8 +43,13 @@ def run(args: argparse.Namespace) -> int:
         code = train(
             loaded.settings, args.workdir, accept_config_changes=args.accept_config_changes, notes=loaded.notes, peers=peers
         )
+    except UserError as error:
+        peers.failed(str(error), 2)
+        raise
     except BaseException as error:
-        peers.failed(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        if peers.count > 1:
+            traceback.print_exc()
+        peers.failed(f"{type(error).__name__}: {error}", 1)
         raise
     peers.close()
     return code

@@ -3,6 +3,6 @@
 from jitjax.data.dataset import DataSet, check_fingerprint, open_dataset
 from jitjax.data.device import to_device
 from jitjax.data.image import preprocess
-from jitjax.data.pipeline import make_iterator
+from jitjax.data.pipeline import HostIterator, make_iterator, names
 
-__all__ = ["DataSet", "check_fingerprint", "make_iterator", "open_dataset", "preprocess", "to_device"]
+__all__ = ["DataSet", "HostIterator", "check_fingerprint", "make_iterator", "names", "open_dataset", "preprocess", "to_device"]

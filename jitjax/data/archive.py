@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from jitjax.data import rules
-from jitjax.data.files import failure
+from jitjax.data.files import failure, unreadable
 from jitjax.data.image import MAX_FILE_BYTES, BadImage
 from jitjax.data.listing import Listing, list_images
 from jitjax.data.rules import Ask, listed
@@ -134,8 +134,17 @@ class Archive:
 class ArchiveInput:
     """The images of archives in the order of an unpacked folder. Picklable; each process opens the files for itself."""
 
-    def __init__(self, tree: Archive, ask: Ask, split: str, labels: str, path: str, left_alone: Sequence[str] = ()):
-        listing = list_images(tree, ask, split=split, labels=labels)
+    def __init__(
+        self,
+        tree: Archive,
+        ask: Ask,
+        split: str,
+        labels: str,
+        path: str,
+        left_alone: Sequence[str] = (),
+        settled: bool = False,
+    ):
+        listing = list_images(tree, ask, split=split, labels=labels, settled=settled)
         self.labels, self.classes = listing.labels, listing.classes
         self.notes = (*tree.notes, *listing.notes)
         listing = dataclasses.replace(listing, left_alone=(*left_alone, *listing.left_alone))
@@ -164,11 +173,14 @@ class ArchiveInput:
             number, file = -1, None
             for index in indices:
                 span = Span(*self._spans[index].tolist())
-                try:
-                    if span.file != number:
-                        stack.close()
+                if span.file != number:
+                    stack.close()
+                    try:
                         file = stack.enter_context(open(self._paths[span.file], "rb"))
-                        number = span.file
+                    except OSError as error:
+                        raise unreadable(error, self._paths[span.file]) from None
+                    number = span.file
+                try:
                     data = _read_member(file, span)
                 except OSError as error:
                     data = failure(error, self._paths[span.file])
@@ -207,6 +219,13 @@ def _read_member(file: BinaryIO, span: Span) -> bytes:
     return data
 
 
+def is_zip(path: str) -> bool:
+    """Whether a file is a zip; a tar whose last member is one ends like a zip, too."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return start == b"PK" or (not path.lower().endswith(rules.TAR_ENDINGS) and zipfile.is_zipfile(path))
+
+
 def open_zip(path: str, ask: Ask, endings: tuple[str, ...], names: str | None = None) -> Archive:
     """Lists a zip file.
 
@@ -239,7 +258,7 @@ def open_zip(path: str, ask: Ask, endings: tuple[str, ...], names: str | None = 
     except LookupError:
         raise UserError(f"--zip_names={names} is no encoding that Python knows; try gbk, shift_jis or cp866") from None
     except (zipfile.BadZipFile, NotImplementedError, UnicodeError, ValueError, EOFError) as error:
-        raise UserError(f"{where} is a damaged zip file: {error}") from None
+        raise UserError(f"{where} is a damaged or incomplete zip file ({error}); fetch it again") from None
     if old:
         tree.notes.append(
             f"{where}: {len(old)} names are in an old code page and were read as cp437 (such as {old[0]!r}); if they look "
@@ -252,9 +271,8 @@ def open_zip(path: str, ask: Ask, endings: tuple[str, ...], names: str | None = 
 def open_tars(paths: Sequence[str], ask: Ask, endings: tuple[str, ...], labels: str, prefixes: Sequence[str] = ()) -> Archive:
     """Lists uncompressed tar files as one tree.
 
-    One tar is its own tree; tars inside it are folders of its name (ImageNet's tar of tars). Several tars are the shards
-    of one tree where their names count up (WebDataset) or files with labels lie in them; else each is a folder of its
-    name.
+    Tars are shards of one tree where their names count up (WebDataset) or files with labels lie in them; else each is a
+    folder of its name. Tars inside a tar are treated alike: those of ImageNet's tar of tars are a class each.
 
     Args:
       prefixes: the name of each tar among several, without ending.
@@ -263,51 +281,76 @@ def open_tars(paths: Sequence[str], ask: Ask, endings: tuple[str, ...], labels: 
       UserError: damaged or unsafe, or whether the tars are shards or classes is not clear.
     """
     tree = Archive(paths, endings)
-    members = [list(_tar_members(path, f"{ask.where} ({os.path.basename(path)})" if prefixes else ask.where)) for path in paths]
-    prefixes = list(prefixes) or [""] * len(paths)
-    shards = len(paths) > 1 and _are_shards(prefixes, members, ask, labels)
-    counts = collections.Counter(name for found in members for name, size, _ in found if size is not None) if shards else {}
-    repeated = any(count > 1 for count in counts.values())
-    for number, (prefix, found) in enumerate(zip(prefixes, members, strict=True)):
-        inner = [name for name, size, _ in found if size is not None and name.lower().endswith(".tar")]
-        pictures = any(name.lower().endswith(endings) for name, _, _ in found)
-        for name, size, offset in found:
-            if repeated and size is not None:
-                folder, _, base = name.rpartition("/")
-                name = posixpath.join(folder, f"{prefix.replace('.', '_').replace('/', '_')}_{base}")
-            elif prefix and not shards:
-                name = f"{prefix}/{name}"
-            if inner and not pictures and size is not None and name.lower().endswith(".tar"):
-                _add_inner(tree, number, name, size, offset, ask)
-            else:
-                tree.add(name, None if size is None else Span(number, offset, size, size, _NO_METHOD, 0), ask.where)
+    parts = []
+    for number, (path, prefix) in enumerate(zip(paths, prefixes or [""], strict=True)):
+        where = f"{ask.where} ({os.path.basename(path)})" if prefixes else ask.where
+        members = [_Member(name, size, offset, number) for name, size, offset in _tar_members(path, where)]
+        inner = [m for m in members if m.size is not None and m.name.lower().endswith(".tar")]
+        if inner and not any(m.name.lower().endswith(endings) for m in members):
+            found = [(posixpath.join(prefix, rules.stem(m.name)), _inner_members(path, m, ask)) for m in inner]
+            shards = len(found) > 1 and _are_shards([name for name, _ in found], [m for _, m in found], ask, labels)
+            parts += [(prefix, _apart(found))] if shards else found
+            parts.append((prefix, [m for m in members if m not in inner]))
+        else:
+            parts.append((prefix, members))
+    outer = [part for part in parts if part[1]]
+    if len(paths) > 1 and _are_shards([name for name, _ in outer], [m for _, m in outer], ask, labels):
+        outer = [("", _apart(outer))]
+    for prefix, members in outer:
+        for name, size, offset, number in members:
+            span = None if size is None else Span(number, offset, size, size, _NO_METHOD, 0)
+            tree.add(posixpath.join(prefix, name), span, ask.where)
     return tree
 
 
-def _are_shards(names: list[str], members: list[list], ask: Ask, labels: str) -> bool:
+class _Member(NamedTuple):
+    """size: None for a folder. offset: of the data, in tar `number`."""
+
+    name: str
+    size: int | None
+    offset: int
+    number: int
+
+
+def _apart(shards: list[tuple[str, list[_Member]]]) -> list[_Member]:
+    """The members of all shards, with the shard's name in their own where two would have the same."""
+    counts = collections.Counter(m.name for _, members in shards for m in members if m.size is not None)
+    repeated = any(count > 1 for count in counts.values())
+    result = []
+    for shard, members in shards:
+        for member in members:
+            if repeated and member.size is not None:
+                folder, _, base = member.name.rpartition("/")
+                base = f"{shard.replace('.', '_').replace('/', '_')}_{base}"
+                member = member._replace(name=posixpath.join(folder, base))
+            result.append(member)
+    return result
+
+
+def _are_shards(names: list[str], members: list[list[_Member]], ask: Ask, labels: str) -> bool:
     """Whether several tars are parts of one data set rather than a class each."""
-    if any(name.lower().endswith((".cls", ".json")) for found in members for name, _, _ in found):
+    if labels == "folders" and not any("/" in m.name for found in members for m in found):
+        return False
+    if any(m.name.lower().endswith((".cls", ".json")) for found in members for m in found):
         return True
     numbers = [re.fullmatch(r"(.*?)(\d+)(?:-of-\d+)?", name) for name in names]
     if not all(numbers) or len({match[1] for match in numbers}) > 1 or all(re.fullmatch(r"n\d{8}", n) for n in names):
         return False
     order = sorted(int(match[2]) for match in numbers)
-    if order == list(range(order[0], order[0] + len(order))) or labels == "none":
+    plain = not all(len(match[2]) >= 3 or match[1] for match in numbers)  # 0.tar, 1.tar, ... may be digits
+    if labels == "none" or (order == list(range(order[0], order[0] + len(order))) and not plain):
         return True
-    if labels == "folders":
-        return False
+    what = "whose names are numbers" if plain else "whose numbers have gaps"
     raise UserError(
-        f"{ask.where} holds tars whose numbers have gaps ({listed(sorted(names), 3)}): shards or classes? choose with "
-        f"{ask.labels}=none (shards without labels) or {ask.labels}=folders (each tar is a class)"
+        f"{ask.where} holds tars {what} ({listed(sorted(names), 3)}): shards or classes? choose with {ask.labels}=none (shards "
+        f"without labels) or {ask.labels}=folders (each tar is a class)"
     )
 
 
-def _add_inner(tree: Archive, number: int, name: str, size: int, offset: int, ask: Ask) -> None:
-    with open(tree.paths[number], "rb") as file:
-        window = _Part(file, offset, size)
-        for inner, inner_size, inner_offset in _members(window, size, f"{ask.where} ({name})"):
-            span = None if inner_size is None else Span(number, offset + inner_offset, inner_size, inner_size, _NO_METHOD, 0)
-            tree.add(f"{name[: -len('.tar')]}/{inner}", span, ask.where)
+def _inner_members(path: str, outer: _Member, ask: Ask) -> list[_Member]:
+    with open(path, "rb") as file:
+        found = _members(_Part(file, outer.offset, outer.size), outer.size, f"{ask.where} ({outer.name})")
+        return [_Member(name, size, outer.offset + offset, outer.number) for name, size, offset in found]
 
 
 class _Part:

@@ -1,5 +1,5 @@
 """Images in a NumPy `.npz` file, as ADM's and its successors' sampling and evaluation scripts write them: `arr_0` holds (n, H,
-W, 3) uint8 pixels, `arr_1`, where it is there, class numbers.
+W, 3) uint8 pixels, `arr_1`, where it is there, class numbers. Splits are arrays with a split's name (`x_train`, `y_train`).
 """
 
 from __future__ import annotations
@@ -7,21 +7,25 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from jitjax.data.files import unreadable
 from jitjax.data.image import BadImage
-from jitjax.data.labels import number_labels
-from jitjax.data.listing import NO_LABELS, summary
-from jitjax.data.rules import Ask, listed
+from jitjax.data.labels import Labels, number_labels
+from jitjax.data.listing import summary
+from jitjax.data.rules import HERE, NO_LABELS, Ask, listed, pick_split, split_of, words_of
 from jitjax.errors import UserError
+
+_LABEL_WORDS = frozenset(("label", "labels", "y", "class", "classes", "target", "targets"))
 
 
 class ArrayInput:
     """The images of one .npz file. Picklable; read in order, never as a whole."""
 
-    def __init__(self, path: str, ask: Ask, labels: str):
+    def __init__(self, path: str, ask: Ask, split: str, labels: str):
         self._path = path
         where = ask.where
         try:
@@ -29,21 +33,35 @@ class ArrayInput:
                 names = list(file.files)
                 shapes = {name: _header(archive, name) for name in names}
                 images = [n for n, (shape, kind) in shapes.items() if len(shape) == 4 and shape[3] == 3 and kind == np.uint8]
+                if len(images) > 1 and all(map(split_of, images)):  # x_train and x_test
+                    images, split = [pick_split(images, split, ask)], ""
+                if split not in ("", HERE):
+                    raise UserError(f"{where} holds no split called {split}; it has the arrays {listed(names)}")
                 if len(images) != 1:
                     raise UserError(f"{where} holds no single array of (n, H, W, 3) uint8 images, but {listed(names)}")
                 self._images, (self._shape, _) = images[0], shapes[images[0]]
-                vectors = [n for n, (shape, _) in shapes.items() if shape == self._shape[:1] and n != self._images]
-                wanted = [labels] if labels not in ("", NO_LABELS) else vectors if not labels else []
+                count = self._shape[0]
+                vectors = [n for n, (shape, _) in shapes.items() if shape in ((count,), (count, 1))]
+                usual = [n for n in vectors if n == "arr_1" or _LABEL_WORDS.intersection(words_of(n))]
+                usual = [n for n in usual if not split_of(n) or split_of(n) == split_of(self._images)]
+                wanted = [labels] if labels not in ("", NO_LABELS) else usual if not labels else []
                 if len(wanted) > 1 or (wanted and wanted[0] not in vectors):
                     raise UserError(f"{where} holds the arrays {listed(names)}; name the labels with {ask.labels}=NAME")
-                values = file[wanted[0]].tolist() if wanted else [None] * self._shape[0]
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+                values = file[wanted[0]].reshape(-1).tolist() if wanted else []
+        except OSError as error:
+            raise unreadable(error, where) from None
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
             raise UserError(f"{where} is a damaged .npz file: {' '.join(str(error).split())}") from None
         if not self._shape[0]:
             raise UserError(f"{where} holds no image")
-        numbered = number_labels(values, None, f"{where} array {wanted[0] if wanted else ''}")
+        numbered = Labels(np.zeros(count, np.int32), ())
+        if wanted:
+            numbered = number_labels(values, None, f"{where} array {wanted[0]}")
         self.labels, self.classes = numbered.numbers, numbered.classes
-        self.notes = (numbered.note,) if numbered.note else ()
+        rest = [n for n, (shape, _) in shapes.items() if shape[:1] == (count,) and n not in (self._images, *wanted)]
+        unread = rest if not labels else []
+        text = f"{where}: not read: {listed(unread)}; if one is the labels, name it with {ask.labels}" if unread else ""
+        self.notes = tuple(note for note in (text, numbered.note) if note)
         left = [name for name in names if name not in (self._images, *wanted)]
         self.summary = summary(len(self), self.classes, path, f"array {wanted[0]}" if wanted else "", left)
 
@@ -70,7 +88,9 @@ class ArrayInput:
                 try:
                     file.seek(start + index * size)
                     pixels = file.read(size)
-                except (zipfile.BadZipFile, OSError, EOFError) as error:
+                except OSError as error:
+                    raise unreadable(error, self._path) from None
+                except (zipfile.BadZipFile, EOFError, zlib.error) as error:
                     yield BadImage(f"damaged .npz: {error}")
                     continue
                 yield b"P6 %d %d 255\n" % (width, height) + pixels if len(pixels) == size else BadImage("damaged .npz")

@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 
 from jitjax.data import rules
-from jitjax.data.listing import HERE
-from jitjax.data.rules import Ask, listed
+from jitjax.data.rules import HERE, Ask, listed
 from jitjax.data.tree import Tree
 from jitjax.errors import UserError
 
@@ -65,14 +64,23 @@ def _container_kind(name: str) -> str:
     return ".parquet" if lower.endswith(".parquet") else ".tar" if lower.endswith(rules.TAR_ENDINGS) else ""
 
 
-def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str], list[str]]:
+def beside(tree: Tree, ask: Ask) -> tuple[list[str], list[str]]:
+    """The files of other kinds beside containers, counted by ending, and a note on those that may hold labels."""
+    names = [name for _, scan in tree.walk("", sizes=False) for name in scan.others if not _container_kind(name)]
+    counts = collections.Counter(map(rules.ending, names))
+    labels = sorted(name for name in names if rules.is_label_file(name, "train"))
+    note = f"{ask.where}: {listed(labels)} beside the data files is not read; labels must be in them, or unpack them"
+    return [f"{count:,} {ending}" for ending, count in sorted(counts.items())], [note] if labels else []
+
+
+def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str], list[str], bool]:
     """The container files of the split that is read, found by the names of files and folders.
 
     Returns:
-      The chosen paths, and what is left alone, counted.
+      The chosen paths; what is left alone, counted; and whether the names have told which split they are.
     """
     if split == HERE:
-        return list(paths), []
+        return list(paths), [], False
     groups: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for path in paths:
         *folders, _ = path.split("/")
@@ -80,19 +88,17 @@ def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str],
         at = max((k for k, part in enumerate(parts) if rules.split_of(part)), default=None)
         groups[("/".join(folders), "") if at is None else ("/".join(parts[:at]), parts[at])].append(path)
     names = {name for _, name in groups if name}
-    if not rules.is_split_layout(names) and not split:
+    if not names or (not rules.is_split_layout(names) and not split):
         folders = sorted({os.path.dirname(path) for path in paths})
         if len(folders) > 1:
             raise UserError(f"{ask.where} holds data files in folders ({listed(folders)}); give one of them, or {ask.split}=.")
-        return list(paths), []
+        return list(paths), [], False
     unnamed = [path for (_, name), found in groups.items() if not name for path in found]
     if unnamed and not split:
         raise UserError(
             f"{ask.where} holds files of the splits {listed(sorted(names))} beside others ({listed(unnamed, 3)}); choose with "
             f"{ask.split}=NAME, or {ask.split}=. for all"
         )
-    if not names:
-        raise UserError(f"{ask.where} holds no split called {split}; {ask.split} names a file or folder of it, or . for all")
     name = rules.pick_split(names, split, ask)
     chosen = {key: found for key, found in groups.items() if key[1] == name}
     if len(chosen) > 1:
@@ -100,4 +106,5 @@ def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str],
         raise UserError(f"{ask.where} holds several data sets ({folders}); give one of them")
     (found,) = chosen.values()
     rest = {other: files for (_, other), files in sorted(groups.items()) if other != name}
-    return found, [f"{other or 'others'} ({len(files)} file{'s' * (len(files) > 1)})" for other, files in rest.items()]
+    left = [f"{other or 'others'} ({len(files)} file{'s' * (len(files) > 1)})" for other, files in rest.items()]
+    return found, left, True

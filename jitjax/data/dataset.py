@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from jitjax.data import prepared, rules
+from jitjax.data import prepared, readers, rules
 from jitjax.data.containers import find_containers
 from jitjax.data.files import read_file
 from jitjax.data.image import HIGH_DEPTH, BadImage, decode, is_constant, is_high_depth
@@ -58,6 +58,7 @@ class FolderSource:
     def read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
         failures = []
         for k, index in enumerate(indices.tolist()):
+            readers.at(index)
             try:
                 images[k] = decode(
                     read_file(self.name(index)),
@@ -147,7 +148,8 @@ def open_dataset(
     if high_depth not in HIGH_DEPTH:
         raise UserError(f"--config.data.high_depth={high_depth} must be one of {', '.join(HIGH_DEPTH)}")
     options = {"exif_rotate": exif_rotate, "all_formats": all_formats, "high_depth": high_depth}
-    root = prepared.find(path, ask, split)
+    with reading(ask):
+        root = prepared.find(path, ask, split)
     if root is not None:
         if labels:
             raise UserError(f"{where} is a prepared directory: its labels are chosen already; leave {ask.labels} unset")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _PATIENCE_S = 10.0
+_SILENT_S = 30.0  # until one who waits is told for whom
+_log = logging.getLogger("jitjax.data")
 
 
 class DeviceIterator(Iterator[dict[str, Any]]):
@@ -53,13 +56,24 @@ class DeviceIterator(Iterator[dict[str, Any]]):
             raise self._failure
         if self._stop.is_set():
             raise ValueError("the iterator is closed")
-        start = time.perf_counter()
-        item = self._ready.get()
+        start, patience = time.perf_counter(), _SILENT_S
+        while True:
+            try:
+                item = self._ready.get(timeout=patience)
+                break
+            except queue.Empty:
+                _log.warning("no input for %.0f s: waiting for %s", time.perf_counter() - start, self.describe())
+                patience *= 2
         self.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
             self._failure = item
             raise item
         return item
+
+    def describe(self) -> str:
+        """Whom the next batch waits for, in words. From any thread."""
+        describe = getattr(self._host, "describe", None)
+        return describe() if describe is not None else "the input"
 
     def close(self) -> None:
         """Stops the transfer and the host iterator's workers. Safe to call twice."""

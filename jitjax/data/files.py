@@ -43,12 +43,20 @@ def read_file(path: str) -> bytes:
 
 def failure(error: OSError, path: str) -> BadImage | UserError:
     """What an error of the system means: a `UserError` where it is not this file's fault."""
-    reason = error.strerror or type(error).__name__
+    reason = os.strerror(error.errno) if error.errno else type(error).__name__
     if error.errno in _TOO_MANY:
         return UserError(f"{path}: {reason}; raise the limit (ulimit -n) or lower the number of workers")
     if error.errno in _GONE:
         return UserError(f"{path}: {reason}; the disk or share does not answer: bring it back and start again")
     return BadImage(CANNOT_READ + reason)
+
+
+def unreadable(error: Exception, path: str) -> UserError:
+    """One line for an input file that cannot be read at all."""
+    if isinstance(error, OSError) and error.errno:
+        fault = failure(error, path)
+        return fault if isinstance(fault, UserError) else UserError(f"{path} {fault}")
+    return UserError(f"{path} is damaged: {str(error)[:200] or type(error).__name__}")
 
 
 def _read_once(path: str) -> bytes:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
 
 from jitjax.data import archive, rules
 from jitjax.data.arrays import ArrayInput
-from jitjax.data.containers import choose_files, find_containers
+from jitjax.data.containers import beside, choose_files, find_containers
 from jitjax.data.files import read_file
 from jitjax.data.image import BadImage
 from jitjax.data.listing import list_images
@@ -45,8 +44,7 @@ class FolderInput:
     """The images of a folder, listed by the rules of docs/data.md."""
 
     def __init__(self, tree: FolderTree, ask: Ask, split: str, labels: str):
-        with reading(ask):
-            listing = list_images(tree, ask, split=split, labels=labels)
+        listing = list_images(tree, ask, split=split, labels=labels)
         self._root = tree.path(listing.root)
         self._names, self._fingerprint = listing.names, listing.fingerprint()
         self.labels, self.classes = listing.labels, listing.classes
@@ -93,41 +91,40 @@ def open_input(
     """
     ask = Ask(f"--data_path={path}", "--split", "--labels")
     path = os.path.expanduser(path)
-    endings = rules.endings(all_formats)
     if not os.path.exists(path):
         raise UserError(f"{ask.where} does not exist; give it an image folder, a zip or tar of one, or Parquet files")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{ask.where} cannot be read: Permission denied")
-
-    def table(files: Sequence[str], left: Sequence[str] = ()) -> TableInput:
-        named = ask._replace(labels="--label_column") if label_column else ask
-        return TableInput(files, named, image_column=image_column, labels=label_column or labels, left_alone=left)
-
-    def tars(files: Sequence[str], prefixes: Sequence[str] = (), left: Sequence[str] = ()) -> archive.ArchiveInput:
-        plain = [_plain_tar(file, scratch, k, ask.where) for k, file in enumerate(files)]
-        tree = archive.open_tars(plain, ask, endings, labels, prefixes)
-        # which of the tars are read is settled; a split in a single one is not
-        return archive.ArchiveInput(tree, ask, split if not prefixes else "", labels, path, left)
-
-    if os.path.isdir(path):
-        tree = FolderTree(path, endings)
-        with reading(ask):
-            containers = find_containers(tree, ask)
-        if not containers:
-            return FolderInput(tree, ask, split, labels)
-        chosen, left = choose_files(containers, ask, split)
-        files = [os.path.join(path, name) for name in chosen]
-        if chosen[0].lower().endswith(rules.TABLE_ENDINGS):
-            return table(files, left)
-        return tars(files, [rules.stem(name) for name in chosen] if len(files) > 1 else (), left)
-    if path.lower().endswith(rules.TABLE_ENDINGS):
-        return table([path])
-    if path.lower().endswith(".npz"):
-        return ArrayInput(path, ask, label_column or labels)
-    if zipfile.is_zipfile(path):
-        return archive.ArchiveInput(archive.open_zip(path, ask, endings, zip_names), ask, split, labels, path)
-    if path.lower().endswith(rules.TAR_ENDINGS) or archive.outer_compression(path) is not None:
-        return tars([path])
+    endings, label_column = rules.endings(all_formats), label_column or ""
+    with reading(ask):
+        files, left, notes, settled, prefixes = [path], [], [], False, []
+        if os.path.isdir(path):
+            folder = FolderTree(path, endings)
+            containers = find_containers(folder, ask)
+            if not containers:
+                return FolderInput(folder, ask, split, labels)
+            chosen, left, settled = choose_files(containers, ask, split)
+            others, notes = beside(folder, ask)
+            files, left = [os.path.join(path, name) for name in chosen], [*left, *others]
+            prefixes = [rules.stem(name) for name in chosen] if len(files) > 1 else []
+        if files[0].lower().endswith(rules.TABLE_ENDINGS):
+            return TableInput(
+                files,
+                ask._replace(labels="--label_column") if label_column else ask,
+                image_column=image_column,
+                split=split,
+                settled=settled,
+                labels=label_column or labels,
+                left_alone=left,
+                notes=notes,
+            )
+        if path.lower().endswith(".npz"):
+            return ArrayInput(path, ask, split, label_column or labels)
+        if archive.is_zip(files[0]):
+            return archive.ArchiveInput(archive.open_zip(path, ask, endings, zip_names), ask, split, labels, path)
+        if files[0].lower().endswith(rules.TAR_ENDINGS) or archive.outer_compression(path) is not None:
+            plain = [_plain_tar(file, scratch, k, ask.where) for k, file in enumerate(files)]
+            tree = archive.open_tars(plain, ask, endings, labels, prefixes)
+            tree.notes += notes
+            return archive.ArchiveInput(tree, ask, split, labels, path, left, settled=settled)
     raise UserError(f"{ask.where} is neither a folder nor a zip, tar (plain, gz, bz2, xz), Parquet, Arrow or .npz file")
 
 

@@ -10,12 +10,14 @@ import io
 import json
 import math
 import posixpath
-from collections.abc import Hashable, Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jitjax.data.rules import FILE_COLUMNS, LABEL_COLUMNS, Ask, listed
+from jitjax.data import rules
+from jitjax.data.rules import FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS, Ask, listed, usual
 from jitjax.errors import UserError
 
 
@@ -42,7 +44,7 @@ def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str
     plain = [_plain(value) for value in values]
     distinct = set(plain)
     if distinct <= {None, -1}:
-        return Labels(np.zeros(len(plain), np.int32), ())
+        return Labels(np.zeros(len(plain), np.int32), (), f"{where}: no label, only empty values or -1" if values else "")
     strings = all(isinstance(value, str) for value in distinct)
     if strings and names and not distinct <= set(names):
         names = None
@@ -65,7 +67,33 @@ def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str
     elif not strings and any(value != k for value, k in number.items()):
         table = listed((f"{value} is class {k}" for value, k in number.items()), most=10)
         note = f"{where}: the labels are not numbered 0..{len(classes) - 1} and were renumbered: {table}"
+    note = note or alike(classes, where)
     return Labels(np.array([number[value] for value in plain], np.int32), tuple(classes), note)
+
+
+def number_part(values: Sequence[Any], part: Sequence[int], names: Sequence[str] | None, where: str) -> Labels:
+    """`number_labels` of the rows `part`, with the numbers that all rows have, so that they are those of the other splits."""
+    if len(part) == len(values):
+        return number_labels(values, names, where)
+    labelled = [row for row, value in enumerate(values) if _plain(value) not in (None, -1)]  # other splits may have none
+    if not set(part) <= set(labelled):
+        return number_labels([values[row] for row in part], names, where)
+    numbers, classes, note = number_labels([values[row] for row in labelled], names, where)
+    place = {row: k for k, row in enumerate(labelled)}
+    numbers = numbers[[place[row] for row in part]]
+    if unused := len(classes) - len(set(numbers.tolist())):
+        note = f"{where}: {unused} of {len(classes)} classes have no image in this split"
+    return Labels(numbers, classes, note)
+
+
+def alike(classes: Sequence[str], where: str) -> str:
+    """A note where two classes differ in capital letters, spaces or the form of accents alone; "" where none do."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        other = seen.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), name)
+        if other is not name:
+            return f"{where}: the classes {other!r} and {name!r} have almost the same name; are they one?"
+    return ""
 
 
 def _plain(value: Any) -> Any:
@@ -79,10 +107,16 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, bool | np.integer) else value
 
 
-def same_partition(first: Sequence[Hashable], second: Sequence[Hashable]) -> bool:
-    """Whether two labellings put the same images together, whatever they call the classes."""
-    pairs = set(zip(first, second, strict=True))
-    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+def agree(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether two labellings say the same: they put the same images together and, as far as they use the same names for
+    classes, do not exchange them. Numbers may count from another start.
+    """
+    pairs = set(zip(map(_plain, first), map(_plain, second), strict=True))
+    left, right = {str(a) for a, _ in pairs}, {str(b) for _, b in pairs}
+    if not len(pairs) == len(left) == len(right):
+        return False
+    crossed = [a for a, b in pairs if str(a) != str(b) and str(a) in right]
+    return not crossed or (left != right and all(str(a).isdigit() for a in crossed))
 
 
 def choose_label_column(columns: dict[str, Sequence[Any]], given: str, where: str, ask: Ask) -> str:
@@ -98,59 +132,84 @@ def choose_label_column(columns: dict[str, Sequence[Any]], given: str, where: st
         if given not in columns:
             raise UserError(f"{ask.labels}={given} is not a column of {where}; it has {listed(columns, 20)}")
         return given
-    known = [name for usual in LABEL_COLUMNS for name in columns if name.lower() == usual]
+    known = usual(columns, LABEL_COLUMNS)
+    if "x" in map(str.lower, columns):  # the corner of a box
+        known = [name for name in known if name.lower() != "y"]
     for other in known[1:]:
-        if not same_partition(*([_plain(value) for value in columns[name]] for name in (known[0], other))):
+        if not agree(columns[known[0]], columns[other]):
             raise UserError(f"{where} holds different labels in the columns {listed(known)}; choose one with {ask.labels}")
     return known[0] if known else ""
 
 
 class Table(NamedTuple):
-    """One label file. rows: file name as written there -> label; None where no column is a label. columns: of the file."""
+    """One label file.
 
-    rows: dict[str, Any] | None
+    files: (column, its values) of those that may name the images, the most usual first. labels: of each row, None where no
+    column is a label. column: the labels'. splits: the split of each row, None where no column tells. columns: of the file.
+    """
+
+    files: list[tuple[str, list[str]]]
+    labels: list[Any] | None
     column: str
+    splits: list[str] | None
     columns: tuple[str, ...]
 
 
 def read_table(name: str, data: bytes, column: str, where: str, ask: Ask) -> Table:
-    """Parses dataset.json (NVlabs), *.csv, *.tsv or *.jsonl. column: the label column, "" to find it.
+    """Parses *.csv, *.tsv, *.jsonl, dataset.json (NVlabs) or another JSON of rows or of {file: label}.
+
+    column: the label column, "" to find it.
 
     Raises:
       UserError: damaged, or which column is meant is not clear.
     """
+    lower, known = name.lower(), ()
     try:
-        text = data.decode("utf-8-sig")
-        if name.lower().endswith(".json"):
-            return _read_dataset_json(json.loads(text))
-        if name.lower().endswith(".jsonl"):
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            columns = {key: [line.get(key) for line in lines] for key in {key: None for line in lines for key in line}}
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if lower.endswith(".json"):
+            content = json.loads(text)
+            columns, known = _read_json(content), tuple(content) if isinstance(content, dict) else ()
+        elif lower.endswith(".jsonl"):
+            columns = _by_column([json.loads(line) for line in text.splitlines() if line.strip()])
         else:
-            columns = _read_csv(text, "\t" if name.lower().endswith(".tsv") else None)
-    except (ValueError, AttributeError, TypeError, csv.Error) as error:
+            columns = _read_csv(text, "\t" if lower.endswith(".tsv") else None)
+    except (ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{where}: {name} cannot be read as a table of labels: {error}; repair it or move it away") from None
-    files = next((key for usual in FILE_COLUMNS for key in columns if key.lower() == usual and key != column), "")
-    files = files or next(iter(columns), "")
-    typed = name.lower().endswith(".jsonl")
-    others = {key: values if typed else _typed(values) for key, values in columns.items() if key != files}
-    chosen = choose_label_column(others, column, f"{where} in {name}", ask)
-    if not chosen and len(others) == 1 and "label" in name.lower():
-        (chosen,) = others
-    if not chosen:
-        return Table(None, "", tuple(columns))
-    rows: dict[str, Any] = {}
-    for file, value in zip(columns[files], others[chosen], strict=True):
-        if rows.setdefault(str(file), value) != value:
-            raise UserError(f"{where}: {name} gives {file} two labels, {rows[str(file)]!r} and {value!r}; repair it")
-    return Table(rows, chosen, tuple(columns))
+    typed = columns if ".json" in lower else {key: _typed(values) for key, values in columns.items()}
+    named = dict.fromkeys((*usual(columns, FILE_COLUMNS), *columns))
+    chosen = choose_label_column(typed, column, f"{where} in {name}", ask)
+    if not chosen and len(columns) == 2 and "label" in lower:
+        _, chosen = named
+    splits = next((columns[key] for key in usual(columns, SPLIT_COLUMNS) if are_splits(columns[key])), None)
+    files = [(key, list(map(str, columns[key]))) for key in named if key != chosen]
+    return Table(files, typed[chosen] if chosen else None, chosen, splits, tuple(columns) or known)
 
 
-def _read_dataset_json(content: Any) -> Table:
-    labels = content.get("labels") if isinstance(content, dict) else None
-    if not labels:
-        return Table(None, "", tuple(content) if isinstance(content, dict) else ())
-    return Table({str(file): label for file, label in (labels.items() if isinstance(labels, dict) else labels)}, "labels", ())
+def are_splits(values: Iterable[Any]) -> bool:
+    """Whether the values of a column tell which split each row belongs to."""
+    distinct = set()
+    for value in values:
+        if value not in distinct:
+            split = rules.split_of(value) if isinstance(value, str) else None
+            if not split or not split.sure:
+                return False
+            distinct.add(value)
+    return bool(distinct)
+
+
+def _read_json(content: Any) -> dict[str, list[Any]]:
+    labels = content.get("labels") if isinstance(content, dict) and "labels" in content else content
+    if isinstance(labels, dict) and not any(isinstance(value, dict | list) for value in labels.values()):
+        labels = list(labels.items())
+    if not isinstance(labels, list) or not labels:
+        return {}
+    if isinstance(labels[0], dict):
+        return _by_column(labels)
+    return {"file": [str(file) for file, _ in labels], "label": [label for _, label in labels]}
+
+
+def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row.get(key) for row in rows] for key in {key: None for row in rows for key in row}}
 
 
 def _read_csv(text: str, delimiter: str | None) -> dict[str, list[Any]]:
@@ -164,7 +223,12 @@ def _read_csv(text: str, delimiter: str | None) -> dict[str, list[Any]]:
     uneven = next((k for k, row in enumerate(rows) if len(row) != len(rows[0])), None)
     if uneven is not None:
         raise ValueError(f"row {uneven} has {len(rows[uneven])} fields, the header {len(rows[0])}")
-    return {name.strip(): [row[k] for row in rows[1:]] for k, name in enumerate(rows[0])}
+    header = [name.strip() for name in rows[0]]
+    if any(name.lower().endswith(rules.endings(all_formats=True)) for name in header):
+        raise ValueError("the first line is no header, such as file,label")
+    if len(set(header)) < len(header):
+        raise ValueError(f"two columns are called {next(name for name in header if header.count(name) > 1)!r}")
+    return {name: [row[k] for row in rows[1:]] for k, name in enumerate(header)}
 
 
 def _typed(values: list[str]) -> list[Any]:
@@ -182,31 +246,69 @@ def _typed(values: list[str]) -> list[Any]:
     return [value or None for value in stripped]
 
 
-def match_rows(rows: dict[str, Any], files: Sequence[str], folder: str, root: str) -> list[Any]:
-    """The label of each file, `MISSING` where the table has none.
+def match_table(table: Table, files: Sequence[str], folder: str, root: str, where: str) -> tuple[list[Any], bool]:
+    """(label, split) of each file, `MISSING` where the table has none; None or "" where it has no such column. And whether
+    the table names the files with their folders.
+
+    The column that names the files is the first that names all of them, else the one that names most.
 
     Args:
-      rows: file name as the table writes it -> label. files: paths relative to `root`. folder: of the table; it and `root`
-        are paths in the same tree, "" for its top, else ending in "/".
+      files: paths relative to `root`. folder: of the table; it and `root` are paths in the same tree, "" for its top, else
+        ending in "/". where: for messages.
 
-    A row may give the path from the table's folder or from the images', or the bare name with or without ending, where
-    that names one file alone.
+    Raises:
+      UserError: two rows for one file differ.
     """
-    table = {posixpath.normpath(name.replace("\\", "/")): value for name, value in rows.items()}
+    count = len(table.files[0][1]) if table.files else 0
+    rows = list(zip(table.labels or [None] * count, table.splits or [""] * count, strict=True))
     best: list[Any] = [MISSING] * len(files)
-    for key in (
-        lambda name: (root + name)[len(folder) :],
+    most, clash, with_folders = 0, "", False
+    for _, names in table.files:
+        entries: dict[str, tuple[Any, str]] = {}
+        twice = ""
+        for name, row in zip(names, rows, strict=True):
+            if entries.setdefault(name, row) != row:
+                labels = (entries[name][0], row[0]) if entries[name][0] != row[0] else (entries[name][1], row[1])
+                twice = twice or f"{where} gives {name} two labels, {labels[0]!r} and {labels[1]!r}; repair it"
+        found, whole = _match_rows(entries, files, folder, root)
+        named = sum(value is not MISSING for value in found)
+        if named > most:
+            best, most, clash, with_folders = found, named, twice, whole
+        if named == len(files):
+            break
+    if clash:
+        raise UserError(clash)
+    return best, with_folders
+
+
+def _match_rows(rows: dict[str, Any], files: Sequence[str], folder: str, root: str) -> tuple[list[Any], bool]:
+    """The value of each file, `MISSING` where the rows have none, and whether the rows give paths from the table's folder.
+
+    Else a row may give the path from the images' folder, or the bare name with or without ending, where that names one file
+    alone.
+    """
+    table = {_path(name): value for name, value in rows.items()}
+    best: list[Any] = [MISSING] * len(files)
+    most, from_folder = 0, False
+    for number, key in enumerate((
+        lambda name: (root + name).removeprefix(folder),
         lambda name: name,
         posixpath.basename,
         lambda name: posixpath.splitext(posixpath.basename(name))[0],
-    ):
-        keys = [key(name) for name in files]
+    )):  # fmt: skip
+        keys = [_path(key(name)) for name in files]
         if len(set(keys)) < len(keys):
             continue
         found = [table.get(k, MISSING) for k in keys]
-        if sum(value is not MISSING for value in found) > sum(value is not MISSING for value in best):
-            best = found
-    return best
+        named = sum(value is not MISSING for value in found)
+        if named > most:
+            best, most, from_folder = found, named, number == 0
+    return best, from_folder
+
+
+def _path(name: str) -> str:
+    """One form for the ways to write a path; macOS takes accents apart in the names of files."""
+    return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
 
 
 class _Missing:
@@ -217,16 +319,13 @@ class _Missing:
 MISSING = _Missing()
 
 
-def read_sidecar(name: str, data: bytes, field: str, where: str) -> Any:
-    """The label in a file beside one image: the text of x.cls, or the label field of x.json (MISSING without one)."""
+def read_sidecar(name: str, data: bytes, where: str) -> dict[str, Any]:
+    """What a file beside one image says, by field: the fields of x.json, or "label" with the text of x.cls."""
     try:
         text = data.decode("utf-8").strip()
         if not name.lower().endswith(".json"):
-            return _typed([text])[0]
+            return {"label": _typed([text])[0]}
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {name} holds no label that can be read: {error}; repair or remove it") from None
-    if not isinstance(content, dict):
-        return MISSING
-    fields = (field,) if field else LABEL_COLUMNS
-    return next((content[key] for key in fields if key in content), MISSING)
+    return content if isinstance(content, dict) else {}

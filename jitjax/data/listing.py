@@ -12,21 +12,18 @@ import collections
 import dataclasses
 import hashlib
 import os
-import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jitjax.data import rules
-from jitjax.data.labels import MISSING, Labels, match_rows, number_labels, read_sidecar, read_table, same_partition
-from jitjax.data.rules import Ask, listed
-from jitjax.data.tree import Scan, Tree
+from jitjax.data.label_sources import LabelFinder
+from jitjax.data.labels import Labels, alike, number_part
+from jitjax.data.rules import HERE, Ask, listed
+from jitjax.data.tree import Files, Scan, Tree
 from jitjax.errors import UserError
 
-HERE = "."  # as a split: the folder itself, as it is
-FROM_FOLDERS, NO_LABELS = "folders", "none"  # as labels
 _MAX_WRAPPERS = 20
 
 
@@ -94,39 +91,51 @@ def summary(count: int, classes: Sequence[str], origin: str, label_source: str, 
     return f"{labels} from {origin}{source}{left}"
 
 
-def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "") -> Listing:
+def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "", settled: bool = False) -> Listing:
     """Lists the images of a tree.
 
     Args:
       ask: how messages call the tree and the options. split: which split is read, by name or role ("val"); "" for
         training, "." for the top itself with everything below. labels: "" finds them, "folders" and "none" are what they
-        say, "cls" and "json" are files beside each image, anything else is a label file (or FILE:COLUMN).
+        say, "cls" and "json" are files beside each image, anything else is a label file (or FILE:COLUMN). settled: the
+        tree is of that split already, so none has to be found in it.
 
     Raises:
       UserError: there is no image, a class folder is empty (leaving it out would renumber the classes after it), or there
         is more than one way to read the tree.
     """
-    root, left, role = find_root(tree, ask, split)
+    root, left, chosen = find_root(tree, ask, split)
+    role = rules.split_of(chosen).role if chosen else "train"
     files = _collect(tree, root, ask, split)
     if not files.pictures:
         kinds = f" but {listed(files.passed_over())}" if files.others else ""
         raise UserError(f"no image in {ask.where}{kinds}; expected .jpg, .png, .webp or others in it or in class folders")
     names = [f"{folder}/{name}" if folder else name for folder, name, _ in files.pictures]
-    found = _Finder(tree, root, role, names, files, ask).find(labels)
+    found = LabelFinder(tree, root, role, names, files, ask).find(labels)
     notes = [*files.notes, *found.notes]
-    keep = range(len(names))
+    keep: Sequence[int] = range(len(names))
     if found.by_folder:
         keep, classes, note = _class_folders(files, ask)
         number = {name: k for k, name in enumerate(classes)}
-        answer = Labels(np.array([number[files.pictures[k][0].partition("/")[0]] for k in keep], np.int32), classes)
         notes += note
+    strays = len(names) - len(keep)
+    settled = settled or chosen is not None
+    if found.splits and split != HERE and not (settled and len(set(found.splits)) == 1):
+        name = rules.pick_split(set(found.splits), split, ask)
+        counts = collections.Counter(found.splits[k] for k in keep)
+        left += [f"split {other} ({count:,})" for other, count in sorted(counts.items()) if other != name]
+        keep = [k for k in keep if found.splits[k] == name]
+    elif split not in ("", HERE) and not settled:
+        raise UserError(f"{ask.where} holds no split called {split}; {ask.split} names one of its folders, or . for all of it")
+    if found.by_folder:
+        tops = [files.pictures[k][0].partition("/")[0] for k in keep]
+        answer = Labels(np.array([number[top] for top in tops], np.int32), classes, alike(classes, ask.where))
     elif found.values is not None:
-        answer = number_labels(found.values, None, f"{ask.where}: {found.source}")
+        answer = number_part(found.values, keep, None, f"{ask.where}: {found.source}")
     else:
-        answer = Labels(np.zeros(len(names), np.int32), ())
+        answer = Labels(np.zeros(len(keep), np.int32), ())
     if answer.note:
         notes.append(answer.note)
-    strays = len(names) - len(keep)
     left += [f"{strays} images beside class folders"] * bool(strays) + files.passed_over(found.used)
     return Listing(
         root,
@@ -140,11 +149,11 @@ def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "") -> L
     )
 
 
-def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str]:
+def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str | None]:
     """Enters wrapper folders and the split that is read.
 
     Returns:
-      The root ("" or ending in "/"), what is left alone beside the way to it, and the role of the split.
+      The root ("" or ending in "/"), what is left alone beside the way to it, and the folder of the split, if there is one.
     """
     root, left, chosen = "", [], None
     for _ in range(_MAX_WRAPPERS if split != HERE else 0):
@@ -165,10 +174,7 @@ def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str]:
             others["images"] = len(here.pictures)
         left += [f"{count:,} {kind} beside {root}{name}/" for kind, count in sorted(others.items())]
         root = f"{root}{name}/"
-    if split not in ("", HERE) and chosen is None:
-        raise UserError(f"{ask.where} holds no split called {split}; {ask.split} names one of its folders, or . for all of it")
-    role = rules.split_of(chosen) if chosen else None
-    return root, left, role.role if role else "train"
+    return root, left, chosen
 
 
 def _count(tree: Tree, folder: str) -> str:
@@ -233,24 +239,7 @@ def _names_one(split: str, splits: list[str]) -> bool:
     return any(n.lower() == split.lower() or (known and rules.split_of(n).role == known.role) for n in splits)
 
 
-@dataclasses.dataclass
-class _Files:
-    """The pictures below the root in their order, as (folder, name, bytes), and what else lies there."""
-
-    pictures: list[tuple[str, str, int]]
-    tops: list[str]
-    others: dict[str, list[str]]  # folder -> names
-    system: collections.Counter
-    notes: list[str]
-
-    def passed_over(self, used: frozenset[str] = frozenset()) -> list[str]:
-        """Counts by ending; `used` are paths of label files that were read."""
-        rest = (n for folder, names in self.others.items() for n in names if (f"{folder}/{n}" if folder else n) not in used)
-        endings = collections.Counter(map(rules.ending, rest))
-        return [f"{count:,} {name}" for counts in (endings, self.system) for name, count in sorted(counts.items())]
-
-
-def _collect(tree: Tree, root: str, ask: Ask, split: str) -> _Files:
+def _collect(tree: Tree, root: str, ask: Ask, split: str) -> Files:
     pictures, others, system, notes = [], {}, collections.Counter(), []
     scans = dict(tree.walk(root))
     prepared = [name for name in scans[""].folders if tree.is_prepared(root + name)]
@@ -275,10 +264,30 @@ def _collect(tree: Tree, root: str, ask: Ask, split: str) -> _Files:
         if scan.others:
             others[folder] = scan.others
         system.update(scan.system)
-    return _Files(pictures, tops, others, system, notes)
+    doubt = _doubt({name: scans[name] for name in tops}, pictures) if split != HERE else ""
+    return Files(pictures, tops, others, system, notes, doubt)
 
 
-def _class_folders(files: _Files, ask: Ask) -> tuple[Sequence[int], tuple[str, ...], list[str]]:
+def _doubt(tops: dict[str, Scan], pictures: list[tuple[str, str, int]]) -> str:
+    """Why the folders at the top may be something else than classes; "" where nothing speaks against it."""
+    filled = {name: set(scan.folders) for name, scan in tops.items() if scan.folders or scan.pictures}
+    if rules.are_parts(list(filled)):
+        return f"{listed(sorted(filled))} look like numbered parts of one set"
+    general = sorted(name for name in filled if name.lower() in ("images", "image", "imgs", "img", "data", "dataset"))
+    if general and len(filled) > 1:
+        return f"{general[0]}/ beside {listed(sorted(filled.keys() - {general[0]}))} has no name of a class"
+    inner = list(filled.values())
+    shared = set.intersection(*inner) if len(inner) > 1 and not any(scan.pictures for scan in tops.values()) else set()
+    if len(shared) > 1 and 2 * len(shared) >= len(set.union(*inner)):
+        return f"each of {listed(sorted(filled))} holds the same folders ({listed(sorted(shared))})"
+    if filled and all(map(re.compile(r"\d{5}").fullmatch, filled)):
+        numbers = ((folder, re.fullmatch(r"img(\d{5})\d{3}\.\w+", name)) for folder, name, _ in pictures)
+        if all(match and match[1] == folder for folder, match in numbers):
+            return f"{listed(sorted(filled))} are named as by NVlabs' dataset_tool, but its dataset.json is not there"
+    return ""
+
+
+def _class_folders(files: Files, ask: Ask) -> tuple[Sequence[int], tuple[str, ...], list[str]]:
     """Indices of the pictures in class folders, the classes, and a note on those beside."""
     flat = next((k for k, (folder, _, _) in enumerate(files.pictures) if folder), 0)
     count = len(files.pictures)
@@ -294,145 +303,11 @@ def _class_folders(files: _Files, ask: Ask) -> tuple[Sequence[int], tuple[str, .
     classes = tuple(sorted(set(files.tops) - beside))
     empty = sorted(set(classes) - filled)
     if empty:
-        raise UserError(f"class folder {empty[0]!r} in {ask.where} holds no image; remove the folder or fill it")
+        inside = [n for f, found in files.others.items() if f.partition("/")[0] == empty[0] for n in found]
+        kinds = collections.Counter(map(rules.ending, inside))
+        but = f" but {listed(f'{count:,} {kind}' for kind, count in sorted(kinds.items()))}" if kinds else ""
+        raise UserError(f"class folder {empty[0]!r} in {ask.where} holds no image{but}; remove the folder or fill it")
     notes = []
     if flat:
         notes.append(f"{ask.where} holds class folders; {flat} images beside them are left out, as ImageFolder does")
     return range(flat, count), classes, notes
-
-
-@dataclasses.dataclass
-class _Found:
-    """Where the labels come from. values: one for each picture, or None. used: label files that were read."""
-
-    by_folder: bool = False
-    values: list[Any] | None = None
-    source: str = ""
-    used: frozenset[str] = frozenset()
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-class _Finder:
-    """Finds labels beside the images of one root and weighs them against its class folders."""
-
-    def __init__(self, tree: Tree, root: str, role: str, names: list[str], files: _Files, ask: Ask):
-        self._tree, self._root, self._role, self._names, self._files, self._ask = tree, root, role, names, files, ask
-        self._notes: list[str] = []
-        self._unlabelled_buckets = False
-
-    def find(self, wanted: str) -> _Found:
-        nested = any(folder for folder, _, _ in self._files.pictures)
-        where, option = self._ask.where, self._ask.labels
-        if wanted == NO_LABELS:
-            return _Found()
-        if wanted == FROM_FOLDERS:
-            if not nested:
-                raise UserError(f"{option}=folders, but {where} has no class folders; choose other labels or {option}=none")
-            return _Found(by_folder=True)
-        candidates = list(self._candidates(wanted))
-        if wanted and not candidates:
-            raise UserError(
-                f"{option}={wanted} finds no labels in {where}; give folders, none, cls, json or a label file's name"
-            )
-        for other in candidates[1:]:
-            if not same_partition(*([repr(v) for v in c.values] for c in (candidates[0], other))):
-                names = f"{candidates[0].source} and {other.source}"
-                raise UserError(f"{where} holds different labels in {names}; choose with {option}=FILE, folders or none")
-        if not candidates:
-            return _Found(by_folder=nested and not self._unlabelled_buckets, notes=self._notes)
-        found = candidates[0]
-        tops = [folder.partition("/")[0] for folder, _, _ in self._files.pictures]
-        if not wanted and len(set(tops)) > 1 and not self._are_buckets(found):
-            if not same_partition(tops, [repr(value) for value in found.values]):
-                raise UserError(
-                    f"{where} holds labels in {found.source} that differ from its {len(set(tops))} class folders; choose with "
-                    f"{option}=folders or {option}={found.source.partition(',')[0]}"
-                )
-            if "" not in tops:  # the folders have the names
-                return _Found(by_folder=True, used=found.used, notes=self._notes)
-        return dataclasses.replace(found, notes=self._notes)
-
-    def _are_buckets(self, found: _Found | None) -> bool:
-        """NVlabs' dataset_tool spreads files over 00000/, 00001/, ... and writes the labels to dataset.json."""
-        buckets = all(re.fullmatch(r"\d{5}", name) for name in self._files.tops)
-        return buckets and (found is None or found.source.endswith("dataset.json"))
-
-    def _candidates(self, wanted: str) -> Iterator[_Found]:
-        kind, _, field = wanted.partition(":")
-        for ending in (".cls", ".json"):
-            if not wanted or kind == ending[1:]:
-                found = self._sidecars(ending, field, required=bool(wanted))
-                if found:
-                    yield found
-                    break
-        if kind in ("cls", "json"):
-            return
-        folder = ""
-        for part in ["", *self._root.split("/")[:-1]]:  # from the top down to the root
-            folder = f"{folder}{part}/" if part else folder
-            for name in sorted(self._tree.scan(folder).others):
-                if name == kind or folder + name == kind or (not wanted and rules.is_label_file(name, self._role)):
-                    found = self._table(folder, name, field, required=bool(wanted))
-                    if found:
-                        yield found
-
-    def _table(self, folder: str, name: str, column: str, required: bool) -> _Found | None:
-        where, option = self._ask.where, self._ask.labels
-        table = read_table(name, self._tree.read(folder + name), column, where, self._ask)
-        if table.rows is None:
-            if name.lower() == "dataset.json" and self._are_buckets(None):
-                self._unlabelled_buckets = True
-            if required or table.columns:
-                text = f"{where}: {name} has no column that is known to hold labels ({listed(table.columns, 20)})"
-                if required:
-                    raise UserError(f"{text}; name it as {option}={name}:COLUMN")
-                self._notes.append(f"{text}; if one does, name it as {option}={name}:COLUMN")
-            return None
-        values = match_rows(table.rows, self._names, folder, self._root)
-        missing = [k for k, value in enumerate(values) if value is MISSING]
-        if len(missing) == len(values):
-            if required:
-                raise UserError(f"{option}={name}: it names none of the images of {where}")
-            self._notes.append(f"{where}: {name} names none of the images and is left alone")
-            return None
-        if missing:
-            raise UserError(
-                f"{where}: {name} has no label for {len(missing)} of {len(values)} images (such as {self._names[missing[0]]}); "
-                f"complete it, or choose {option}=folders or none"
-            )
-        inside = (folder + name)[len(self._root) :]
-        source = f"{name}, column {table.column}" if table.column and name.lower() != "dataset.json" else name
-        return _Found(values=values, source=source, used=frozenset([inside]))
-
-    def _sidecars(self, ending: str, field: str, required: bool) -> _Found | None:
-        """Labels in a file beside each image, named as the image up to its first dot (WebDataset's rule)."""
-        files = {
-            posixpath.join(folder, name.partition(".")[0]): posixpath.join(folder, name)
-            for folder, names in self._files.others.items()
-            for name in names
-            if name.lower().endswith(ending) and not (not folder and rules.is_label_file(name, self._role))
-        }
-        if not files:
-            return None
-        where, option = self._ask.where, self._ask.labels
-        keys = [posixpath.join(folder, name.partition(".")[0]) for folder, name, _ in self._files.pictures]
-        present = [key for key in keys if key in files]
-        if not present:
-            return None
-        values = {}
-        for number, key in enumerate(present):
-            values[key] = read_sidecar(files[key], self._tree.read(self._root + files[key]), field, where)
-            if number == 0 and values[key] is MISSING and not required:
-                self._notes.append(
-                    f"{where}: {len(files)} {ending} files hold no field that is known for labels; if one does, name it as "
-                    f"{option}=json:FIELD"
-                )
-                return None
-        missing = [k for k, key in enumerate(keys) if values.get(key, MISSING) is MISSING]
-        if missing or len(set(keys)) < len(keys):
-            what = f"{len(missing)} of {len(keys)} images have no label in a {ending} file (such as {self._names[missing[0]]})"
-            if not missing:
-                what = f"several images share one {ending} file"
-            raise UserError(f"{where}: {what}; complete them, or choose {option}=folders or none")
-        used = frozenset(files[key] for key in present)
-        return _Found(values=[values[key] for key in keys], source=f"{ending} files", used=used)

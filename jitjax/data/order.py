@@ -88,6 +88,10 @@ class ExampleOrder:
         keys = _mix(epochs.astype(np.uint64) + _key(self.seed, _PERMUTATION))
         return permute(positions, self.count, keys)
 
+    def batch(self, step: int) -> np.ndarray:
+        """(global_batch,) int64 indices into the data set: the images of optimizer step `step`, from 1, in their order."""
+        return self.images(np.arange((step - 1) * self.global_batch, step * self.global_batch))
+
     def flips(self, examples: np.ndarray) -> np.ndarray:
         """(n,) global example indices -> (n,) bool, True (half of the time) where the image is mirrored left-right."""
         hashed = _mix(np.asarray(examples, np.int64).astype(np.uint64) + _key(self.seed, _FLIP))

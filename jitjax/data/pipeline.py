@@ -8,20 +8,24 @@ iterator state is not used: it goes silently wrong when the number of workers ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from jitjax.data import readers
 from jitjax.data.dataset import DataSet
 from jitjax.data.files import CANNOT_READ
 from jitjax.data.image import is_constant
 from jitjax.data.order import ExampleOrder
 from jitjax.data.pool import available_cpus, obey_parent
+from jitjax.data.readers import Readers
 from jitjax.errors import UserError
 
 _log = logging.getLogger("jitjax.data")
@@ -55,6 +59,7 @@ class ChunkSource:
     chunks_per_batch: int
     flip: bool
     max_bad: int
+    readers: Readers
 
     def __post_init__(self) -> None:
         self._bad: dict[int, BadFile] = {}
@@ -79,7 +84,8 @@ class ChunkSource:
         images = np.empty((last - first, size, size, 3), np.uint8)
         labels = np.empty(last - first, np.int32)
         indices = self.order.images(examples)
-        bad = self._read(indices, images, labels)
+        with self.readers.reading(int(indices[0])):
+            bad = self._read(indices, images, labels)
         constant = tuple(int(index) for index, image in zip(indices, images, strict=True) if is_constant(image))
         if self.flip:
             flips = self.order.flips(examples)
@@ -107,6 +113,15 @@ class ChunkSource:
             if len(self._bad) > self.max_bad:
                 raise too_many_bad(self._bad.values(), len(self.dataset), self.max_bad)
             return bad
+
+
+def names(dataset: DataSet, indices: np.ndarray, bad: Mapping[int, BadFile]) -> list[dict[str, Any]]:
+    """For each of `indices` {"index", "file"}, and "replaced", the reason, where it is one of the `bad` ones: then the next
+    image of the data set was used."""
+    return [
+        {"index": index, "file": dataset.source.name(index), **({"replaced": bad[index].reason} if index in bad else {})}
+        for index in indices.tolist()
+    ]
 
 
 def _mirror(images: np.ndarray, which: np.ndarray) -> None:
@@ -137,9 +152,10 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
     out as one colour, by index; their number is logged when it reaches 1, 10, 100, ...
     """
 
-    def __init__(self, chunks: Iterator[dict[str, Any]], source: ChunkSource):
+    def __init__(self, chunks: Iterator[dict[str, Any]], source: ChunkSource, num_workers: int):
         self._chunks = chunks
         self._source = source
+        self._workers, self._taken = num_workers, 0  # chunks
         self.bad_files: dict[int, BadFile] = {}
         self.constant_images: set[int] = set()
 
@@ -162,7 +178,9 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
 
     def _next_chunk(self) -> dict[str, Any]:
         try:
-            return next(self._chunks)
+            chunk = next(self._chunks)
+            self._taken += 1
+            return chunk
         except RuntimeError as error:
             if "Worker process was terminated" in str(error):
                 raise UserError(
@@ -193,9 +211,23 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
                 self._source.dataset.source.name(index),
             )
 
+    def describe(self) -> str:
+        """Whom the next batch waits for and what that one is reading; for messages. From any thread."""
+        # Grain's workers take turns: chunk n is worker n mod W's.
+        worker = self._taken % self._workers if self._workers else 0
+        return self._source.readers.describe(worker, self._source.dataset.source.name)
+
     def close(self) -> None:
         """Stops the workers. Safe to call twice."""
+        self.wake()
         self._chunks.close()
+        self._source.readers.close()
+
+    def wake(self) -> None:
+        """Let workers that were stopped go on, from any thread: they would outlive this process."""
+        for process in self._source.readers.processes():
+            with contextlib.suppress(OSError):  # it is gone
+                os.kill(process, signal.SIGCONT)
 
 
 def make_iterator(
@@ -240,6 +272,8 @@ def make_iterator(
         )
     if num_workers < 0:
         raise UserError(f"--config.data.num_workers={num_workers} must be 0 (threads only) or more")
+    if read_threads is None:
+        read_threads = 2 if num_workers else min(8, 2 * available_cpus())
     local_batch = global_batch // process_count
     image_bytes = dataset.image_size**2 * 3
     source = ChunkSource(
@@ -251,10 +285,9 @@ def make_iterator(
         chunks_per_batch=-(-local_batch // max(1, CHUNK_BYTES // image_bytes)),
         flip=flip,
         max_bad=int(max_bad_fraction * len(dataset) + 1e-9),
+        readers=Readers(num_workers, read_threads),
     )
-    if read_threads is None:
-        read_threads = 2 if num_workers else min(8, 2 * available_cpus())
-    return HostIterator(_start_grain(source, num_workers, read_threads, worker_buffer), source)
+    return HostIterator(_start_grain(source, num_workers, read_threads, worker_buffer), source, num_workers)
 
 
 def _start_grain(source: ChunkSource, num_workers: int, read_threads: int, worker_buffer: int) -> Any:
@@ -285,7 +318,8 @@ def _let_grain_read_its_flags() -> None:
 
 def _init_worker(worker_index: int, worker_count: int) -> None:
     """Runs first in each worker: Grain imports jax, but it must never start a backend there nor see a GPU."""
-    del worker_index, worker_count
+    del worker_count
+    readers.WORKER = worker_index
     obey_parent()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["JAX_PLATFORMS"] = "cpu"

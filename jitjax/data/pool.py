@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -32,9 +33,13 @@ _stop: Any = None
 _shared: Any = None  # the input or the index: large, so sent once per worker instead of once per shard
 
 
-def _init_worker(progress: Any, stop: Any, shared: Any) -> None:
+def _share(progress: Any, stop: Any, shared: Any) -> None:
     global _progress, _stop, _shared
     _progress, _stop, _shared = progress, stop, shared
+
+
+def _init_worker(progress: Any, stop: Any, shared: Any) -> None:
+    _share(progress, stop, shared)
     obey_parent()
 
 
@@ -73,10 +78,15 @@ class Pool:
     """Worker processes with a progress bar. Leaving the context by an error stops them within one image."""
 
     def __init__(self, workers: int | None, total: int, jobs: int, unit: str, shared: Any):
-        self._workers = max(1, min(workers or available_cpus(), jobs))
+        """workers: None for one on each core, 0 to work in this process."""
+        self._workers = max(1, min(available_cpus() if workers is None else workers, jobs))
         self._total, self._unit = total, unit
         context = multiprocessing.get_context("spawn")
         self._done, self._stop = context.Value("q", 0), context.Event()
+        if workers == 0:
+            set_shared = functools.partial(_share, self._done, self._stop, shared)
+            self._executor = concurrent.futures.ThreadPoolExecutor(1, initializer=set_shared)
+            return
         self._executor = concurrent.futures.ProcessPoolExecutor(
             self._workers, mp_context=context, initializer=_init_worker, initargs=(self._done, self._stop, shared)
         )
@@ -109,7 +119,7 @@ class Pool:
                     key = running.pop(future)
                     try:
                         yield key, future.result()
-                    except concurrent.futures.process.BrokenProcessPool:
+                    except concurrent.futures.BrokenExecutor:
                         raise UserError(
                             "a worker was killed, mostly because memory ran out; run again with fewer --workers"
                         ) from None

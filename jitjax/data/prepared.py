@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jitjax.data import rules
+from jitjax.data import readers, rules
 from jitjax.data.image import BadImage, decode
 from jitjax.data.rules import Ask
 from jitjax.data.tree import INDEX_FILE, is_prepared
@@ -161,6 +161,7 @@ class PreparedSource:
         for shard in np.unique(shards).tolist():
             rows = np.nonzero(shards == shard)[0]
             positions = (indices[rows] - self._starts[shard]).tolist()
+            readers.at(int(indices[rows[0]]))
             for row, record in zip(rows.tolist(), self._records(shard, positions), strict=True):
                 try:
                     if isinstance(record, Exception):

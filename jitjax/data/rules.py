@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jitjax.errors import UserError
@@ -124,7 +124,18 @@ _PLAIN_WORDS = frozenset(
     "clean raw blurred resized cropped crops crop original orig processed augmented aug balanced mini subset new final "
     "public private part jpg jpeg png of px faces shards shard labeled labelled".split()
 )
+_CJK_SPLITS = {
+    **dict.fromkeys(("训练", "訓練", "学習"), "train"),
+    **dict.fromkeys(("验证", "驗證", "検証"), "val"),
+    **dict.fromkeys(("测试", "測試", "テスト"), "test"),
+}
+_PART_WORDS = frozenset("part fold batch chunk block disk disc volume group".split())
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+def words_of(name: str) -> list[str]:
+    """ "train", "labels" and "2" of "trainLabels_2", in small letters."""
+    return [word.lower() for word in _WORD.findall(name)]
 
 
 class Split(NamedTuple):
@@ -140,7 +151,10 @@ def split_of(name: str) -> Split | None:
     "train", "Training", "seg_train", "trainset", "val_blurred" and "train2017" are sure; "bullet_train" and
     "cifar10-test" may be a class or a split.
     """
-    words = [word.lower() for word in _WORD.findall(name)]
+    for part, role in _CJK_SPLITS.items():
+        if part in name:
+            return Split(role, not name.replace(part, "").strip("集用数据データセット資料 _-0123456789"))
+    words = words_of(name)
     roles = [_ROLES[word] for word in words if word in _ROLES]
     if not roles:
         return None
@@ -153,6 +167,10 @@ def is_split_layout(names: Iterable[str]) -> bool:
     """Whether the split names among `names` are splits rather than classes: one is sure, or there are several roles."""
     found = [split for split in map(split_of, names) if split]
     return any(split.sure for split in found) or len({split.role for split in found}) > 1
+
+
+HERE = "."  # asked for as a split: the folder itself, as it is
+FROM_FOLDERS, NO_LABELS = "folders", "none"  # asked for as labels
 
 
 class Ask(NamedTuple):
@@ -194,27 +212,66 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
-# Columns of tables and fields of JSON files, the most usual first.
+# Columns of tables and fields of JSON files, the most usual first; compared by letters and digits alone (`column_key`).
 LABEL_COLUMNS = (
-    *("label", "labels", "fine_label", "class", "cls", "target", "targets", "category", "class_id", "label_id", "class_idx"),
-    *("label_idx", "class_label", "class_index", "category_id", "y", "class_name", "label_name", "category_name", "breed"),
-    "species",
+    *("label", "labels", "finelabel", "class", "cls", "target", "targets", "category", "classid", "labelid", "classidx"),
+    *("labelidx", "classlabel", "classindex", "categoryid", "y", "classname", "labelname", "categoryname", "breed", "species"),
 )
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_id", "id", "path", "filepath", "image_path", "img", "name")
-_LABEL_FILE = re.compile(r"(dataset\.json|(.*[_-])?(metadata|labels?|annotations?|classes)\.(csv|tsv|jsonl))$", re.IGNORECASE)
+FILE_COLUMNS = (
+    *("filename", "file", "filepath", "path", "imagepath", "imgpath", "imagename", "imgname", "imagefile", "filenames"),
+    *("filepaths", "image", "img", "imageid", "id", "name"),
+)
+SPLIT_COLUMNS = ("split", "subset", "partition", "set", "dataset", "usage", "phase")
+TABLE_FILES = (".csv", ".tsv", ".jsonl")  # of labels; JSON is one where it is dataset.json
+_LABEL_WORDS = frozenset(("metadata", "label", "labels", "annotation", "annotations", "classes"))
+
+
+def column_key(name: str) -> str:
+    """ "classname" of "Class Name", "class_name" and "className"."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def usual(columns: Iterable[str], known: Sequence[str]) -> list[str]:
+    """The columns whose name is one of `known`, in the order of that list."""
+    keys = {name: column_key(name) for name in columns}
+    return [name for key in known for name in keys if keys[name] == key]
 
 
 def is_label_file(name: str, role: str) -> bool:
-    """Whether a file of this name usually holds the labels of images. role: the split that is read; those of another
-    split's name do not count.
+    """Whether a file of this name usually holds the labels of images: "metadata.csv", "trainLabels.csv", "train.csv".
+
+    role: the split that is read; files of another split's name do not count.
     """
+    if name.lower() == "dataset.json":
+        return True
+    if not name.lower().endswith(TABLE_FILES):
+        return False
     split = split_of(stem(name))
-    if split and split.sure and name.lower().endswith((".csv", ".tsv", ".jsonl")):
+    if split and (split.sure or split.role != role):
         return split.role == role
-    return bool(_LABEL_FILE.match(name)) and (split is None or split.role == role)
+    return bool(_LABEL_WORDS.intersection(words_of(name)))
+
+
+def may_be_a_table(name: str, role: str) -> bool:
+    """Whether a file of this name may hold labels in a form that is not read, or under a name that says nothing."""
+    lower, split = name.lower(), split_of(stem(name))
+    if lower.startswith(("readme", "licen", "notes", "changelog", "requirements")) or (split and split.role != role):
+        return False
+    return lower.endswith((*TABLE_FILES, ".json", ".txt", ".xml", ".xlsx", ".mat", ".pkl", ".npy", ".h5", ".lst"))
 
 
 def is_plain_name(name: str) -> bool:
     """Whether a folder's name says nothing about what its images show: "images", "data", "full_set"."""
-    words = [word.lower() for word in _WORD.findall(name)]
+    words = words_of(name)
     return bool(words) and all(word in _PLAIN_WORDS for word in words)
+
+
+def are_parts(names: Sequence[str]) -> bool:
+    """Whether folders of these names are numbered parts of one set, which say nothing about what the images show:
+    "images_001" and "images_002", "fold1" to "fold5".
+    """
+    found = [re.fullmatch(r"(.*?)[-_ .]*\d+", name) for name in names]
+    if len(found) < 2 or not all(found) or len({match[1] for match in found}) > 1:
+        return False
+    words = words_of(found[0][1])
+    return bool(words) and (words[-1] in _PART_WORDS or words[-1] in _PLAIN_WORDS)

@@ -9,12 +9,13 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from jitjax.data.files import unreadable
 from jitjax.data.image import BadImage, decode, is_constant
 from jitjax.data.inputs import Input
 from jitjax.data.prepared import LABEL_BYTES, WRITER_OPTIONS, PreparedSource
@@ -79,7 +80,7 @@ def write_shard(
     temporary, constant = path + ".tmp", 0
     try:
         writer = array_record_module.ArrayRecordWriter(temporary, WRITER_OPTIONS)
-        for index, data in zip(indices.tolist(), source.read(indices), strict=True):
+        for index, data in zip(indices.tolist(), _read(source, indices), strict=True):
             try:
                 if isinstance(data, BadImage):
                     raise data
@@ -115,6 +116,14 @@ def write_shard(
     except (OSError, RuntimeError, ValueError) as error:  # ArrayRecord turns a failed write into one of the latter two
         raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
     return {**entry, "class_counts": class_counts.tolist(), "skipped": skipped, "constant": constant}
+
+
+def _read(source: Input, indices: np.ndarray) -> Iterator[bytes | BadImage]:
+    """`source.read`; an error of the system there is not one of the disk that is written to."""
+    try:
+        yield from source.read(indices)
+    except OSError as error:
+        raise unreadable(error, error.filename or "the input") from None
 
 
 def check_shard(root: str, shard: dict[str, Any], index: dict[str, Any], step: Callable[[int], None]) -> str | None:

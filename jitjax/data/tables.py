@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -12,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jitjax.data.files import failure
+from jitjax.data.files import failure, unreadable
 from jitjax.data.image import MAX_FILE_BYTES, BadImage
-from jitjax.data.labels import choose_label_column, number_labels
-from jitjax.data.listing import NO_LABELS, summary
-from jitjax.data.rules import LABEL_COLUMNS, Ask, listed
+from jitjax.data.labels import Labels, are_splits, choose_label_column, number_part
+from jitjax.data.listing import summary
+from jitjax.data.rules import HERE, LABEL_COLUMNS, NO_LABELS, SPLIT_COLUMNS, Ask, listed, pick_split, usual
 from jitjax.errors import UserError
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "pixel_values", "jpeg", "webp", "picture", "photo", "image_bytes", "bytes")
@@ -35,7 +36,7 @@ class _File:
     """One Parquet or Arrow file as a sequence of row groups."""
 
     def __init__(self, path: str):
-        pyarrow = _import_pyarrow()
+        pyarrow, self.path = _import_pyarrow(), path
         if path.lower().endswith(".parquet"):
             self._parquet = pyarrow.parquet.ParquetFile(path)
             self.schema = self._parquet.schema_arrow
@@ -73,9 +74,13 @@ class TableInput:
         ask: Ask,
         *,
         image_column: str | None = None,
+        split: str = "",
+        settled: bool = False,
         labels: str = "",
         left_alone: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ):
+        """split, settled: as for `listing.list_images`; rows are chosen where a column tells which split they are."""
         where = ask.where
         self._files = list(files)
         _import_pyarrow()
@@ -84,34 +89,44 @@ class TableInput:
             columns = [name for name in opened[0].schema.names if all(name in f.schema.names for f in opened)]
             self._column, image_note = _find_image_column([f.schema for f in opened], columns, image_column, where)
             self._nested = [_holds_images(f.schema.field(self._column).type) == "struct" for f in opened]
-            label, values, note = self._find_labels(opened, columns, labels, ask)
+            split_column, splits = _find_splits(opened, columns, labels)
+            label, values, note = self._find_labels(opened, [n for n in columns if n != split_column], labels, ask)
             rows = [sum(file.groups) for file in opened]
         except UserError:
             raise
         except Exception as error:  # pyarrow raises its own exception types, OSError among them
-            if isinstance(error, OSError) and error.errno and isinstance(fault := failure(error, where), UserError):
-                raise fault from None
+            if isinstance(error, OSError) and error.errno:
+                raise unreadable(error, where) from None
             raise UserError(f"{where} holds a damaged Parquet or Arrow file: {' '.join(str(error).split())[:200]}") from None
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         if not self._starts[-1]:
             raise UserError(f"{where} holds no rows")
-        names = _class_names([file.schema for file in opened], label, where)
-        numbered = number_labels(values, names, f"{where} column {label!r}")
+        self._rows, left = _rows_of_split(splits, int(self._starts[-1]), split, settled, ask)
+        numbered = Labels(np.zeros(len(self._rows), np.int32), ())
+        if label:
+            names = _class_names([file.schema for file in opened], label, where)
+            numbered = number_part(values, self._rows.tolist(), names, f"{where} column {label!r}")
         self.labels, self.classes = numbered.numbers, numbered.classes
-        self.notes = tuple(text for text in (image_note, note, numbered.note) if text)
+        self.notes = tuple(text for text in (*notes, image_note, note, numbered.note) if text)
         folder = os.path.commonpath([os.path.abspath(file) for file in files])
-        self.summary = summary(len(self), self.classes, folder, f"column {label}", left_alone)
+        self.summary = summary(len(self), self.classes, folder, f"column {label}", (*left_alone, *left))
 
     def _find_labels(self, files: list[_File], columns: list[str], wanted: str, ask: Ask) -> tuple[str, list[Any], str]:
-        """(column or "", a label for each row, note)."""
-        rows = sum(sum(file.groups) for file in files)
+        """(column, a label for each row, note); ("", [], note) without labels."""
         if wanted == NO_LABELS:
-            return "", [None] * rows, ""
+            return "", [], ""
+        some = [(file.schema, name) for file in files for name in file.schema.names if name not in columns]
+        partly = [n for schema, n in some if usual([n], LABEL_COLUMNS) or _feature(schema, n).get("_type") == "ClassLabel"]
+        if partly and not wanted:
+            raise UserError(
+                f"{ask.where}: only some of its files have the column {partly[0]!r}; give files that all have it, or choose "
+                f"another column with {ask.labels} or {ask.labels}=none"
+            )
         if wanted and wanted not in columns:
             raise UserError(f"{ask.labels}={wanted} is not a column of {ask.where}; it has {listed(columns, 20)}")
         declared = [n for n in columns if any(_feature(f.schema, n).get("_type") == "ClassLabel" for f in files)]
         usable = [n for n in columns if n != self._column and _may_hold_labels(files[0].schema.field(n).type)]
-        known = [n for n in usable if n.lower() in LABEL_COLUMNS] if not wanted else [wanted]
+        known = usual(usable, LABEL_COLUMNS) if not wanted else [wanted]
         read = {name: [value for file in files for value in file.column(name)] for name in known or declared[:1]}
         label = choose_label_column(read, wanted, f"{ask.where}", ask)
         if not label and len(declared) == 1:
@@ -122,33 +137,39 @@ class TableInput:
             return label, read[label], f"{ask.where}{only}; not read: {listed(rest, 10)}" if rest and not wanted else ""
         rest = [name for name in columns if name != self._column]
         if not rest:
-            return "", [None] * rows, ""
+            return "", [], ""
         text = f"{ask.where}: no column is known to hold labels ({listed(rest, 20)}); if one does, name it with {ask.labels}"
-        return "", [None] * rows, text
+        return "", [], text
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
+        index = int(self._rows[index])
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{os.path.basename(self._files[file])} row {index - int(self._starts[file])}"
 
     def fingerprint(self) -> dict[str, int | str]:
         digest = hashlib.sha256(self.labels.tobytes() + json.dumps(self.classes).encode())
+        if len(self) < self._starts[-1]:
+            digest.update(self._rows.tobytes())
         for file, start in zip(self._files, self._starts.tolist(), strict=False):
             digest.update(f"{os.path.basename(file)}\0{os.path.getsize(file)}\0{start}\0".encode())
         return {"count": len(self), "classes": len(self.classes), "checksum": digest.hexdigest()}
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes | BadImage]:
         """The encoded bytes of each image, or why there are none. `indices` must increase."""
-        wanted = np.asarray(list(indices), np.int64)
+        wanted = self._rows[np.asarray(list(indices), np.int64)]
         for number in range(len(self._files)):
             low, high = np.searchsorted(wanted, self._starts[number : number + 2])
             if low < high:
                 yield from self._read_file(number, wanted[low:high] - self._starts[number])
 
     def _read_file(self, number: int, rows: np.ndarray) -> Iterator[bytes | BadImage]:
-        file = _File(self._files[number])
+        try:
+            file = _File(self._files[number])
+        except Exception as error:
+            raise unreadable(error, self._files[number]) from None
         first = 0
         for group, count in enumerate(file.groups):
             low, high = np.searchsorted(rows, (first, first + count))
@@ -167,9 +188,33 @@ class TableInput:
                 if done == len(rows):
                     return
         except Exception as error:
+            if isinstance(error, OSError) and isinstance(fault := failure(error, file.path), UserError):
+                raise fault from None  # the rest of the file would not do better
             reason = f"damaged Parquet row group: {' '.join(str(error).split())[:120]}"
             for _ in range(done, len(rows)):
                 yield BadImage(reason)
+
+
+def _find_splits(files: list[_File], columns: list[str], label: str) -> tuple[str, list[str]]:
+    """The column that tells the split of each row, and its values; ("", []) where none does. label: not this one."""
+    for name in usual(columns, SPLIT_COLUMNS):
+        if name != label and _may_hold_labels(files[0].schema.field(name).type):
+            values = [value for file in files for value in file.column(name)]
+            if are_splits(values):
+                return name, values
+    return "", []
+
+
+def _rows_of_split(splits: list[str], count: int, split: str, settled: bool, ask: Ask) -> tuple[np.ndarray, list[str]]:
+    """The rows that are read, increasing, and what is left alone."""
+    if split == HERE or (settled and len(set(splits)) < 2) or not (splits or split):
+        return np.arange(count), []
+    if not splits:
+        raise UserError(f"{ask.where} holds no split called {split}: neither its files nor a column of it name one")
+    name = pick_split(set(splits), split, ask)
+    counts = collections.Counter(splits)
+    left = [f"split {other} ({number:,})" for other, number in sorted(counts.items()) if other != name]
+    return np.array([row for row, value in enumerate(splits) if value == name], np.int64), left
 
 
 def _image_bytes(value: Any, nested: bool) -> bytes | BadImage:

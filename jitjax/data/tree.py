@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import collections
 import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from jitjax.data import rules
+from jitjax.data.files import unreadable
 from jitjax.data.rules import Ask
-from jitjax.errors import UserError
 
 INDEX_FILE = "index.json"  # of a prepared directory
 PARTIAL_FOLDER = "partial"  # plan and finished shards of a preparation that is under way
@@ -36,7 +37,7 @@ def reading(ask: Ask) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{ask.where} cannot be read: {error.strerror}: {error.filename}") from None
+        raise unreadable(error, f"{ask.where} ({error.filename})" if error.filename else ask.where) from None
 
 
 @dataclasses.dataclass
@@ -50,6 +51,27 @@ class Scan:
     others: list[str] = dataclasses.field(default_factory=list)
     system: list[str] = dataclasses.field(default_factory=list)
     links: set[str] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass
+class Files:
+    """The pictures below the root in their order, as (folder, name, bytes), and what else lies there.
+
+    doubt: why the folders of the root may be no classes, "" where nothing speaks against it.
+    """
+
+    pictures: list[tuple[str, str, int]]
+    tops: list[str]
+    others: dict[str, list[str]]  # folder -> names
+    system: collections.Counter[str]
+    notes: list[str]
+    doubt: str = ""
+
+    def passed_over(self, used: frozenset[str] = frozenset()) -> list[str]:
+        """Counts by ending; `used` are paths of label files that were read."""
+        rest = (n for folder, names in self.others.items() for n in names if (f"{folder}/{n}" if folder else n) not in used)
+        endings = collections.Counter(map(rules.ending, rest))
+        return [f"{count:,} {name}" for counts in (endings, self.system) for name, count in sorted(counts.items())]
 
 
 class Tree(Protocol):
@@ -103,11 +125,11 @@ class FolderTree:
         def scan(path: str) -> Scan:
             return self._scans.get(path) or _scan(path, self._endings, sizes)
 
-        pool = concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS)
+        pool = ThreadPoolExecutor(_LISTING_THREADS)
         try:
             pending = {pool.submit(scan, root): ("", frozenset())}
             while pending:
-                done, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     inside, above = pending.pop(future)
                     found = future.result()

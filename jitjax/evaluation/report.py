@@ -53,7 +53,7 @@ def evaluate(
                 progress=_steps(advance),
             )
     else:
-        pipe = pipeline.load(path, which)
+        pipe = pipeline.load(target, which)
         notes = list(pipe.notes)
         found, more = open_reference(reference, chosen, pipe.geometry.image_size)
         notes += more

@@ -9,8 +9,9 @@ apart or together, become the official ones (source: huggingface/diffusers pull 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # Buffers that follow from the geometry or only count; nothing is lost without them.
 BUFFERS = re.compile(r"rope|freqs|(^|\.)(inv_freq|num_batches_tracked|num_updates|n_averaged|decay|position_ids)$")
 # Branches of a checkpoint that hold no weights, though their tensors may be named like weights.
-NOT_WEIGHTS = re.compile(r"^(opt|optim|scaler|lr_|sched|amp|rng|random|loops|callbacks|args|config|hparams|hyper)", re.I)
-EMA = re.compile(r"(^|[^a-z])ema|ema([^a-z]|$)|averag|(^|[^a-z])avg([^a-z]|$)|shadow|(^|[^a-z])swa", re.I)
+NOT_WEIGHTS = re.compile(r"^(opt|optim|scaler|lr_|sched|amp|rng|random|loops|args|config|hparams|hyper)", re.I)
+# Of labels in small letters with words apart, see `is_ema`; not "schema" or "cinema".
+EMA = re.compile(r"(?<![a-z])((model|net|unet|lit|g)?ema|swa|avg(?![a-z]))|averag|shadow|polyak")
 NOT_EMA = re.compile(r"online|student", re.I)  # ema_pytorch saves the trained model beside its EMA
 PARTS = {**dict.fromkeys(("to_q", "q_proj"), 0), **dict.fromkeys(("to_k", "k_proj"), 1), **dict.fromkeys(("to_v", "v_proj"), 2)}
-MAX_DEPTH = 5
+MAX_DEPTH = 8
+MAX_DICTIONARIES = 10_000  # a pickle of a few hundred bytes can be billions, by references
 
 
 @dataclasses.dataclass
@@ -58,7 +61,8 @@ class Joined:
 
 
 def is_ema(label: str) -> bool:
-    return bool(EMA.search(label)) and not NOT_EMA.search(label.split(".", 1)[-1])
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", label).lower()
+    return bool(EMA.search(words)) and not NOT_EMA.search(label.split(".", 1)[-1])
 
 
 def is_tensor(value: Any) -> bool:
@@ -108,7 +112,7 @@ def join_qkv(tensors: Tensors) -> Tensors:
 def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> list[Found]:
     """The sets of weights in a loaded file, in the file's order.
 
-    What is left out on the way is added to `notes`, and what seems to be an EMA among it to `unread`.
+    What is left out on the way is added to `notes`, and what seems to be an EMA or another model among it to `unread`.
 
     Raises:
       BadFile: no JiT in it, or a network with tensors that a JiT does not have.
@@ -116,12 +120,17 @@ def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> l
     found: list[Found] = []
     seen: list[str] = []
     lists: list[tuple[str, list, Mapping]] = []
+    visits = itertools.count(1)
 
     def walk(value: Any, keys: tuple[str, ...], parent: Mapping) -> None:
         if isinstance(value, list | tuple) and len(value) > 9 and all(is_tensor(v) or v is None for v in value):
             lists.append((".".join(keys), list(value), parent))
+        elif isinstance(value, list | tuple) and len(value) < 10 and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
         if not isinstance(value, Mapping) or len(keys) > MAX_DEPTH:
             return
+        if next(visits) > MAX_DICTIONARIES:
+            raise BadFile(f"{path}: refused: more than {MAX_DICTIONARIES} dictionaries within each other")
         tensors = {k: v for k, v in value.items() if isinstance(k, str) and is_tensor(v)}
         for origin, group in _groups(tensors, path, notes, unread).items():
             label = ".".join([*keys, origin] if origin else keys)
@@ -129,10 +138,21 @@ def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> l
             found.append(Found(label, group, is_ema(label), decay))
         seen.extend(tensors)
         for key, item in value.items():
-            if isinstance(key, str) and not (NOT_WEIGHTS.search(key) and not keys):
-                if item is None and not keys and (is_ema(key) or key in ("model", "state_dict", "net")):
-                    notes.append(f"{key} is None in the file")
-                walk(item, (*keys, key), value)
+            if not isinstance(key, str | int | float):
+                continue
+            key = str(key)
+            if item is None and not keys and (is_ema(key) or key in ("model", "state_dict", "net")):
+                notes.append(f"{key} is None in the file")
+            if NOT_WEIGHTS.search(key):
+                unread.extend(f"{key}.{name}" for name in (_emas_in(item) if key.startswith("opt") else []))
+                continue
+            before = len(found) + len(lists)
+            walk(item, (*keys, key), value)
+            if len(found) + len(lists) == before and key not in tensors and is_ema(key) and _holds_values(item):
+                label = ".".join([*keys, key])
+                if not any(other.startswith(f"{label}.") for other in unread):
+                    notes.append(f"left out: {label}, in which no whole network was found")
+                    unread.append(label)
 
     walk(content, (), {})
     for label, values, parent in lists:
@@ -144,6 +164,32 @@ def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> l
             what = f"an object of {content.name} (save its state_dict() instead)"
         raise BadFile(f"{path}: expected a checkpoint with model, model_ema1, model_ema2 or a state dict of JiT, found {what}")
     return found
+
+
+def _below(value: Any, max_depth: int = MAX_DEPTH) -> Iterator[Any]:
+    """A value and what its dictionaries and lists hold, each object once: a pickle may refer to one any number of times."""
+    pending, seen = [(value, 0)], set()
+    while pending:
+        value, depth = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, Mapping | list | tuple) and depth < max_depth:
+            inside = value.values() if isinstance(value, Mapping) else value
+            pending += [(item, depth + 1) for item in inside]
+
+
+def _holds_values(value: Any) -> bool:
+    """Whether there may be weights in a branch: tensors, or objects that are not read."""
+    return any(isinstance(item, Stray) or (is_tensor(item) and bool(tuple(item.shape))) for item in _below(value))
+
+
+def _emas_in(value: Any) -> list[str]:
+    """Names of EMAs in a branch that is not searched for weights, such as an optimizer that makes one."""
+    branches = [item for item in _below(value, 3) if isinstance(item, Mapping)]
+    found = [key for branch in branches for key in branch if isinstance(key, str) and re.search(r"(?<![a-z])ema", key, re.I)]
+    return [key for key in dict.fromkeys(found) if any(_holds_values(branch.get(key)) for branch in branches)]
 
 
 def _groups(tensors: Tensors, path: Any, notes: list[str], unread: list[str]) -> dict[str, Tensors]:
@@ -161,12 +207,17 @@ def _groups(tensors: Tensors, path: Any, notes: list[str], unread: list[str]) ->
             raise BadFile(f"{path}: two tensors are called {origin}.{inside} once wrappers are dropped, one is {name[:80]}")
         group[inside] = value
     others = _undotted(groups, others, tensors)
-    groups = {origin: join_qkv(group) for origin, group in groups.items() if "x_embedder.proj1.weight" in group}
-    if not groups:
+    whole = {origin: group for origin, group in groups.items() if "x_embedder.proj1.weight" in group}
+    if not whole:
         return {}
+    for origin, group in groups.items():
+        if origin not in whole:
+            notes.append(f"left out: {some(f'{origin}.{name}' for name in group)}, which are no whole network")
+            unread.extend([origin] * is_ema(origin))
+    groups = {origin: join_qkv(group) for origin, group in whole.items()}
     left: list[str] = []
     for origin, group in groups.items():
-        unused = [name for name, value in group.items() if BUFFERS.search(name) or not tuple(value.shape)]
+        unused = [name for name, value in group.items() if BUFFERS.search(name) or _is_counter(value)]
         left += unused
         groups[origin] = {name: value for name, value in group.items() if name not in unused}
     outside: list[str] = []
@@ -220,6 +271,7 @@ def name_list(values: list[Any], reference: Iterable[str], shapes: Mapping[str, 
 
 
 def some(names: Iterable[str]) -> str:
+    """ "43 entries (a, b, c, ...)"."""
     names = [str(name)[:60] for name in names]
     return f"{len(names)} entries ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"
 
@@ -236,6 +288,11 @@ def order_in(label: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def _is_counter(value: Any) -> bool:
+    """Whether a tensor inside the network is one whole number. A single float (a learned scale) is part of the network."""
+    return not tuple(value.shape) and np.dtype(value.dtype).kind in "iub"
+
+
 def _counts(value: Any) -> bool:
     """Whether a tensor is a counter or a flag rather than a weight: without dimensions, or of whole numbers."""
     return not tuple(value.shape) or np.dtype(value.dtype).kind in "iub"
@@ -243,7 +300,7 @@ def _counts(value: Any) -> bool:
 
 def _number(value: Any) -> float | None:
     if is_tensor(value) and tuple(value.shape) == ():
-        value = float(value.numpy())
+        value = float(str(value.numpy()[()]))  # 0.999, not the float32's 0.99900001
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1 else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Source:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of config.json
     labels: Any = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    unread: list[str] = dataclasses.field(default_factory=list)  # other files and folders of weights in the folder
 
 
 def is_workdir(path: Path) -> bool:
@@ -53,9 +55,12 @@ def open_source(path: Path) -> Iterator[Source]:
     Raises:
       UserError: nothing there, or not a file of weights; says what was found.
     """
-    folder, notes = None, []
+    folder, notes, unread = None, [], []
     if path.is_dir():
         folder, path = path, weights_file(path, notes)
+        unread = _beside(folder, path)
+        if unread:
+            notes.append(f"not read: {', '.join(unread)}, which may be other weights; give it by itself to read it")
     elif path.name.endswith(".safetensors"):
         folder = path.parent  # a config.json beside the file belongs to it
     try:
@@ -79,7 +84,7 @@ def open_source(path: Path) -> Iterator[Source]:
             source.metadata = _metadata(path)
         else:
             source = Source(path, _open_pth(path, stack, notes))
-        source.notes = notes
+        source.notes, source.unread = notes, unread
         if folder is not None:
             source.config = _json(path.parent / "config.json")
             index = _json(path.parent / "model_index.json") or _json(path.parent.parent / "model_index.json")
@@ -101,6 +106,22 @@ def weights_file(folder: Path, notes: list[str]) -> Path:
     hint = f"{len(found)} files of weights ({', '.join(f.name for f in found[:4])})" if found else "no file of weights"
     hint += f"; give one of its folders {', '.join(below[:6])}" if below else "; give one file, or a folder with one"
     raise UserError(f"{folder}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[1]} or a jitjax workdir, found {hint}")
+
+
+def _beside(folder: Path, chosen: Path) -> list[str]:
+    """Other files of weights and folders with such, in a folder whose weights are `chosen`."""
+    if chosen.name.endswith(".index.json"):
+        parts = set(_shards(chosen))
+    else:
+        parts = {chosen.name, *(f"{chosen.stem}{ending}" for ending in (".safetensors", ".bin"))}  # the same weights twice
+    parts |= {"pytorch_model.bin", "diffusion_pytorch_model.bin"} if chosen.suffix == ".safetensors" else set()
+    is_weights = lambda f: f.is_file() and f.name.lower().endswith(WEIGHT_ENDINGS)  # noqa: E731
+    files = [f.name for f in sorted(chosen.parent.iterdir()) if is_weights(f) and f.name not in parts]
+    files = [
+        name for name in files if not re.match(r"(optimizer|scheduler|scaler|training_args|rng_state|random_states)", name)
+    ]
+    folders = [f for f in sorted(folder.iterdir()) if f.name.startswith("transformer") or names.is_ema(f.name)]
+    return files + [f.name for f in folders if f.is_dir() and f != chosen.parent and _named_in(f)]
 
 
 def _named_in(folder: Path) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jitjax import hub
 from jitjax.errors import UserError
 from jitjax.interop import adamw, diffusers, names, official
 from jitjax.interop.sources import Source, is_workdir, open_source
@@ -88,7 +89,8 @@ def read_weights(
 
     Args:
       path: .pth, .pt, .pth.tar, .ckpt, .bin or .safetensors; a folder with model.safetensors or
-        diffusion_pytorch_model.safetensors (or a sharded index), alone or below transformer/; a workdir of ours.
+        diffusion_pytorch_model.safetensors (or a sharded index), alone or below transformer/; a workdir of ours; or
+        hf://OWNER/NAME on the Hugging Face Hub, see `jitjax.hub`.
       which: read this set alone: "model", "model_ema1", "model_ema2", the file's own name for it, or a decay. A file
         with one set has no choice, and `notes` says so.
       context_start: first block that sees the context tokens; default as in the published sizes.
@@ -97,7 +99,7 @@ def read_weights(
     Raises:
       UserError: missing, damaged, hostile, not a JiT's, not finite, or without `which`.
     """
-    path = Path(path).expanduser()
+    path = hub.download(str(path)) if hub.is_name(path) else Path(path).expanduser()
     if path.is_dir() and is_workdir(path):
         from jitjax.interop import workdir  # orbax, and most of jitjax
 
@@ -152,7 +154,7 @@ def select(
     Args:
       origins: what the file calls each set.
       decays: of the EMAs among the sets, in order.
-      unread: EMAs that the file has and that could not be read, so that no other set stands in for them.
+      unread: EMAs and models that the file has and that were not read, so that no other set stands in for them.
 
     Raises:
       UserError: none; names what is there.
@@ -173,7 +175,7 @@ def select(
         notes.append(f"the file has one set of weights ({origins[only] or only}): it is used as {which}")
         return only
     known = [name if origin in ("", name) else f"{name} (called {origin})" for name, origin in origins.items()]
-    hint = f" (not readable: {', '.join(unread)})" if unread else ""
+    hint = f" (not read: {', '.join(unread)})" if unread else ""
     raise UserError(f"{path}: which={which!r} is not in the file: use one of {', '.join(known)}{hint}")
 
 
@@ -189,9 +191,14 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
     config = diffusers.describe(source.config, path.parent / "config.json")
     unread: list[str] = []  # EMAs that the file has and that cannot be read
     found = names.find_sets(source.content, path, notes, unread)
-    sets, origins, decays = _name_sets(found, args or {}, source, notes, unread)
+    unread += source.unread
+    sets, origins, decays = _name_sets(found, args or {}, source, which, notes, unread)
     if which is not None:
         chosen = select(origins, decays, which, path, notes, unread)
+        for name, other in sets.items():
+            lacking = [key for key in other if key not in sets[chosen]]
+            if lacking:
+                raise UserError(f"{path}: {chosen} is not complete: {name} also has {names.some(lacking)}")
         emas = [name for name in origins if name != "model"]
         decays = tuple(d for name, d in zip(emas, decays, strict=True) if name == chosen)
         sets, origins = {chosen: sets[chosen]}, {chosen: origins[chosen]}
@@ -240,10 +247,17 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
 
 
 def _name_sets(
-    found: list[names.Found], args: Mapping[str, Any], source: Source, notes: list[str], unread: list[str]
+    found: list[names.Found], args: Mapping[str, Any], source: Source, which: str | None, notes: list[str], unread: list[str]
 ) -> tuple[dict[str, names.Tensors], dict[str, str], tuple[float, ...]]:
     """Sets by our names, what the file calls them, and the decays of the EMAs in order."""
-    raw = sorted((f for f in found if not f.is_ema), key=lambda f: not re.match(r"(model|net|state_dict)?($|\.)", f.origin))
+    for one in found:  # the official code's own attribute says nothing
+        one.origin = re.sub(r"(^|\.)net$", "", one.origin)
+
+    def rank(model: names.Found) -> int:
+        """Which of several models is read: the one asked for by the file's own name, then one with the usual name."""
+        return -1 if which and model.origin == which else not re.match(r"(model|net|state_dict)?($|\.)", model.origin)
+
+    raw = sorted((f for f in found if not f.is_ema), key=rank)
     ours = source.metadata.get("sets") or []  # of a file that we wrote, which lists names by the alphabet
 
     def order(ema: names.Found) -> tuple[int, int]:
@@ -252,10 +266,11 @@ def _name_sets(
 
     emas = sorted((f for f in found if f.is_ema), key=order)
     if raw[1:]:
-        others = ", ".join(f.origin for f in raw[1:])
-        notes.append(f"the file has several models: {raw[0].origin or 'the one without a prefix'} is read, not {others}")
-    for one in found:  # the official code's own attribute says nothing
-        one.origin = re.sub(r"(^|\.)net$", "", one.origin)
+        others = [f.origin or "the one without a prefix" for f in raw[1:]]
+        notes.append(
+            f"the file has several models: {raw[0].origin or 'the one without a prefix'} is read, not {', '.join(others)}"
+        )
+        unread += others
     sets, origins, decays = {}, {}, []
     if raw:
         sets["model"], origins["model"] = raw[0].tensors, raw[0].origin
@@ -352,10 +367,13 @@ def _facts(source: Source, args: Any, config: Mapping, geometry: Geometry, notes
         facts["prediction"] = "x"  # the official code knows no other
         facts |= {name: float(args[name]) for name in ("noise_scale", "t_eps") if isinstance(args.get(name), int | float)}
     for key in ("prediction", "prediction_type", "pred_type"):
-        if isinstance((args or {}).get(key), str):
-            facts["prediction"] = PREDICTIONS.get(args[key].lower())
-            if facts["prediction"] is None:
-                notes.append(f"args say {key}={args[key]!r}, which is none of x, epsilon, v: the prediction type is unknown")
+        for origin, described in (("args", args or {}), ("config.json", source.config)):
+            if isinstance(text := described.get(key), str):
+                facts["prediction"] = PREDICTIONS.get(text.lower())
+                if facts["prediction"] is None:
+                    notes.append(
+                        f"{origin} says {key}={text!r}, which is none of x, epsilon, v: the prediction type is unknown"
+                    )
     labels = source.labels
     if isinstance(labels, Mapping) and set(labels) == {str(i) for i in range(geometry.num_classes)}:
         facts["class_names"] = [str(labels[str(i)]) for i in range(geometry.num_classes)]
@@ -454,6 +472,7 @@ def _save(path: Any, tensors: Mapping[str, np.ndarray], geometry: Geometry, fact
     partial = path.with_name(path.name + ".partial")
     try:
         safetensors.numpy.save_file(dict(tensors), partial, metadata)
+        partial.chmod(0o644)  # safetensors makes a file that only its owner may read
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The thin layer between our kernels and Pallas' Triton backend; nothing else in the package touches that backend.
 
 These kernels serve what those for Hopper (`mosaic.py`) do not: other sizes, older cards, matmuls left to XLA. Why Pallas on
-Triton, although JAX marks it deprecated (docs/speed.md has the evidence): its kernels are Python that jax alone compiles; they
+Triton, although JAX marks it deprecated (docs/speed-notebook.md): its kernels are Python that jax alone compiles; they
 run in interpret mode on a CPU and lower without a GPU, so each is tested where no card is; jax 0.10, 0.11 and 0.12 take them as
 written here; and they are fast (elementwise and reduction kernels move 2.9 to 3.8 TB/s on an H200, where a copy moves 4.2).
 jax-triton would add two packages whose versions must fit jax's, for the same compiler. When the backend goes, `UNAVAILABLE`

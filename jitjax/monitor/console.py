@@ -25,7 +25,6 @@ class Console:
       total_steps: optimizer steps of the whole run.
       steps_per_epoch: optimizer steps of one epoch; None leaves the epoch out.
       title: name of the run, shown above the live view.
-      memory: bytes of device memory in use at the peak, or None; asked once an interval.
       log_path: file to which every printed line is appended, with the time of day; None: no file.
       stream: where to print; default stdout as it is at the start.
       clock: seconds, for elapsed and remaining time.
@@ -37,13 +36,11 @@ class Console:
         *,
         steps_per_epoch: int | None = None,
         title: str = "",
-        memory: Callable[[], int | None] | None = None,
         log_path: str | os.PathLike | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._view = View(total_steps, steps_per_epoch, title, clock, begun=clock())
-        self._memory = memory
         self._stream = _Stream(stream or sys.stdout)
         self._log = None
         if log_path is not None:
@@ -70,9 +67,8 @@ class Console:
 
     def status(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows the state after `step`, from whichever of the known metrics are there."""
-        memory = self._memory() if self._memory is not None else None
         with self._changing():
-            self._view.update(step, metrics, memory)
+            self._view.update(step, metrics)
         line = self._view.line()
         self._write_log(line)
         if self._live is None:
@@ -97,7 +93,7 @@ class Console:
     def scores(self, step: int, values: Mapping[str, float]) -> None:
         """Remembers the last scores for the live view."""
         with self._changing():
-            self._view.scores = (step, dict(values))
+            self._view.scores, self._view.stage = (step, dict(values)), ""
 
     @property
     def elapsed(self) -> float | None:

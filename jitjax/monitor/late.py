@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from jitjax.errors import UserError
 from jitjax.monitor.monitor import Monitor
 from jitjax.monitor.throughput import Throughput
 
-NON_FINITE_PATIENCE = 100  # optimizer steps in a row without a finite loss after which a run stops
 SKIPPED = "train/skipped_micro_batches"
 Observer = Callable[[int, Mapping[str, float]], None]
-
-
-class StopWhenNonFinite:
-    """An observer that ends a run whose loss has stayed non-finite for `patience` optimizer steps in a row."""
-
-    def __init__(self, patience: int = NON_FINITE_PATIENCE):
-        self._patience, self._count = patience, 0
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises:
-        UserError: the loss has not been finite for too long.
-        """
-        self._count = 0 if math.isfinite(metrics["train/loss"]) else self._count + 1
-        if self._count >= self._patience:
-            raise UserError(
-                f"the loss has not been finite for {self._count} optimizer steps: lower --config.optim.lr or set "
-                "--config.optim.clip_norm=1; the same command resumes from the last checkpoint"
-            )
 
 
 class _Interval:
@@ -42,6 +21,7 @@ class _Interval:
         self.metrics: list[tuple[int, dict[str, Any]]] = []
         self.end: Future[float] | None = None
         self.waited = self.paused = 0.0
+        self.facts: Mapping[str, float] = {}
 
 
 class LateLog:
@@ -51,8 +31,10 @@ class LateLog:
       monitor, meter: where metrics go, and what turns times into rates.
       samples_per_step: images of one optimizer step, over all devices.
       steps_per_epoch: for `train/epoch_loss`, written with the last step of each epoch.
+      memory: peak of device memory in bytes, or None where it is not known; for `perf/peak_memory_gib`.
       observers: called with (step, metrics as floats) for every step, in order, once its whole interval is written; what
-        they raise passes through. Default: `StopWhenNonFinite`.
+        they raise passes through.
+      facts: metrics of the run as a whole, e.g. where its time went; asked when an interval ends, written with its last step.
     """
 
     def __init__(
@@ -62,10 +44,12 @@ class LateLog:
         *,
         samples_per_step: int,
         steps_per_epoch: int,
-        observers: Sequence[Observer] | None = None,
+        memory: Callable[[], int | None] = lambda: None,
+        observers: Sequence[Observer] = (),
+        facts: Callable[[], Mapping[str, float]] = dict,
     ):
-        self._monitor, self._meter = monitor, meter
-        self._observers = (StopWhenNonFinite(),) if observers is None else tuple(observers)
+        self._monitor, self._meter, self._memory = monitor, meter, memory
+        self._observers, self._facts = tuple(observers), facts
         self._samples_per_step, self._steps_per_epoch = samples_per_step, steps_per_epoch
         self._previous, self._current = _Interval(), _Interval()
         # Waits for the end of an interval where the loop does not, and returns when the device finished it.
@@ -95,7 +79,8 @@ class LateLog:
         last = next(iter(self._current.metrics[-1][1].values()))
         self._current.end = self._watcher.submit(lambda: (last.block_until_ready(), time.perf_counter())[1])
         previous, self._previous, self._current = self._previous, self._current, _Interval()
-        self._finish(previous)  # last: an observer may raise
+        self._finish(previous)  # an observer may raise
+        self._previous.facts = dict(self._facts())
 
     def flush(self) -> None:
         """Write everything; waits for the device."""
@@ -113,6 +98,8 @@ class LateLog:
         self._meter.paused(interval.paused)
         steps = len(interval.metrics)
         speed = self._meter.close(steps, steps * self._samples_per_step, interval.end.result())
+        if (peak := self._memory()) is not None:
+            speed["perf/peak_memory_gib"] = peak / 2**30
         self._write(interval, speed)
 
     def _write(self, interval: _Interval, speed: dict[str, float]) -> None:
@@ -123,6 +110,7 @@ class LateLog:
                 metrics.pop(SKIPPED, None)
             if step == interval.metrics[-1][0]:
                 metrics.update(speed)
+                metrics.update(interval.facts)
             epoch_start = step - self._steps_per_epoch if step % self._steps_per_epoch == 0 else None
             self._monitor.write(step, metrics, epoch_start=epoch_start)
             written.append((step, metrics))

@@ -23,6 +23,8 @@ class MetricsFile:
       path: the file; made when absent.
       resume_step: the last step to keep; 0 starts anew.
 
+    last_step: of the lines that were kept, 0 without one.
+
     Raises:
       OSError: the file cannot be opened or cut.
     """
@@ -32,7 +34,7 @@ class MetricsFile:
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._unwritten = b""
         try:
-            _cut_after(self._fd, resume_step)
+            self.last_step = _cut_after(self._fd, resume_step)
         except BaseException:
             os.close(self._fd)
             raise
@@ -83,6 +85,16 @@ def read_last(path: str | os.PathLike, count: int) -> list[dict[str, Any]]:
         os.close(fd)
 
 
+def read_records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The lines of a file with a step in each (`metrics.jsonl`, `scores.jsonl`), in their order; torn lines are left out.
+
+    Raises:
+      OSError: there is no such file, or it cannot be read.
+    """
+    with open(path, "rb") as file:
+        yield from (record for line in file if (record := _parse(line)) is not None)
+
+
 def _number(value: Any) -> int | float | None:
     if isinstance(value, int):
         return value
@@ -111,15 +123,17 @@ def _lines_backwards(fd: int) -> Iterator[tuple[int, bytes]]:
             end = start
 
 
-def _cut_after(fd: int, step: int) -> None:
-    keep, complete = 0, True
+def _cut_after(fd: int, step: int) -> int:
+    """Cuts off the lines of steps after `step`; the step of the last one that stays."""
+    keep, complete, last = 0, True, 0
     for end, line in _lines_backwards(fd):
         record = _parse(line)
         if record is not None and record["step"] <= step:
-            keep, complete = end, line.endswith(b"\n")
+            keep, complete, last = end, line.endswith(b"\n"), record["step"]
             break
     if keep != os.fstat(fd).st_size:
         os.ftruncate(fd, keep)
     if not complete:
         os.write(fd, b"\n")  # only the newline was lost
     os.fsync(fd)
+    return last

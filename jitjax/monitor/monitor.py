@@ -16,6 +16,9 @@ from jitjax.monitor.metrics import MetricsFile
 from jitjax.monitor.tensorboard import TensorBoardRun
 from jitjax.monitor.view import duration
 from jitjax.monitor.wandb_run import SCORE_STEP, WandbRun
+from jitjax.settings import Wandb
+
+_NO_WANDB = Wandb(enabled=False)
 
 
 class _Warnings(logging.Handler):
@@ -52,10 +55,9 @@ class Monitor:
       resume_step: the step of the checkpoint that the run continues from; later lines of `metrics.jsonl` are dropped.
       is_main: whether this is the first process (`jax.process_index() == 0`).
       title: the run's name on the console, e.g. the model's.
-      memory: returns the peak of device memory in bytes, or None; called once an interval.
       next_commands: what the closing lines of a finished run suggest, e.g. `jitjax sample runs/a`.
       run_config: plain dict of the resolved configuration; stored with the W&B run, not read.
-      wandb_enabled, wandb_project, wandb_name, wandb_mode, wandb_group, wandb_tags: see `WandbRun`.
+      wandb: whether and how to use W&B.
       tensorboard: also write TensorBoard event files.
 
     Raises:
@@ -71,15 +73,9 @@ class Monitor:
         resume_step: int = 0,
         is_main: bool = True,
         title: str = "",
-        memory: Callable[[], int | None] | None = None,
         next_commands: Sequence[str] = (),
         run_config: Mapping[str, Any] | None = None,
-        wandb_enabled: bool = False,
-        wandb_project: str = "jitjax",
-        wandb_name: str | None = None,
-        wandb_mode: str = "online",
-        wandb_group: str | None = None,
-        wandb_tags: Sequence[str] = (),
+        wandb: Wandb = _NO_WANDB,
         tensorboard: bool = False,
     ):
         self._workdir, self._next_commands = Path(workdir), tuple(next_commands)
@@ -103,7 +99,6 @@ class Monitor:
             total_steps,
             steps_per_epoch=steps_per_epoch,
             title=title,
-            memory=memory,
             log_path=self._workdir / "log.txt",
         )
         try:
@@ -114,17 +109,10 @@ class Monitor:
             self._file.close()
             raise
         self._warnings = _Warnings(self.note)
-        if wandb_enabled:
-            self._wandb = WandbRun(
-                workdir,
-                run_config or {},
-                project=wandb_project,
-                name=wandb_name,
-                group=wandb_group,
-                tags=wandb_tags,
-                mode=wandb_mode,
-                report=self.note,
-            )
+        if self._file.last_step < resume_step:
+            self.note(f"warning: {path} has no lines of steps {self._file.last_step + 1:,} to {resume_step:,}")
+        if wandb.enabled:
+            self._wandb = WandbRun(workdir, run_config or {}, wandb, report=self.note)
 
     def write(self, step: int, metrics: Mapping[str, float], *, epoch_start: int | None = None) -> None:
         """Stores the metrics of one optimizer step; steps ascend.

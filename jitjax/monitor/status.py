@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -11,9 +12,10 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from jitjax import timing
 from jitjax.errors import UserError
 from jitjax.monitor.metrics import read_last
-from jitjax.monitor.view import View, duration
+from jitjax.monitor.view import SCORES, View, duration
 
 STEPS = 5000  # optimizer steps that are read, from the end
 
@@ -52,12 +54,27 @@ def print_status(
         view.observe(step, record.get("train/loss"))
         if record.get("time/step") is not None:
             now += record["time/step"] * (step - (step if ended is None else ended)) + (record.get("time/paused") or 0.0)
-            view.update(step, known, memory=None)
+            view.update(step, known)
             ended = step
     for name, folder, pattern in (("checkpoint", "checkpoints", r"(\d+)"), ("preview", "samples", r"step_(\d+)\.png")):
         matches = (re.fullmatch(pattern, entry.name) for entry in (workdir / folder).glob("*"))
         if steps := [int(match[1]) for match in matches if match]:
             view.marks = {**view.marks, name: max(steps)}
+    scores = workdir / "scores.jsonl"
+    if scores.exists() and (last := read_last(scores, 1)):
+        view.scores = (last[0]["step"], {name: last[0][name] for name in last[0] if name.startswith(SCORES)})
     console = Console(file=file, highlight=False)
     console.print(view)
-    console.print(f"last step written {duration(age)} ago", style="dim")
+    console.print(f"last step written {duration(age)} ago{_spent(workdir)}", style="dim")
+
+
+def _spent(workdir: Path) -> str:
+    """How long the run has taken over all its starts, from `time.json`, which lags by half a minute."""
+    try:
+        account = json.loads((workdir / timing.FILE).read_text())
+        seconds, starts = account["seconds"], account["starts"]
+        total = sum(seconds.values())
+        share = f", {seconds['step'] / total:.0%} of it training steps" if total else ""
+    except (OSError, ValueError, KeyError, TypeError):  # a run that has just begun has none
+        return ""
+    return f"; elapsed {duration(total)} in {starts} {'start' if starts == 1 else 'starts'}{share}"

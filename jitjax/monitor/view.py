@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ LOSS_MEMORY = 50  # optimizer steps over which the shown loss is smoothed
 CURVE = 16  # points of the loss curve
 BARS = "▁▂▃▄▅▆▇█"
 SCORES = "eval/"  # metrics of this prefix are shown as scores
+DETAILS = re.compile(r"_std$|/loss_t[\d.]+$")  # spreads, and the held-out loss at each time: not in the view
 
 
 class View:
@@ -39,7 +41,6 @@ class View:
         self._loss, self._weight = 0.0, 0.0  # running mean of the loss and the weight that it has gathered
         self.step: int | None = None
         self.metrics: Mapping[str, Any] = {}
-        self.memory: int | None = None
         self.curve: tuple[float, ...] = ()
         self.marks: Mapping[str, int] = {}
         self.scores: tuple[int, Mapping[str, float]] | None = None
@@ -58,11 +59,11 @@ class View:
         self._loss = decay * self._loss + (1 - decay) * loss
         self._weight = decay * self._weight + (1 - decay)
 
-    def update(self, step: int, metrics: Mapping[str, Any], memory: int | None) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Time left is by the wall clock since the first status, so that previews and checkpoints count and compilation
         does not; until there are two, by the measured time of a step."""
         now = self._clock()
-        self.step, self.metrics, self.memory, self.stage = step, dict(metrics), memory, ""
+        self.step, self.metrics, self.stage = step, dict(metrics), ""
         if self._first is None:
             self._first = (step, now)
         first_step, start = self._first
@@ -100,7 +101,7 @@ class View:
             "images/s": _format(known.get("train/samples_per_second"), "{:,.1f}"),
             "MFU": _format(known.get("perf/mfu"), "{:.1%}"),
             "input wait": _format(known.get("perf/data_wait"), "{:.1%}"),
-            "memory": None if self.memory is None else f"{self.memory / 2**30:.1f} GiB",
+            "memory": _format(known.get("perf/peak_memory_gib"), "{:.1f} GiB"),
         }
         return {label: text for label, text in found.items() if text is not None}
 
@@ -118,17 +119,19 @@ class View:
         head.add_column(no_wrap=True)
         bar = ProgressBar(total=max(self.total_steps, 1), completed=self.step or 0)
         head.add_row(Text(self.title or "step", style="bold"), bar, fields.pop("step"))
-        if self.stage:
-            yield Group(head, Text(f"{self.stage} ...  {duration(self.elapsed)}", style="yellow"))
+        stage = [Text(f"{self.stage} ...  {duration(self.elapsed)}", style="yellow")] if self.stage else []
+        if self.stage and not self.metrics:  # compiling: nothing is known yet
+            yield Group(head, *stage)
             return
         last = {f"last {name}": f"step {step:,}" for name, step in self.marks.items()}
+        score = {}
         if self.scores is not None:
             step, values = self.scores
-            text = ", ".join(f"{name.removeprefix(SCORES)} {value:.4g}" for name, value in values.items())
-            last["last score"] = f"{text} (step {step:,})"
+            main = {name.removeprefix(SCORES): value for name, value in values.items() if not DETAILS.search(name)}
+            score["last score"] = ", ".join(f"{name} {value:.4g}" for name, value in main.items()) + f" (step {step:,})"
         progress = {label: fields.pop(label) for label in ("epoch", "elapsed", "left", "loss") if label in fields}
-        groups = (_cells(group) for group in (progress, fields, last) if group)
-        yield Group(head, *groups)
+        groups = (_cells(group) for group in (progress, fields, last, score) if group)
+        yield Group(head, *stage, *groups)
 
 
 def _cells(fields: Mapping[str, str]) -> Columns:

@@ -13,11 +13,13 @@ import os
 import secrets
 import string
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from jitjax.settings import Wandb
 
 RUN_ID_FILE = "wandb_run_id"
 STEP, SCORE_STEP = "step", "eval/step"  # the x axes; a score arrives later than the step whose weights it judges
@@ -44,8 +46,8 @@ class WandbRun:
     Args:
       workdir: holds the run id and W&B's own `wandb/` folder.
       config: stored as the run's configuration; plain values only.
-      project, name, group, tags: as in W&B.
-      mode: "online" or "offline". The environment's WANDB_MODE=offline (or disabled) wins over "online".
+      options: as in W&B. What is unset comes from W&B's environment variables; WANDB_MODE=offline (or disabled) wins over
+        the mode "online".
       report: takes one line of text for the user.
       init_timeout: seconds until an online start is given up for an offline one.
       finish_timeout: seconds that uploading the rest may take at the end.
@@ -56,12 +58,8 @@ class WandbRun:
         self,
         workdir: str | os.PathLike,
         config: Mapping[str, Any],
+        options: Wandb,
         *,
-        project: str,
-        name: str | None = None,
-        group: str | None = None,
-        tags: Sequence[str] = (),
-        mode: str = "online",
         report: Callable[[str], None] = print,
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
@@ -72,14 +70,25 @@ class WandbRun:
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._extras: list[tuple[int, dict[str, Any]]] = []
         self._run: Any = None
+        mode = options.mode
         if mode == "online" and os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
             mode = "disabled" if os.environ["WANDB_MODE"] == "disabled" else "offline"
         if mode == "online":
             report("connecting to W&B ...")
-        options = dict(project=project, name=name, group=group, tags=list(tags) or None, config=dict(config))
+        arguments = dict(
+            project=options.project or os.environ.get("WANDB_PROJECT") or "jitjax",
+            entity=options.entity,
+            name=options.name or os.environ.get("WANDB_NAME") or self._workdir.resolve().name,
+            group=options.group,
+            tags=[tag.strip() for tag in options.tags.split(",") if tag.strip()] or None,
+            job_type="train",
+            config=dict(config),
+        )
         try:
             self._run_id = _run_id(self._workdir / RUN_ID_FILE)
-            self._run, self._mode = self._start(mode, options)
+            self._run, self._mode = self._start(mode, arguments)
+            for axis in (STEP, SCORE_STEP):
+                self._run.define_metric(axis, hidden=True)  # else it gets a panel of its own
             for curve in CURVES:
                 self._run.define_metric(curve, step_metric=STEP)
             self._run.define_metric("eval/*", step_metric=SCORE_STEP)
@@ -164,19 +173,19 @@ class WandbRun:
             _teardown(1)
         self._report(text)
 
-    def _start(self, mode: str, options: dict[str, Any]) -> tuple[Any, str]:
+    def _start(self, mode: str, arguments: dict[str, Any]) -> tuple[Any, str]:
         """A W&B run and its mode: the one asked for, or offline where online fails."""
         if mode == "online":
             try:
-                return self._init("online", options), "online"
+                return self._init("online", arguments), "online"
             except Exception as error:
                 self._report(f"W&B cannot be used online, going on offline ({_one_line(error)})")
                 with _deadline(self._answer_timeout):
                     _teardown(1)  # W&B's process still holds the run id and would refuse it
             mode = "offline"
-        return self._init(mode, options), mode
+        return self._init(mode, arguments), mode
 
-    def _init(self, mode: str, options: dict[str, Any]) -> Any:
+    def _init(self, mode: str, arguments: dict[str, Any]) -> Any:
         import wandb
 
         with _deadline(self._init_timeout + self._answer_timeout):
@@ -195,7 +204,7 @@ class WandbRun:
                     console="off",  # stdout belongs to the live view
                     silent=True,
                 ),
-                **options,
+                **arguments,
             )
 
     def _sync_command(self) -> str:

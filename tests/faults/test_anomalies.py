@@ -12,9 +12,10 @@ from jitjax.errors import UserError
 GOOD = {"train/loss": 0.2, "train/grad_norm": 1.0}
 BAD_GRADIENT = {"train/loss": 0.2, "train/grad_norm": math.inf}  # 0.1.0 went on for ever, as only losses were looked at
 BAD_LOSS = {"train/loss": math.nan, "train/grad_norm": math.nan}
+BAD_PART = {**GOOD, "train/skipped_micro_batches": 1.0}  # of several, one was left out
 
 
-@pytest.mark.parametrize("bad", [BAD_GRADIENT, BAD_LOSS])
+@pytest.mark.parametrize("bad", [BAD_GRADIENT, BAD_LOSS, BAD_PART])
 def test_a_requeue_loop_meets_the_same_stop(tmp_path, bad):
     """Killed after 3 skipped steps, started again from the same checkpoint, again and again: the fourth start's second skipped
     step is the tenth in a row."""
@@ -29,7 +30,7 @@ def test_a_requeue_loop_meets_the_same_stop(tmp_path, bad):
         last_good=lambda: "the last good checkpoint is step 20",
         batch=lambda step: [{"index": 5, "file": f"cats/{step}.jpg"}],
     )
-    with pytest.raises(UserError, match=r"10 optimizer steps in a row skipped .*the last good checkpoint is step 20"):
+    with pytest.raises(UserError, match=r"10 optimizer steps in a row .*the last good checkpoint is step 20"):
         anomalies.add(21, bad)
     images = json.loads((tmp_path / "bad_batch_00000021.json").read_text())["images"]
     assert images == [{"index": 5, "file": "cats/21.jpg"}]
@@ -46,6 +47,8 @@ def test_skipped_steps_are_printed_and_logged(tmp_path):
     assert anomalies.metrics() == {"train/skipped_steps": 19.0}
     anomalies.add(20, GOOD)
     assert (anomalies.skipped.in_a_row, anomalies.skipped.total) == (0, 19)
+    (line,) = anomalies.add(21, BAD_PART)
+    assert line.startswith("step 21 made without the gradient of 1 micro-batch, which is not finite (1 in a row, 20 in all")
 
 
 def test_policy_stop_stops_at_the_first(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 from jitjax import leftovers
-from jitjax.workdir import Workdir
+from jitjax.errors import UserError
+from jitjax.workdir import Workdir, saved_config
 
 SHARE = """
 import os, signal, sys
@@ -39,9 +40,31 @@ def test_segments_go_with_the_next_start():
 
 def test_half_written_files_go_and_the_rest_stays(tmp_path):
     """With the next start, right after the kill; what the user keeps there is not touched."""
-    partial = [".shapes.ab12.partial", ".config.json.x7f", ".run.json.abc", "time.json.tmp"]
-    stay = ["config.json", "metrics.jsonl", "notes.txt", ".mine.partial", "samples.tmp"]
+    partial = [".shapes.ab12.partial", ".config.json.x7f", ".run.json.abc", "time.json.tmp", "ema/.tmpA1b", "ema/1-0.05.tmp77"]
+    stay = ["config.json", "metrics.jsonl", "notes.txt", ".mine.partial", "samples.tmp", "ema/1-0.05.safetensors"]
+    (tmp_path / "ema").mkdir()
     for name in partial + stay:
         (tmp_path / name).write_text("x")
     Workdir(tmp_path).close()
-    assert {*stay} <= {p.name for p in tmp_path.iterdir()} <= {*stay, ".lock", "samples"}
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert {*stay} <= left <= {*stay, "ema", ".lock", "samples"}
+
+
+def test_a_deleted_lock_is_taken_again_and_never_shared(tmp_path):
+    run = Workdir(tmp_path)
+    (tmp_path / ".lock").unlink()
+    run.require_lock()
+    with pytest.raises(UserError, match="is in use by a live run"):
+        Workdir(tmp_path)
+    (tmp_path / ".lock").unlink()
+    second = Workdir(tmp_path)  # faster than the next look
+    with pytest.raises(UserError, match="is in use by a live run"):
+        run.require_lock()
+    second.close()
+
+
+def test_a_torn_config_is_named_and_a_deleted_one_does_not_matter(tmp_path):
+    assert saved_config(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"seed": 1, "da')
+    with pytest.raises(UserError, match=r"config\.json is unreadable .* move it away to go on"):
+        saved_config(tmp_path)

@@ -35,26 +35,25 @@ try:
     print("complete", flush=True)
     signals.end(0)
 except errors.UserError as error:
-    peers.failed(str(error))
-    signals.leave(2, str(error))
+    peers.failed(str(error), 2)
 """
 
 
-def run(workdir: Path, first: int, last: int) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of both processes, which resume and then save `first` to `last`."""
+def run(workdir: Path, first: int, last: int, other: Path | None = None) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of both processes, which resume and then save `first` to `last`; `other`: where the second
+    one looks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    arguments = ["2", address, str(workdir), str(first), str(last)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SAVE, str(rank), *arguments],
+            [sys.executable, "-c", SAVE, str(rank), "2", address, str(folder), str(first), str(last)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank, folder in enumerate((workdir, other or workdir))
     ]
     try:
         return [(p.wait(200), *p.communicate()) for p in processes]
@@ -64,7 +63,8 @@ def run(workdir: Path, first: int, last: int) -> list[tuple[int, str, str]]:
 
 
 def test_two_processes_save_and_resume(tmp_path):
-    """Both resume from the same step; a damaged newest one costs both one step; one process reads what two wrote."""
+    """Both resume from the same step; a damaged newest one costs both one step; one process reads what two wrote; where their
+    folders disagree both take the highest step that both have."""
     for code, out, err in run(tmp_path, 1, 3):
         assert code == 0 and "resumed 0" in out and "complete" in out, err[-3000:]
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [1, 2, 3]
@@ -74,6 +74,11 @@ def test_two_processes_save_and_resume(tmp_path):
     from test_checkpoint import resumed
 
     assert resumed(tmp_path) == 3
+    shutil.copytree(tmp_path, tmp_path / "other", ignore=shutil.ignore_patterns("3"))
+    assert checkpoint.steps_in(tmp_path / "other" / "checkpoints") == [1, 2]
+    for code, out, err in run(tmp_path, 9, 8, other=tmp_path / "other"):
+        assert code == 0 and "resumed 2" in out, err[-3000:]
+        assert "checkpoints 3 are not visible to every process" in err
 
 
 def test_a_folder_that_cannot_be_written_stops_both(tmp_path):
