@@ -223,8 +223,9 @@ def _statistics(x: jax.Array) -> dict[str, jax.Array]:
 def _layers(tree: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
     """By layer, e.g. "blocks.0.attn.qkv" for kernel and bias: "norm" and "max" of the finite numbers, "nonfinite"."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, value in jax.device_get({name: _statistics(value) for name, value in tree.items()}).items():
-        found.setdefault(name.rpartition(".")[0] or name, []).append(value)
+    for name, value in tree.items():
+        # One after the other: emulated devices that reduce many arrays at once can wait for each other for ever.
+        found.setdefault(name.rpartition(".")[0] or name, []).append(jax.device_get(_statistics(value)))
     return {
         layer: {
             "norm": math.sqrt(sum(float(part["square"]) for part in parts)),
