@@ -26,22 +26,12 @@ Stage = Callable[[Any, Any, Any], Any]  # (block's parameters, carry, shared) ->
 Run = Callable[[Sequence[Stage], Sequence[Any], Any, Any], Any]  # (stages, blocks, carry, shared) -> carry
 
 
-def gather(shard: jax.Array, axis: int | None, name: str, dtype: Any) -> jax.Array:
-    """A whole array from its shards, in `dtype`, in which it also crosses devices.
-
-    Args:
-      axis: along which it is split over the mesh axis `name`; None if every device has it whole.
-    """
-    value = shard.astype(dtype)
-    return value if axis is None else jax.lax.all_gather(value, name, axis=axis, tiled=True)
-
-
 def reduce(grad: jax.Array, axis: int | None, name: str, mesh: Mesh, dtype: Any) -> jax.Array:
     """The sum of a gradient over all devices, float32: of an array that is split, the part that this device owns.
 
     Args:
       grad: this device's gradient of the whole array.
-      axis, name: as for `gather`.
+      axis: along which the array is split over the mesh axis `name`; None if every device has it whole.
       dtype: the widest type in which gradients cross devices. Those of a narrower one cross as they are.
     """
     if axis is None:
@@ -139,7 +129,6 @@ def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) 
         apply.defvjp(forward, backward)
         return apply(list(blocks), carry, shared)
 
-    run.looks_inside = True  # what depends on weights alone is found in the stages' equations, so they must not be jitted
     return run
 
 

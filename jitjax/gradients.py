@@ -122,7 +122,7 @@ class _Transfers:
         """The whole parameter, as the network takes it."""
         if name in self._small:
             return shard
-        return exchange.gather(shard, self._axes[name], self._over, self._types[name])
+        return sharding.gather_one(shard, self.specs[name], self._types[name])
 
     def send(self, name: str, grad: jax.Array) -> jax.Array:
         """The sum over devices, float32; a small one stays this device's until `finish`."""

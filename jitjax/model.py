@@ -423,7 +423,8 @@ class JiT(nnx.Module):
             context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype) if g.context_length else None
 
         observe("embed", x_BTD)
-        apply_block = _apply_block.__wrapped__ if getattr(run_blocks, "looks_inside", False) else _apply_block
+        # Another way to run the blocks may look for what depends on weights alone, which a jitted block hides.
+        apply_block = _apply_block if run_blocks is in_sequence else _apply_block.__wrapped__
 
         def stage(i, block, carry, shared):
             (x_BTD, pending), (c_BD, context_BTD, keys) = carry, shared

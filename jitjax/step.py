@@ -146,7 +146,7 @@ def make_train_step(
       comm_dtype: type in which gradients cross devices; they are added up in float32.
       dynamic_loss_scale: for float16.
 
-    The state is donated. `batch` holds the images of one optimizer step, split over both mesh axes; each device cuts
+    The state is donated. `batch` holds the images of one optimizer step, split over all mesh axes; each device cuts
     its part into `optim.accumulation_steps` micro-batches. A step whose loss or gradient is not finite changes only the step
     counter.
     """

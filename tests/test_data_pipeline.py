@@ -75,8 +75,8 @@ def test_batches_are_the_examples_of_their_place(datasets, reference, kind, star
         ("folder", 2, 0, 1, STARTS["beginning"]),
         ("folder", 2, 3, 4, STARTS["mid-epoch"]),
         ("prepared", 2, 1, 4, STARTS["epoch boundary"]),
-        ("prepared", 8, 0, 1, WITHIN_A_BATCH),
-        ("folder", 8, 2, 4, STARTS["second epoch"]),
+        ("prepared", 3, 0, 1, WITHIN_A_BATCH),
+        ("folder", 5, 2, 4, STARTS["second epoch"]),
     ],
 )
 def test_worker_processes_change_nothing(datasets, reference, kind, workers, process, processes, start):

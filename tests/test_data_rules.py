@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -246,28 +247,35 @@ def test_too_many_open_files_for_real(tmp_path):
         dataset[0]
 
 
+@pytest.fixture
+def any_users_folder():
+    """A folder that every user may enter; those in which pytest makes its own are for one user."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parquet"])
-def test_what_the_system_refuses_is_said_with_its_reason(tmp_path, kind):
+def test_what_the_system_refuses_is_said_with_its_reason(any_users_folder, kind):
     """No permission, and too many open files, while the input is listed."""
     pytest.importorskip("pyarrow")
-    root = write(tmp_path / "set", ["a/1.png", "b/2.png"])
-    path = root if kind == "folder" else zipped(root) if kind == "zip" else tmp_path / f"x.{kind}"
+    root = write(any_users_folder / "set", ["a/1.png", "b/2.png"])
+    path = root if kind == "folder" else zipped(root) if kind == "zip" else any_users_folder / f"x.{kind}"
     if kind in ("tar", "parquet"):
         path.write_bytes(tar({"a/1.png": PNG}) if kind == "tar" else parquet(table(label=[0, 1, 0, 1])))
     functions = [opened, lambda path: open_dataset(path, 8)] if kind == "folder" else [opened]
-    forbidden, user = path / "b" if kind == "folder" else path, os.geteuid()
-    tmp_path.chmod(0o755), forbidden.chmod(0)
-    for above in (tmp_path.parent, tmp_path.parent.parent):
-        above.chmod(0o755)
-    if user == 0:
-        os.seteuid(65534)  # root may read everything
-    try:
-        for function in functions:
-            with pytest.raises(UserError, match="cannot be read: Permission denied"):
-                function(path)
-    finally:
-        os.seteuid(user)
-        forbidden.chmod(0o755)
+    user = os.geteuid()
+    for forbidden in (path / "b" if kind == "folder" else path, any_users_folder):  # a part of it; the folder above it
+        forbidden.chmod(0)
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            for function in functions:
+                with pytest.raises(UserError, match="cannot be read: Permission denied"):
+                    function(path)
+        finally:
+            os.seteuid(user)
+            forbidden.chmod(0o755)
     with no_files_left():
         for function in functions:
             with pytest.raises(UserError, match="Too many open files; raise the limit"):

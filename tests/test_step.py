@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import SHALLOW, small_settings
 from jax.sharding import NamedSharding
 
 from jitjax import gradients, kernels, model, sharding, step
@@ -17,7 +17,6 @@ from jitjax.plan import make_plan
 from jitjax.train import make_step
 
 CLASSES = 5
-SHALLOW = dict(model__depth=1, model__context_start=0)  # compiles in half the time, for what does not depend on depth
 
 
 DATA, ZERO, FSDP, HYBRID = (8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1)  # data x zero x fsdp

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jitjax.data import prepared, readers, rules
 from jitjax.data.containers import find_containers
-from jitjax.data.files import read_file
+from jitjax.data.files import read_file, require
 from jitjax.data.image import HIGH_DEPTH, BadImage, decode, is_constant, is_high_depth
 from jitjax.data.listing import Names, list_images, summary
 from jitjax.data.rules import Ask
@@ -141,8 +141,7 @@ def open_dataset(
     ask = Ask(where, "--config.data.split", "--config.data.labels")
     if not path:
         raise UserError(f"{_FLAG} is not set; give it a folder of images or a prepared directory")
-    if not os.path.exists(path):
-        raise UserError(f"{where} does not exist; give it a folder of images or a prepared directory")
+    require(path, where, "a folder of images or a prepared directory")
     if not os.path.isdir(path):
         raise UserError(f"{where} is a file; unpack it, or turn it into a prepared directory with jitjax prepare")
     if high_depth not in HIGH_DEPTH:

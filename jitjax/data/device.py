@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _PATIENCE_S = 10.0
-_SILENT_S = 30.0  # until one who waits is told for whom
+_SILENT_S = 30.0  # of waiting, after which a warning names the worker and its file
 _log = logging.getLogger("jitjax.data")
 
 

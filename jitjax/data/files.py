@@ -59,6 +59,21 @@ def unreadable(error: Exception, path: str) -> UserError:
     return UserError(f"{path} is damaged: {str(error)[:200] or type(error).__name__}")
 
 
+def require(path: str, where: str, wanted: str) -> None:
+    """That `path` is there.
+
+    Raises:
+      UserError: it is not (`where` names it for the user, `wanted` says what to give instead), or the system does not say: no
+        permission for a folder above it, a share that went away.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        raise UserError(f"{where} does not exist; give it {wanted}") from None
+    except OSError as error:
+        raise unreadable(error, where) from None
+
+
 def _read_once(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe must not wait for a writer
     try:

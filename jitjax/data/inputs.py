@@ -11,7 +11,7 @@ import numpy as np
 from jitjax.data import archive, rules
 from jitjax.data.arrays import ArrayInput
 from jitjax.data.containers import beside, choose_files, find_containers
-from jitjax.data.files import read_file
+from jitjax.data.files import read_file, require
 from jitjax.data.image import BadImage
 from jitjax.data.listing import list_images
 from jitjax.data.rules import Ask
@@ -91,8 +91,7 @@ def open_input(
     """
     ask = Ask(f"--data_path={path}", "--split", "--labels")
     path = os.path.expanduser(path)
-    if not os.path.exists(path):
-        raise UserError(f"{ask.where} does not exist; give it an image folder, a zip or tar of one, or Parquet files")
+    require(path, ask.where, "an image folder, a zip or tar of one, or Parquet files")
     endings, label_column = rules.endings(all_formats), label_column or ""
     with reading(ask):
         files, left, notes, settled, prefixes = [path], [], [], False, []

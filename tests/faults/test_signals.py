@@ -42,14 +42,14 @@ end(stop.exit_code, patience=0.5)
 """
 
 
-def started(mode: str, grace: float = 30.0, **options) -> subprocess.Popen:
+def started(mode: str, grace: float = 30.0, hangup=signal.SIG_DFL) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, mode, str(grace)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),  # also where the tests themselves run under nohup
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -85,7 +85,7 @@ def test_a_second_interrupt_stops_at_once(mode):
 
 
 def test_nohup_is_respected():
-    process = started("loop", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = started("loop", hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert process.poll() is None

@@ -63,8 +63,7 @@ def test_one_that_cannot_be_written_stops_the_run_and_no_checkpoint_follows_it(t
         with pytest.raises(UserError, match="00000010-0.1.safetensors: cannot be written"):
             look()
     written.close()  # raised once
-    with pytest.raises(UserError, match="the last save failed"):
-        saved.close()
+    saved.close()  # so is this: `wait` has said it
     fresh = saving.Checkpoints(tmp_path)
     assert fresh.resume(LIKE)[1] == 5
     fresh.close()
