@@ -14,6 +14,9 @@
     to_uint8(images) -> uint8 pixels
     preprocess(picture, size) -> uint8 (size, size, 3)                            as training sees a picture, not flipped
 
+    Trainer(settings, *, images, num_classes=0, class_names=(), objective=None)   the training step on arrays
+    train.train(settings, workdir, dataset=None, objective=None) -> exit code     a whole run; see data.of_arrays, .of_source
+
 Everything is imported when first used, so that `jitjax.data` in a worker process does not import JAX. Modules are reached
 the same way: `jitjax.metrics.kid(...)` after `import jitjax`.
 """
@@ -31,8 +34,12 @@ _HOMES = {
     "sample": "jitjax.sampling",
     "to_uint8": "jitjax.diffusion",
     "preprocess": "jitjax.data.image",
+    "Trainer": "jitjax.trainer",
 }
-_MODULES = ("checkpoint", "data", "diffusion", "evaluation", "interop", "kernels", "metrics", "model", "sampling", "settings")
+_MODULES = (
+    *("checkpoint", "data", "diffusion", "evaluation", "interop", "kernels", "metrics", "model", "sampling", "settings"),
+    *("sharding", "step", "train"),
+)
 __all__ = [*_HOMES, "__version__"]
 
 

@@ -94,8 +94,9 @@ def _facts(pipe: Pipeline, config: dict) -> dict[str, str]:
         facts["training set"] = f"{count:,} images" + (f" ({seen / count:,.1f} epochs)" if seen else "")
     if optim and seen and pipe.step:
         batch = seen // pipe.step
+        name = "Muon and AdamW" if optim.get("name") == "muon" else "AdamW"
         rate = optim["lr"] or optim["blr"] * batch / 256
-        facts["optimizer"] = f"AdamW, {batch:,} images a step, learning rate {rate:.3g}, {optim['schedule']} after its warm-up"
+        facts["optimizer"] = f"{name}, {batch:,} images a step, learning rate {rate:.3g}, {optim['schedule']} after its warm-up"
     if config.get("dtype"):
         facts["trained in"] = f"{config['dtype']} (master weights float32)"
     facts["written by"] = f"jitjax {jitjax.__version__}, jax {jax.__version__}"

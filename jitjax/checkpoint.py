@@ -2,7 +2,7 @@
 
     <workdir>/checkpoints/<step>/params          {name: array}
                                  ema             {decay: {name: array}}
-                                 optimizer       AdamW's moments and counters, the loss scale
+                                 optimizer       moments and counters, the loss scale
                                  meta            JSON: resolved config, geometry, position in the data, versions
                                  checksums.json  size and digest of every file, the step, the run (`jitjax.manifest`)
     <workdir>/run.json                           the run's identity, and the last step that was saved
@@ -35,6 +35,8 @@ import orbax.checkpoint as ocp
 from jitjax import manifest, sharding
 from jitjax import model as jit_model
 from jitjax.errors import UserError
+from jitjax.settings import Optimizer
+from jitjax.step import TrainState
 
 DIRECTORY = "checkpoints"
 RUN_FILE = "run.json"
@@ -134,6 +136,27 @@ def read_items(folder: Path, **items: Any) -> Any:
     """Items of the checkpoint in `folder`, by Orbax."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+def restore(folder: Path, like: TrainState) -> TrainState:
+    """The state in <workdir>/checkpoints/<step>, laid out like `like` (a tree of shape structs with shardings). Its checksums
+    are not looked at, see `defect`."""
+    optimizer = {"opt_state": like.opt_state, "loss_scale": like.loss_scale}
+    restored = read_items(
+        folder,
+        params=ocp.args.StandardRestore(like.params),
+        ema=ocp.args.StandardRestore(like.ema),
+        optimizer=ocp.args.StandardRestore(optimizer),
+    )
+    # Onto the mesh also what is a scalar: Orbax may return those on one device only.
+    place = jax.tree.map(lambda leaf: leaf.sharding, like.step)
+    return TrainState(
+        step=jax.device_put(np.int32(folder.name), place),
+        params=restored["params"],
+        opt_state=restored["optimizer"]["opt_state"],
+        ema=restored["ema"],
+        loss_scale=restored["optimizer"]["loss_scale"],
+    )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -284,18 +307,27 @@ def load_model(path: str | Path, which: str = "") -> jit_model.JiT:
     return jit_model.merge(jit_model.graphdef_of(weights.geometry), choices[which])
 
 
-def check_fits(meta: Mapping[str, Any], geometry: jit_model.Geometry, names: Iterable[str], workdir: Path) -> None:
+def check_fits(
+    meta: Mapping[str, Any], geometry: jit_model.Geometry, names: Iterable[str], optim: Optimizer, workdir: Path
+) -> None:
     """Raises:
-    UserError: the checkpoint's model has other shapes than `geometry`, or other EMAs; names what differs.
+    UserError: the checkpoint's model has other shapes than `geometry`, other EMAs than `names`, or the state of another
+      optimizer; names what differs.
     """
     wanted = dataclasses.asdict(geometry)
     differing = [f"{k}: {v} -> {wanted[k]}" for k, v in meta["geometry"].items() if "dropout" not in k and v != wanted[k]]
     names = tuple(names)
     if sorted(meta["ema_decays"]) != sorted(names):
         differing.append(f"optim.ema_decays: ({','.join(meta['ema_decays'])}) -> ({','.join(names)})")
+    what = "model" if differing else "optimizer"
+    before = {"name": "adamw", "muon_adaln": False} | meta.get("config", {}).get("optim", {})
+    if before["name"] != optim.name:
+        differing.append(f"optim.name: {before['name']} -> {optim.name}")
+    elif optim.name == "muon" and before["muon_adaln"] != optim.muon_adaln:
+        differing.append(f"optim.muon_adaln: {before['muon_adaln']} -> {optim.muon_adaln}")
     if differing:
         raise UserError(
-            f"--workdir={workdir} holds checkpoints of another model ({'; '.join(differing)}): set these fields to the "
+            f"--workdir={workdir} holds checkpoints of another {what} ({'; '.join(differing)}): set these fields to the "
             "checkpoint's, or use another workdir and --config.init_from to start from these weights"
         )
 

@@ -7,11 +7,43 @@ Source: arXiv 2511.13720, section 3 and Table 1 (the nine combinations of predic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jitjax.errors import UserError
+
+# objective(output, x, e, t) -> loss of each image, (B,) float32. `output` is the network's, x the clean images in [-1, 1], e
+# the noise, all (B, H, W, 3); e and the times t (B,) made the network's input z_t. B is one device's part of a micro-batch.
+# With an attribute `activations`, names as `jitjax.model.JiT` observes them, it gets them as a fifth argument, by name.
+Objective = Callable[..., jax.Array]
+
+
+def loss_of(objective: Objective, network: Callable[..., jax.Array], x: jax.Array, e: jax.Array, t: jax.Array, y: jax.Array,
+            **options: Any) -> jax.Array:  # fmt: skip
+    """The loss of each image, (B,) float32: `objective` of what `network` makes of the noised images.
+
+    Args:
+      network: a `jitjax.model.JiT`; `options` are further arguments of its call.
+      x, e: clean images and noise, (B, H, W, 3). t: times, (B,). y: labels, (B,).
+    """
+    with jax.named_scope("loss"):
+        z = noised(x, e, t)
+    wanted, seen, also = getattr(objective, "activations", ()), {}, options.pop("observe", None)
+
+    def observe(name: str, value: jax.Array) -> None:
+        if name in wanted:
+            seen[name] = value
+        if also:
+            also(name, value)
+
+    output = network(z, t, y, **options, observe=observe if wanted or also else None)
+    if missing := [name for name in wanted if name not in seen]:
+        raise UserError(f"the objective asks for {missing[0]}, which a model of depth {network.geometry.depth} does not have")
+    with jax.named_scope("loss"):
+        return objective(output, x, e, t, seen) if wanted else objective(output, x, e, t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +120,11 @@ def loss_per_image(
     truth = {"x": x, "epsilon": e, "v": x - e}[prediction]
     error = convert(output, prediction, loss, z, t_B, t_eps) - convert(truth, prediction, loss, z, t_B, t_eps)
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def published_objective(prediction: str, loss: str, t_eps: float) -> Objective:
+    """`loss_per_image` with everything but the arrays given."""
+    return lambda output, x, e, t_B: loss_per_image(output, x, e, t_B, prediction, loss, t_eps)
 
 
 def sample_times(key: jax.Array, mean: float, std: float) -> jax.Array:

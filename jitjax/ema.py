@@ -68,13 +68,19 @@ def power_ema_decay(step: Any, sigma_rel: float) -> jax.Array:
     return 1 - power_ema_rate(step, sigma_rel)
 
 
-def warmup_ema_decay(step: Any, decay: float) -> jax.Array:
-    """A fixed decay for short runs: min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
+def warmup_ema_rate(step: Any, decay: float) -> jax.Array:
+    """1 - decay of a fixed decay with warm-up, min(decay, (1 + step) / (10 + step)): at first the EMA is of the last tenth of
+    the steps or so, and the initial weights are soon forgotten. Traceable in `step`, which counts from 1.
 
-    Not the published update, which has no warm-up; for runs shorter than a few times 1 / (1 - decay) steps.
+    The warm-up of TensorFlow's `tf.train.ExponentialMovingAverage` (argument `num_updates`). JiT's published update has none.
     """
     step = jnp.asarray(step, jnp.float32)
-    return jnp.minimum(decay, (1 + step) / (10 + step))
+    return jnp.maximum(1 - decay, 9 / (10 + step))
+
+
+def warmup_ema_decay(step: Any, decay: float) -> jax.Array:
+    """min(decay, (1 + step) / (10 + step)), float32. For the update itself use `warmup_ema_rate`."""
+    return 1 - warmup_ema_rate(step, decay)
 
 
 # ---------------------------------------------------------------- reconstruction

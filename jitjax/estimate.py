@@ -1,47 +1,27 @@
-"""How long a run takes: tables of tokens, epochs, days and GPU-hours from measured utilisations. Needs no GPU."""
+"""How long a run takes and what it costs: tables from measured speeds. Needs no GPU, unless it is to measure.
+
+The speeds are those of `jitjax.speeds`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jitjax import cli
+from jitjax import cli, speeds
 from jitjax import settings as settings_lib
 from jitjax.cli import arguments
 from jitjax.errors import UserError
-from jitjax.flops import CARDS, IMAGENET_IMAGES, card_of, forward_macs, train_flops
-from jitjax.model import Geometry, geometry_of, make_geometry
+from jitjax.flops import CARDS, CHANNELS, IMAGENET_IMAGES, card_of, forward_macs, parameters, state_bytes, train_flops
+from jitjax.model import SIZES, Geometry, geometry_of
+from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
 
-GUIDE_TOKENS_PER_SECOND = {"conservative": 240e3, "middle": 400e3, "optimistic": 640e3}
-GUIDE_DEVICES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """A measurement of this program's train step: `jitjax bench step`, one card, bfloat16, fused kernels, 32 context tokens."""
-
-    model: str
-    image_size: int
-    card: str  # key of `CARDS`
-    batch_size: int
-    tokens_per_second: float
-
-
-# docs/speed-notebook.md, "The train step": medians over the cards measured there.
-MEASURED = (
-    Speed("JiT-B/4", 64, "h200", 64, 720e3),
-    Speed("JiT-B/4", 64, "h200", 256, 810e3),
-    Speed("JiT-L/16", 256, "h200", 432, 242e3),
-    Speed("JiT-H/16", 256, "h200", 208, 116e3),
-    Speed("JiT-B/4", 64, "h100", 64, 675e3),
-)
+METRICS_BYTES = 160  # of metrics.jsonl per optimizer step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,54 +32,10 @@ class Row:
     images: float
     epochs: float
     name: str
-    utilisation: float  # of the datasheet's dense bf16 operations
+    utilisation: float  # of the card's datasheet operations
     tokens_per_second: float  # of all devices together
     seconds: float
     gpu_hours: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Speed of a run, read from its workdir."""
-
-    config: Mapping[str, Any]
-    tokens_per_second: float | None
-    samples_per_second: float | None
-    devices: int | None
-    device_kind: str | None
-    images_per_epoch: int | None
-
-
-def guide_utilisations(geometry: Geometry) -> dict[str, float]:
-    """The utilisations behind the guide's tokens/s: about 1.8, 3.0 and 4.8% with context tokens.
-
-    The guide states one speed for its run without and its run with labels, so its model is taken with context tokens
-    if, and only if, `geometry` has them.
-    """
-    context = None if geometry.context_length else 0
-    guide = make_geometry("JiT-B/4", image_size=64, num_classes=1000, context_length=context)
-    flops_per_token = train_flops(guide) / guide.tokens
-    peak = GUIDE_DEVICES * CARDS["h200"]
-    return {name: rate * flops_per_token / peak for name, rate in GUIDE_TOKENS_PER_SECOND.items()}
-
-
-def measured_utilisations(config: Settings, geometry: Geometry, card: str) -> tuple[dict[str, float], str]:
-    """The utilisation of each entry of `MEASURED` that says something about this model on this card, by the name of its row; if
-    there is none, an empty table and the reason in words.
-
-    The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly
-    matters.
-    """
-    if config.dtype != "bfloat16" or config.kernels == "plain" or config.remat != "none":
-        return {}, f"dtype={config.dtype}, kernels={config.kernels}, remat={config.remat} was not measured"
-    found = {}
-    for speed in MEASURED:
-        theirs = make_geometry(speed.model, image_size=speed.image_size, num_classes=1000)
-        shape, other = ((g.width, g.heads, g.depth, g.mlp_hidden, g.tokens) for g in (geometry, theirs))
-        if speed.card == card and shape == other:
-            used = speed.tokens_per_second * train_flops(theirs) / theirs.tokens / CARDS[card]
-            found[f"{speed.model}, batch {speed.batch_size}"] = used
-    return found, "" if found else f"{config.model.name} with {geometry.tokens} tokens was not measured on an {card.upper()}"
 
 
 def estimate(
@@ -108,17 +44,17 @@ def estimate(
     tokens: Sequence[float],
     *,
     devices: int,
-    card: str = "h200",
+    peak: float = CARDS["h200"],
     images_per_epoch: int = IMAGENET_IMAGES,
 ) -> list[Row]:
     """The rows of the table, by token count and then utilisation.
 
     Args:
       geometry: of the model to train.
-      utilisations: share of the datasheet's operations by name of the row.
+      utilisations: share of a card's operations by name of the row.
       tokens: image tokens to train on.
-      devices: number of cards; speed is taken to grow in proportion.
-      card: a key of `jitjax.flops.CARDS`.
+      devices: number of cards.
+      peak: operations per second of one card.
       images_per_epoch: size of the data set.
     """
     flops_per_token = train_flops(geometry) / geometry.tokens
@@ -126,7 +62,7 @@ def estimate(
     for count in tokens:
         images = count / geometry.tokens
         for name, utilisation in utilisations.items():
-            speed = utilisation * devices * CARDS[card] / flops_per_token
+            speed = utilisation * devices * peak / flops_per_token
             seconds = count / speed
             rows.append(
                 Row(
@@ -143,63 +79,126 @@ def estimate(
     return rows
 
 
-def read_run(workdir: str) -> Run:
-    """The config of a run and the medians of the speeds in its `metrics.jsonl`.
+def storage(config: Settings, geometry: Geometry, plan: Plan) -> float:
+    """Bytes of a run's workdir at its end, with one more checkpoint while it is written: checkpoints, EMA snapshots (float16),
+    previews (as if PNG saved nothing) and metrics."""
+    keep, count, steps = config.checkpoint, parameters(geometry), plan.total_steps
+    checkpoints = keep.keep_last + 1 + (steps // keep.keep_every if keep.keep_every else 0)
+    snapshots = len(config.optim.power_emas) * (steps // plan.snapshot_steps) if plan.snapshot_steps else 0
+    grids = steps // plan.preview_steps if plan.preview_steps else 0
+    pixels = config.preview.num_images * geometry.image_size**2 * CHANNELS
+    return state_bytes(geometry, config.optim) * checkpoints + 2 * count * snapshots + grids * pixels + METRICS_BYTES * steps
 
-    Raises:
-      UserError: not a workdir, or no speed was logged yet.
+
+def format_table(rows: Sequence[Row], *, known_peak: bool = True, price: float = 0.0, bytes_of: Any = None) -> str:
+    """Text columns, right-aligned; token count, images, epochs and storage stand once per block.
+
+    Args:
+      known_peak: whether utilisation means anything.
+      price: of an hour of one card; 0 leaves the column out.
+      bytes_of: from a token count to the bytes of the workdir; None leaves the column out.
     """
-    try:
-        saved = json.loads((Path(workdir) / "config.json").read_text())
-        medians = _medians(Path(workdir) / "metrics.jsonl", ("train/tokens_per_second", "train/samples_per_second"))
-    except OSError as error:
-        raise UserError(f"--from={workdir}: {error.filename}: {error.strerror}; give the workdir of a run") from error
-    except ValueError as error:
-        raise UserError(f"--from={workdir}: config.json is not JSON ({error})") from error
-    if not any(medians):
-        raise UserError(f"--from={workdir}: no train/tokens_per_second in metrics.jsonl yet; let the run go on")
-    mesh = saved.get("mesh") or {}
-    devices = saved.get("devices") or (mesh.get("data") or 0) * (mesh.get("zero") or 1) * (mesh.get("fsdp") or 1) or None
-    facts = {name: saved.get(name) for name in ("device_kind", "images_per_epoch")}
-    return Run(saved, *medians, devices=devices, **facts)
-
-
-def _medians(path: Path, names: Sequence[str]) -> list[float | None]:
-    values: dict[str, list[float]] = {name: [] for name in names}
-    with open(path, "rb") as lines:
-        for line in lines:
-            if b"s_per_second" not in line:
-                continue  # most lines of a long run; parsing them all would take minutes
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that is being written
-            for name in names:
-                if record.get(name):
-                    values[name].append(record[name])
-    return [statistics.median(found) if found else None for found in values.values()]
-
-
-def format_table(rows: Sequence[Row]) -> str:
-    """Text columns, right-aligned; token count, images and epochs stand once per block."""
-    cells = [("tokens", "images", "epochs", "estimate", "utilisation", "tokens/s", "time", "GPU-hours")]
+    header = ["tokens", "images", "epochs", "estimate", "utilisation", "tokens/s", "time", "GPU-hours"]
+    cells = [header + (["cost"] if price else []) + (["storage"] if bytes_of else [])]
     for i, row in enumerate(rows):
         first = i == 0 or rows[i - 1].tokens != row.tokens
+        line = [
+            _power(row.tokens) if first else "",
+            f"{row.images:,.0f}" if first else "",
+            _digits(row.epochs) if first else "",
+            row.name,
+            f"{row.utilisation:.2%}" if known_peak else "-",
+            f"{row.tokens_per_second:,.0f}",
+            format_duration(row.seconds),
+            _digits(row.gpu_hours),
+        ]
+        line += [_digits(row.gpu_hours * price)] if price else []
+        line += [format_bytes(bytes_of(row.tokens)) if first else ""] if bytes_of else []
+        cells.append(line)
+    return columns(cells)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One line of the table of changes."""
+
+    name: str
+    config: Settings
+    geometry: Geometry
+    utilisation: float
+
+
+def changes(config: Settings, utilisation: float, measured: Mapping[int, float]) -> list[Change]:
+    """The run, and what differs from it in batch, image size, patch or model alone.
+
+    Args:
+      utilisation: of the run; changes have the same, but for a batch size that was measured too.
+      measured: utilisations by batch size.
+    """
+    here = speeds.nearest(measured, config.batch_size) if measured else None
+
+    def change(name: str, **fields: Any) -> Change | None:
+        model = dataclasses.replace(config.model, name=fields.pop("model", config.model.name))
+        data = dataclasses.replace(config.data, image_size=fields.pop("image_size", config.data.image_size))
+        other = dataclasses.replace(config, model=model, data=data, **fields)
+        try:
+            geometry = geometry_of_settings(other)
+        except UserError:  # a patch that does not divide the image
+            return None
+        factor = measured[speeds.nearest(measured, other.batch_size)] / measured[here] if measured and fields else 1.0
+        return Change(name, other, geometry, utilisation * factor)
+
+    size, patch = config.model.name.removeprefix("JiT-").split("/")
+    own = any(getattr(config.model, name) is not None for name in ("depth", "width", "heads", "bottleneck"))
+    pixels = config.data.image_size
+    found = [
+        change("this run"),
+        *(change(f"batch_size {n}", batch_size=n) for n in (config.batch_size // 4, config.batch_size * 4) if n),
+        *(change(f"image_size {n}", image_size=n) for n in (pixels // 2, pixels * 2)),
+        *(change(f"patch {n}", model=f"JiT-{size}/{n}") for n in (int(patch) // 2, int(patch) * 2) if n),
+        *(change(f"JiT-{name}", model=f"JiT-{name}/{patch}") for name in SIZES if name in "SBLHG" and name != size and not own),
+    ]
+    return [line for line in found if line]
+
+
+def format_changes(lines: Sequence[Change], *, devices: int, peak: float, images_per_epoch: int) -> str:
+    """The table of `changes`: what one epoch takes, and the plan and state that follow."""
+    cells = [["change", "parameters", "tokens/image", "GFLOP/image", "images/s", "epoch", "steps", "learning rate", "state"]]
+    for line in lines:
+        config, g = line.config, line.geometry
+        rate = line.utilisation * devices * peak / train_flops(g)
+        plan = plan_of(config, g, devices, images_per_epoch, tokens=1e9)
+        state = state_bytes(g, config.optim)
         cells.append(
-            (
-                _power(row.tokens) if first else "",
-                f"{row.images:,.0f}" if first else "",
-                _digits(row.epochs) if first else "",
-                row.name,
-                f"{row.utilisation:.2%}",
-                f"{row.tokens_per_second:,.0f}",
-                _duration(row.seconds),
-                _digits(row.gpu_hours),
-            )
+            [
+                line.name,
+                f"{parameters(g) / 1e6:,.0f} M",
+                f"{g.tokens:,}",
+                f"{train_flops(g) / 1e9:,.0f}",
+                _digits(rate),
+                format_duration(images_per_epoch / rate),
+                f"{plan.steps_per_epoch:,}",
+                f"{plan.peak_lr:.3g}",
+                format_bytes(state),
+            ]
         )
+    return columns(cells)
+
+
+def columns(cells: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """Columns under a line below the first row, right-aligned but for those whose titles `left` names."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    align = ["<" if title in left else ">" for title in cells[0]]
+    rows = [[f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True)] for line in cells]
+    lines = ["  ".join(row).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def plan_of(config: Settings, geometry: Geometry, devices: int, images_per_epoch: int, tokens: float) -> Plan:
+    """The plan of a run over `tokens`. A data set smaller than the batch counts as one batch."""
+    batch = config.batch_size * devices * config.optim.accumulation_steps
+    run = dataclasses.replace(config, epochs=None, total_images=None, total_steps=None, total_tokens=tokens)
+    return make_plan(run, images=max(images_per_epoch, batch), tokens_per_image=geometry.tokens, devices=devices)
 
 
 def _power(number: float) -> str:
@@ -216,11 +215,22 @@ def _digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= size * (1 if unit != "days" else 1.5):
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} seconds"
+
+
+def format_bytes(number: float) -> str:
+    """Decimal units, as disks have them."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e6:.3g} MB"
+
+
+# ---------------------------------------------------------------- the command
 
 
 def _parse_tokens(text: str) -> list[float]:
@@ -238,32 +248,8 @@ def geometry_of_settings(settings: Settings) -> Geometry:
     return geometry_of(settings.model, settings.data.image_size, settings.model.num_classes or 1000)
 
 
-def run_card(run: Run, path: str, given: str | None, wanted: str | None) -> str:
-    """The kind of card that a run used.
-
-    Args:
-      given: the user's word for it, used where the run has none.
-      wanted: the card of the estimate, None for that of the run.
-
-    Raises:
-      UserError: it is unknown, none of `CARDS`, or another than `wanted`.
-    """
-    if run.device_kind is None and given is None:
-        raise UserError(
-            f"--from={path}: the run did not record its kind of card: add --run_card={' or --run_card='.join(CARDS)}"
-        )
-    card = given if run.device_kind is None else card_of(run.device_kind)
-    ran_on = given if run.device_kind is None else run.device_kind
-    if card is None:
-        kinds = " and ".join(name.upper() for name in CARDS)
-        raise UserError(f"--from={path}: the run was on {ran_on}, the estimate is for {kinds}: use a run on one of these")
-    if wanted not in (None, card):
-        raise UserError(f"--from={path}: the run was on {ran_on}, not the card of --card={wanted}: use --card={card}")
-    return card
-
-
 def run(args: argparse.Namespace) -> None:
-    """Print the table.
+    """Print the tables.
 
     Raises:
       UserError: flags that cannot be used.
@@ -273,41 +259,74 @@ def run(args: argparse.Namespace) -> None:
         config = arguments.load(args.config_arguments, run_length=False).settings
     elif not args.run_from:
         raise UserError("--config is missing: give a config file (--config configs/h200.py) or a run (--from runs/a)")
-    tokens, devices, card = _parse_tokens(args.tokens), args.devices, args.card
-    own = read_run(args.run_from) if args.run_from else None
+    if args.measure and args.run_from:
+        raise UserError(f"--measure and --from={args.run_from}: give one of the two")
+    tokens, card = _parse_tokens(args.tokens), args.card
+    own = speeds.read_run(args.run_from) if args.run_from else None
     if own is not None:
-        card = run_card(own, args.run_from, args.run_card, card)
-    card = card or "h200"
+        card = speeds.run_card(own, args.run_from, args.run_card, card)
     config = settings_lib.from_mapping(own.config, ignore_unknown=True) if config is None else config
     geometry = geometry_of_settings(config)
-    utilisations, reason = measured_utilisations(config, geometry, card)
-    utilisations |= guide_utilisations(geometry)
     images_per_epoch = args.images_per_epoch or (own and own.images_per_epoch) or IMAGENET_IMAGES
+    if args.measure:
+        found, ran_on, kind = speeds.measure(config)
+        card, devices = card_of(kind) or kind, args.devices or ran_on
+        if args.card not in (None, card):
+            raise UserError(f"--measure runs on {kind}, not on the card of --card={args.card}: leave --card out")
+    card, devices = card or "h200", args.devices or (devices if args.measure else 8)
+    peak = CARDS.get(card, 1e12)
 
     print(
         f"{config.model.name} at {geometry.image_size} px: {geometry.tokens} tokens per image, "
         f"{forward_macs(geometry) / 1e9:.2f} G multiply-adds forward, {train_flops(geometry) / 1e9:.0f} GFLOP to train "
         f"on an image, {train_flops(geometry) / geometry.tokens / 1e9:.3f} GFLOP per token"
     )
-    print(f"{devices} x {card.upper()}: {CARDS[card] / 1e12:.0f} TFLOP/s dense bf16 each (datasheet)")
-    if reason:
-        print(f"no row of this program's own speed: {reason}")
+    known = card in CARDS
+    sheet = f": {peak / 1e12:.0f} TFLOP/s dense bf16 each (datasheet)" if known else ""
+    kind = card.upper() if known else card
+    print(f"{devices} x {kind}{sheet}; an epoch is {images_per_epoch:,} images; --help explains all")
+
+    measured, reason = speeds.measured_utilisations(config, geometry, card)
+    basis = None
     if own is not None:
         run_geometry = geometry_of_settings(settings_lib.from_mapping(own.config, ignore_unknown=True))
         run_devices = args.run_devices or own.devices
         if not run_devices:
             raise UserError(f"--from={args.run_from}: config.json does not say how many devices: add --run_devices=N")
-        speed = own.tokens_per_second or own.samples_per_second * run_geometry.tokens
-        used = speed * train_flops(run_geometry) / run_geometry.tokens / (run_devices * CARDS[card])
-        utilisations["this run"] = used
-        print(f"this run: {args.run_from}, median {speed:,.0f} tokens/s on {run_devices} card(s), scaled in proportion")
-    print(f"an epoch is {images_per_epoch:,} images; --help explains the rows\n")
-    rows = estimate(geometry, utilisations, tokens, devices=devices, card=card, images_per_epoch=images_per_epoch)
-    print(format_table(rows))
+        kept = f", goodput {own.goodput:.1%}" if own.goodput else ""
+        median = statistics.median(own.tokens_per_second)
+        source = f"{args.run_from}, median {median:,.0f} tokens/s on {run_devices} card(s){kept}"
+        where = dict(ran_on=run_devices, devices=devices, peak=peak, goodput=own.goodput)
+        basis = speeds.basis_of_speeds(source, own.tokens_per_second, run_geometry, **where)
+    elif args.measure:
+        source = f"measured here, {statistics.median(found):,.0f} tokens/s on {ran_on} device(s)"
+        basis = speeds.basis_of_speeds(source, found, geometry, ran_on=ran_on, devices=devices, peak=peak)
+    elif measured:
+        basis = speeds.basis_of_table(measured, config, card, devices)
+    numbers = dict(devices=devices, peak=peak, images_per_epoch=images_per_epoch)
+
+    def bytes_of(count: float) -> float:
+        return storage(config, geometry, plan_of(config, geometry, devices, images_per_epoch, count))
+
+    options = dict(known_peak=known, price=args.price_per_gpu_hour, bytes_of=bytes_of)
+    if basis is None:
+        print(f"no estimate from this program's own speed: {reason}; --measure takes one here, --from takes a run's")
+    else:
+        print(f"\nfrom {basis.source}")
+        print(format_table(estimate(geometry, basis.utilisations, tokens, **numbers), **options))
+    guide = speeds.guide_utilisations(geometry)
+    if known:
+        print(
+            "\nthe PyTorch guide's plan, at the utilisation of its 240, 400 and 640 thousand tokens/s on eight H200 for JiT-B/4"
+        )
+        print(format_table(estimate(geometry, guide, tokens, **numbers), **options))
+    used = (basis.utilisations if basis else guide)["middle"]
+    print("\nwhat a change does, at the middle utilisation (small models and batches use less of a card, large ones more)")
+    print(format_changes(changes(config, used, measured if own is None else {}), **numbers))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of `jitjax estimate`, for scripts; prints the table.
+    """The command line of `jitjax estimate`, for scripts; prints the tables.
 
     Raises:
       UserError: flags that cannot be used.

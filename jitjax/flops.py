@@ -53,6 +53,32 @@ def train_flops(geometry: Any) -> int:
     return 6 * forward_macs(geometry)
 
 
+def parameters(geometry: Any) -> int:
+    """Parameters of a model, of which the class embedding has (num_classes + 1) x width."""
+    g, w, f = geometry, geometry.width, geometry.mlp_hidden
+    values = g.patch_size**2 * CHANNELS
+    embed = values * g.bottleneck + (g.bottleneck + 1) * w + (TIME_FEATURES + 1 + w + 1) * w
+    labels = (g.num_classes + 1 + g.context_length) * w
+    attention = (w + 1) * 3 * w + 2 * g.head_dim + (w + 1) * w
+    block = 2 * w + attention + (w + 1) * 2 * f + (f + 1) * w + (w + 1) * ADALN_VECTORS * w
+    return embed + labels + g.depth * block + w + (w + 1) * 2 * w + (w + 1) * values
+
+
+def state_bytes(geometry: Any, optim: Any) -> int:
+    """Bytes of a run's state over all devices, copies not counted: parameters, EMAs, and AdamW's two moments or Muon's one
+    momentum, all float32.
+
+    Args:
+      optim: a `jitjax.settings.Optimizer`.
+    """
+    w, f = geometry.width, geometry.mlp_hidden
+    sets = 3 + len(optim.ema_decays) + len(optim.power_emas)
+    of_muon = 0
+    if optim.name == "muon":
+        of_muon = geometry.depth * (4 * w * w + 3 * w * f + (ADALN_VECTORS * w * w if optim.muon_adaln else 0))
+    return 4 * (parameters(geometry) * sets - of_muon)
+
+
 def card_of(device_kind: str) -> str | None:
     """The key of `CARDS` for a `jax.Device.device_kind`; None for a device that is not one of these cards.
 

@@ -1,14 +1,18 @@
-"""AdamW with parameter groups, the learning-rate schedule and exponential moving averages of the weights."""
+"""AdamW with parameter groups, Muon beside it, the learning-rate schedule and exponential moving averages of the weights."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from jitjax.ema import POWER, power_ema_rate
+from jitjax import muon
+from jitjax.ema import POWER, power_ema_rate, warmup_ema_rate
 from jitjax.plan import Plan
 from jitjax.settings import Optimizer
 
@@ -47,12 +51,20 @@ def decay_mask(params: Params) -> dict[str, bool]:
     return {name: value.ndim > 1 for name, value in params.items()}
 
 
-def make_optimizer(optim: Optimizer) -> optax.GradientTransformation:
-    """AdamW with learning rate 1: the step multiplies its update by the learning rate of the optimizer step.
+def make_optimizer(
+    optim: Optimizer, specs: Mapping[str, Any] | None = None, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """AdamW, or Muon beside it, with learning rate 1: the step multiplies its update by the learning rate of the optimizer
+    step.
 
     So the rate follows the step counter, also after steps that were skipped because of a non-finite gradient; inside
     AdamW decay and update share the one factor, as they must for decoupled decay.
+
+    Args:
+      specs, mesh: how the parameters are sharded, for Muon's update; see `muon.make`.
     """
+    if optim.name == "muon":
+        return muon.make(make_optimizer(dataclasses.replace(optim, name="adamw")), optim, specs, mesh)
     o = optim
     return optax.adamw(1.0, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
 
@@ -62,15 +74,18 @@ def ema_names(optim: Optimizer) -> tuple[str, ...]:
     return (*map(str, optim.ema_decays), *(f"{POWER}{sigma_rel:g}" for sigma_rel in optim.power_emas))
 
 
-def update_ema(ema: dict[str, Params], params: Params, step: jax.Array) -> dict[str, Params]:
+def update_ema(ema: dict[str, Params], params: Params, step: jax.Array, *, warmup: bool = False) -> dict[str, Params]:
     """ema + rate * (params - ema) for every EMA, by its name: rate 1 - decay, without bias correction, as published, or that
     of a power function (`jitjax.ema`).
 
     Args:
       step: the optimizer step that made `params`, from 1.
+      warmup: fixed decays begin with a shorter memory, see `ema.warmup_ema_rate`.
     """
 
     def rate(name):
+        if warmup and not name.startswith(POWER):
+            return warmup_ema_rate(step, float(name))
         return power_ema_rate(step, float(name.removeprefix(POWER))) if name.startswith(POWER) else 1 - float(name)
 
     def moved(ema, value, rate):

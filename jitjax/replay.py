@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jitjax import checkpoint, data, diffusion, exchange, kernels, model, saving, sharding, step, train
+from jitjax import checkpoint, data, diffusion, exchange, from_settings, kernels, model, sharding, step
 from jitjax import settings as settings_lib
 from jitjax.anomalies import what_is_not_finite
 from jitjax.data.order import ExampleOrder
@@ -53,16 +53,18 @@ def replay(
       Gradients are the mean over all images, also of those whose gradient is not finite, before clipping.
 
     Raises:
-      UserError: no run there, no such step, or data or devices that are not those of the run.
+      UserError: no run there, one with a loss of its own, no such step, or data or devices that are not those of the run.
     """
     workdir = checkpoint.workdir_of(workdir)
     settings, facts = configuration(workdir)
+    if facts.get("objective"):
+        raise UserError(f"{workdir} was trained with a loss of its own ({facts['objective']}), which replay does not have")
     configured = settings
     settings = dataclasses.replace(settings, dtype=dtype or settings.dtype, kernels=kernel or settings.kernels)
     available, batch = jax.local_devices(), facts["effective_batch"]
     devices = available[: max(n for n in range(1, len(available) + 1) if batch % n == 0)]
     settings = fit_devices(settings, batch, len(devices))
-    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.zero, settings.mesh.fsdp, devices)
+    mesh = sharding.mesh_of(settings.mesh, devices)
     path = data_path or (str(workdir / "shapes") if settings.data.synthetic else settings.data.path)
     dataset = data.open_dataset(path, settings.data.image_size, **settings.data.reading())
     conditional = settings.model.class_conditional
@@ -76,7 +78,7 @@ def replay(
     ops = kernels.get_ops(kind)
 
     # ---------------------------------------------------------------- the state before the step
-    like = train.abstract_state(settings, geometry, mesh)
+    like = from_settings.abstract_state(settings, geometry, mesh)
     start = whole_before(workdir, number)
     if start:
         folder = workdir / checkpoint.DIRECTORY / str(start)
@@ -85,9 +87,9 @@ def replay(
             raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
         if changes := settings_lib.differing_fields(meta.get("config", {}), configured):
             say(f"the configuration changed after checkpoint {start:,} and is taken as it is now: {'; '.join(changes)}")
-        state = saving.restore(folder, like)
+        state = checkpoint.restore(folder, like)
     else:
-        state, _ = train.first_state(settings, geometry, process, dataset, like)
+        state, _ = from_settings.first_state(settings, geometry, process, tuple(dataset.class_names), like)
     whence = f"checkpoint {start:,}" if start else "the run's beginning"
     say(f"from {whence}, {number - start:,} step{'s' if number - start > 1 else ''} to step {number:,}; {dataset.summary}")
     host = data.make_iterator(
@@ -99,7 +101,7 @@ def replay(
         max_bad_fraction=settings.data.max_bad_fraction,
     )
     batches = data.to_device(host, NamedSharding(mesh, sharding.BATCH))
-    train_step = train.make_step(settings, geometry, plan, mesh, ops)
+    train_step = from_settings.make_step(settings, geometry, plan, mesh, ops)
     try:
         for batch in itertools.islice(batches, number - 1 - start):
             state, _ = jax.block_until_ready(train_step(state, batch))
@@ -108,7 +110,7 @@ def replay(
         batches.close()
 
     # ---------------------------------------------------------------- the step itself
-    examine = make_examine(settings, train.make_loss(settings, geometry, ops), like, mesh)
+    examine = make_examine(settings, from_settings.make_loss(settings, geometry, ops), like, mesh)
     grads, images, activations = examine(state, batch)
     before = {"param": state.params, "grad": grads}
     layers = {what: _layers(tree) for what, tree in before.items()}

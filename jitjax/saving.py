@@ -7,7 +7,6 @@ fails, and it removes old steps by number, whatever state the newer ones are in.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -25,14 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jitjax import checkpoint, ema, manifest
+from jitjax import checkpoint, ema, host_copy, manifest
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is being written
 _MAX_FAILURES = 5  # saves in a row that may fail before the run stops
 _RETRY_SECONDS = 60.0
-_HOST_MEMORY = "pinned_host"
 _COMMIT_SECONDS = 1200  # a save that takes longer in the background has failed
 _log = logging.getLogger(__name__)
 
@@ -150,7 +148,7 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, laid out like `like` (a tree of shape structs with shardings)."""
-        return restore(self._folder / str(step), like)
+        return checkpoint.restore(self._folder / str(step), like)
 
     def _candidates(self) -> list[int]:
         """Steps to try, newest first; with several processes those that all of them see."""
@@ -203,7 +201,7 @@ class Checkpoints:
                 if alone and jax.default_backend() != "cpu":
                     powers = {name: params for name, params in like.ema.items() if name.startswith(ema.POWER)}
                     leaves = jax.tree.leaves((like, powers))
-                    sizes = [(leaf.shape, leaf.dtype, _one_replica(leaf.sharding)) for leaf in leaves]
+                    sizes = [(leaf.shape, leaf.dtype, host_copy.one_replica(leaf.sharding)) for leaf in leaves]
                     jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])
 
         self._reserving = threading.Thread(target=prepare, name="checkpoint_reserve", daemon=True)
@@ -266,7 +264,7 @@ class Checkpoints:
         copy, alone = state, jax.process_count() == 1
         if alone:
             try:
-                copy = to_host(state)
+                copy = host_copy.to_host(state)
             except Exception as error:  # no room for it in page-locked memory: Orbax copies, and training waits
                 _log.warning(
                     "no copy of the state fits into page-locked host memory (%s): this save is slower",
@@ -480,27 +478,6 @@ class Checkpoints:
         )
 
 
-def restore(folder: Path, like: TrainState) -> TrainState:
-    """The state in <workdir>/checkpoints/<step>, laid out like `like` (a tree of shape structs with shardings). Its checksums
-    are not looked at, see `checkpoint.defect`."""
-    optimizer = {"opt_state": like.opt_state, "loss_scale": like.loss_scale}
-    restored = checkpoint.read_items(
-        folder,
-        params=ocp.args.StandardRestore(like.params),
-        ema=ocp.args.StandardRestore(like.ema),
-        optimizer=ocp.args.StandardRestore(optimizer),
-    )
-    # Onto the mesh also what is a scalar: Orbax may return those on one device only.
-    place = jax.tree.map(lambda leaf: leaf.sharding, like.step)
-    return TrainState(
-        step=jax.device_put(np.int32(folder.name), place),
-        params=restored["params"],
-        opt_state=restored["optimizer"]["opt_state"],
-        ema=restored["ema"],
-        loss_scale=restored["optimizer"]["loss_scale"],
-    )
-
-
 def not_finite(state: TrainState) -> str:
     """Name of the first part of `state` with a number that is not finite, "" where there is none. Waits for the device."""
     finite = jax.device_get(checkpoint.all_finite(_groups(state)))
@@ -513,38 +490,6 @@ def _groups(state: TrainState) -> dict[str, Any]:
         **{f"EMA {decay} weights": params for decay, params in state.ema.items()},
         "optimizer moments": state.opt_state,
     }
-
-
-def to_host(tree: Any) -> Any:
-    """A copy of `tree` in the host's page-locked memory, one replica of each array. Only dispatched: the devices copy it
-    between the steps that are under way and the next one. One process only."""
-    leaves, structure = jax.tree.flatten(tree)
-    placed = [_one_replica(leaf.sharding) for leaf in leaves]
-    if all(p.device_set == leaf.sharding.device_set for leaf, p in zip(leaves, placed, strict=True)):
-        return jax.tree.unflatten(structure, jax.device_put(leaves, placed))  # nothing is replicated: half the time
-    shards = [
-        [s.data for s in leaf.addressable_shards if s.device in p.device_set] for leaf, p in zip(leaves, placed, strict=True)
-    ]
-    kinds = [[shard.sharding.with_memory_kind(_HOST_MEMORY) for shard in own] for own in shards]
-    copies = jax.device_put(shards, kinds)
-    return jax.tree.unflatten(
-        structure,
-        [
-            jax.make_array_from_single_device_arrays(leaf.shape, place, own)
-            for leaf, place, own in zip(leaves, placed, copies, strict=True)
-        ],
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _one_replica(of: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """`of` in host memory, on the part of its mesh that holds every number once."""
-    if not isinstance(of, jax.sharding.NamedSharding):
-        return of.with_memory_kind(_HOST_MEMORY)
-    used = {name for entry in of.spec if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))}
-    devices = of.mesh.devices[tuple(slice(None) if name in used else slice(1) for name in of.mesh.axis_names)]
-    mesh = jax.sharding.Mesh(devices, of.mesh.axis_names, axis_types=of.mesh.axis_types)
-    return jax.sharding.NamedSharding(mesh, of.spec, memory_kind=_HOST_MEMORY)
 
 
 def _any_process(flag: bool) -> bool:

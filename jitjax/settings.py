@@ -112,6 +112,7 @@ class Diffusion:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
+    name: str = setting("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest.", choices=("adamw", "muon"))
     accumulation_steps: int = free(1, "Micro-batches per optimizer step (the effective batch is compared).", low=1, high=65536)
     lr: float | None = setting(None, "Peak learning rate; unset: blr x effective batch / 256.", high=100, **POSITIVE)
     blr: float = setting(5e-5, "Peak learning rate for 256 images a step.", high=100, **POSITIVE)
@@ -120,11 +121,17 @@ class Optimizer:
     warmup_steps: int | None = setting(None, "Linear warm-up; set: replaces warmup_epochs.", low=0, high=INT32, unit="steps")
     schedule: str = setting("constant", "Learning rate after the warm-up.", choices=("constant", "cosine"))
     weight_decay: float = setting(0.0, "Decoupled weight decay of matrices.", low=0, high=1e3)
-    b1: float = setting(0.9, "AdamW's decay of the first moment.", low=0, high=1, open_high=True)
-    b2: float = setting(0.95, "AdamW's decay of the second moment.", low=0, high=1, open_high=True)
-    eps: float = setting(1e-8, "AdamW's epsilon.", high=1, **POSITIVE)
+    b1: float = setting(0.9, "AdamW's decay of the first moment; Muon has muon_momentum.", low=0, high=1, open_high=True)
+    b2: float = setting(0.95, "AdamW's decay of the second moment; Muon has none.", low=0, high=1, open_high=True)
+    eps: float = setting(1e-8, "AdamW's epsilon; Muon has none.", high=1, **POSITIVE)
+    muon_momentum: float = setting(0.95, "Muon's decay of its Nesterov momentum.", low=0, high=1, open_high=True)
+    muon_steps: int = setting(
+        5, "Newton-Schulz steps of Muon: fewer cost less and leave singular values further from 1.", low=1, high=10
+    )
+    muon_adaln: bool = setting(False, "Muon for the blocks' adaLN matrices too, not AdamW.")
     clip_norm: float = setting(0.0, "Clip the gradient's global norm; 0: no clipping.", low=0, high=1e9)
     ema_decays: tuple[float, ...] = setting((0.9999, 0.9996), "Decays of the EMAs of the weights.", low=0, high=1)
+    ema_warmup: bool = setting(False, "Fixed decays begin shorter: min(decay, (1 + step) / (10 + step)).")
     power_emas: tuple[float, ...] = setting((), "sigma_rel of power-function EMAs, e.g. (0.05,0.1).", **SIGMA_REL)
 
 
@@ -444,6 +451,10 @@ def check(settings: Settings) -> None:
     decays = settings.optim.ema_decays
     if len(set(decays)) != len(decays):
         raise UserError(f"--config.optim.ema_decays={decays}: a decay stands twice")
+    if settings.optim.name == "adamw":
+        for name, field in fields_of(Optimizer).items():
+            if name.startswith("muon_") and (value := getattr(settings.optim, name)) != field.default:
+                raise UserError(f"--config.optim.{name}={value} needs --config.optim.name=muon, which is not set")
     for name, part in (("preview", settings.preview), ("eval", settings.eval)):
         if part.ema_decay is not None and part.ema_decay not in decays:
             raise UserError(f"--config.{name}.ema_decay={part.ema_decay}: not among optim.ema_decays {decays}")
@@ -483,14 +494,17 @@ def differing_fields(old: Mapping[str, Any], new: Settings) -> list[str]:
     """Fields that change what a run computes and differ from a saved run's, e.g. "seed: 0 -> 1".
 
     Fields that only change where, how fast and how loudly a run computes are free to differ. So is the run length while the
-    learning rate is constant: a longer run then begins as the shorter one did.
+    learning rate is constant: a longer run then begins as the shorter one did. A field that the version which saved did not
+    have yet counts as its default, which does what that version did.
     """
     before, found = dict(flatten(old)), []
+    if not before:
+        return []
     constant = new.optim.schedule == "constant" and before.get("optim.schedule", "constant") == "constant"
     for name, field in fields().items():
-        if field.rule.free or name not in before or (constant and name in RUN_LENGTHS):
+        if field.rule.free or (constant and name in RUN_LENGTHS):
             continue
-        a, b = before[name], get(new, name)
+        a, b = before.get(name, field.default), get(new, name)
         a = tuple(a) if isinstance(a, list) else a
         if a != b:
             found.append(f"{name}: {a} -> {b}")

@@ -57,6 +57,11 @@ def make_mesh(data: int | None, zero: int | None, fsdp: int, devices: list[jax.D
     return Mesh(np.asarray(devices).reshape(data, zero, fsdp), AXES)
 
 
+def mesh_of(settings: Any, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run: `make_mesh` of its `jitjax.settings.Mesh`."""
+    return make_mesh(settings.data, settings.zero, settings.fsdp, devices)
+
+
 def describe(mesh: Mesh) -> str:
     """What each device holds, in words: "8 devices, sharded optimizer (zero=8)"."""
     data, zero, fsdp = (mesh.shape[axis] for axis in AXES)

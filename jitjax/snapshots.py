@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jitjax import ema, saving, sharding
+from jitjax import ema, host_copy, sharding
 from jitjax.errors import UserError
 
 _ATTEMPTS, _RETRY_SECONDS = 5, 60.0
@@ -33,7 +33,7 @@ class Snapshots:
         for name, params in emas.items():
             if not name.startswith(ema.POWER):
                 continue
-            whole = saving.to_host(params) if jax.process_count() == 1 else sharding.replicated(params)
+            whole = host_copy.to_host(params) if jax.process_count() == 1 else sharding.replicated(params)
             if jax.process_index() == 0:
                 self._pending.append(self._pool.submit(self._write, step, float(name.removeprefix(ema.POWER)), whole))
 

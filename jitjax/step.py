@@ -1,4 +1,4 @@
-"""One optimizer step: loss -> gradient -> accumulation -> mean over devices -> AdamW -> EMA, jitted as a whole.
+"""One optimizer step: loss -> gradient -> accumulation -> mean over devices -> AdamW or Muon -> EMA, jitted as a whole.
 
 The step runs inside `jax.shard_map`: each device works on its own images; what crosses devices, and when, is in
 `jitjax.gradients`.
@@ -86,8 +86,7 @@ def make_loss(
     geometry: jit_model.Geometry,
     diffusion_settings: Diffusion,
     *,
-    prediction: str,
-    loss: str,
+    objective: diffusion.Objective,
     class_conditional: bool,
     dtype: str,
     remat: str,
@@ -95,6 +94,8 @@ def make_loss(
 ) -> Callable[..., jax.Array]:
     """loss(params, images uint8 (B, S, S, 3), labels (B,), keys (B,)) -> loss of each image, (B,) float32.
 
+    Each key draws an image's time, noise, dropped label and dropout; `objective` compares what the network makes of them with
+    the image.
     Further arguments, `run_blocks` and `observe`, are the network's, see `model.JiT`.
     """
     graphdef, d = jit_model.graphdef_of(geometry), diffusion_settings
@@ -107,11 +108,9 @@ def make_loss(
             else:
                 y = jnp.full_like(labels, geometry.num_classes)
             x = diffusion.to_float(images)
-            z = diffusion.noised(x, e, t)
         network = jit_model.merge(graphdef, params)
-        output = network(z, t, y, dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys, **options)
-        with jax.named_scope("loss"):
-            return diffusion.loss_per_image(output, x, e, t, prediction, loss, d.t_eps)
+        how = dict(dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys) | options
+        return diffusion.loss_of(objective, network, x, e, t, y, **how)
 
     return loss_of_images
 
@@ -150,10 +149,10 @@ def make_train_step(
     its part into `optim.accumulation_steps` micro-batches. A step whose loss or gradient is not finite changes only the step
     counter.
     """
-    optimizer = make_optimizer(optim)
     micro_batches = optim.accumulation_steps
     state_specs = sharding.specs(abstract_state, mesh)
     param_specs = state_specs.params
+    optimizer = make_optimizer(optim, param_specs, mesh)
     summed_gradients = gradients.make(
         loss, abstract_state.params, mesh, micro_batches=micro_batches, dtype=dtype, comm_dtype=comm_dtype
     )
@@ -174,7 +173,7 @@ def make_train_step(
             rate = schedule(state.step)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new_params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
-            ema = update_ema(state.ema, new_params, state.step + 1)
+            ema = update_ema(state.ema, new_params, state.step + 1, warmup=optim.ema_warmup)
             new_params, opt_state, ema = jax.tree.map(
                 lambda new, old: jnp.where(usable, new, old),
                 (new_params, opt_state, ema),

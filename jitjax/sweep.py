@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jitjax.errors import UserError
-
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
+from jitjax.evaluation import higher_is_better
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -243,7 +242,7 @@ def sweep(
             if main:
                 results.add(point, scores)
             say(f"{point.which}  guidance {point.cfg_scale:g}  interval {point.interval}: {metric} {scores[metric]:.5g}")
-        return -scores[metric] if metric in HIGHER_IS_BETTER else scores[metric]
+        return -scores[metric] if higher_is_better(metric) else scores[metric]
 
     best, _ = search(emas, guidance, [tuple(interval) for interval in intervals], score)
     say("")

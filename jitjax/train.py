@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +17,32 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jitjax import checkpoint, data, diffusion, ema, flops, kernels, model, pipeline, runtime, saving, sharding, step, transfer
+from jitjax import (
+    checkpoint,
+    data,
+    describe,
+    diffusion,
+    ema,
+    flops,
+    from_settings,
+    kernels,
+    memory,
+    model,
+    pipeline,
+    runtime,
+    saving,
+    sharding,
+    step,
+)
 from jitjax import settings as settings_lib
 from jitjax.anomalies import Anomalies
 from jitjax.data.order import ExampleOrder
 from jitjax.data.shapes import draw_dataset
 from jitjax.distributed import Peers
-from jitjax.errors import closing
+from jitjax.errors import UserError, closing
 from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
-from jitjax.optimizer import ema_names, make_schedule
+from jitjax.optimizer import ema_names
 from jitjax.plan import Plan, make_plan, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
@@ -46,6 +61,7 @@ class Run:
     """What the loop works with."""
 
     settings: Settings
+    geometry: model.Geometry
     folder: Workdir
     plan: Plan
     state: step.TrainState
@@ -75,11 +91,16 @@ def train(
     accept_config_changes: bool = False,
     notes: Sequence[str] = (),
     peers: Peers | None = None,
+    dataset: data.DataSet | None = None,
+    objective: diffusion.Objective | None = None,
 ) -> int:
     """Train until the configured length, or continue this workdir's run.
 
     Args:
       notes: lines to print at the start.
+      dataset: images to train on instead of those that `settings.data` names; see `jitjax.data.of_source`.
+      objective: loss of each image instead of the one that `settings.loss` names; see `jitjax.diffusion.Objective`. What the
+        network predicts is `settings.prediction` all the same, as samplers need it.
 
     Returns:
       0, or 128 + signal number if the run was asked to stop (it has saved and can be resumed).
@@ -94,24 +115,38 @@ def train(
         stop = StopRequest(grace_seconds=grace, last_good=lambda: run.checkpoints.last_good(), tell=peers.ask_to_stop)
         stack.enter_context(stop)
         peers.on_stop = stop.request_from_thread
-        run = build(settings, workdir, stack, accept_config_changes=accept_config_changes, notes=notes, peers=peers)
-        alone = run.peers.count == 1
-
-        def give_up(code: int, line: str) -> None:
-            run.host_batches.wake()
-            run.peers.failed(line, code)
-            leave(code, line)
-
-        dog = stack.enter_context(
-            Watchdog(
-                factor=settings.hang_factor,
-                least_seconds=HANG_SECONDS if alone else HANG_SECONDS_OF_SEVERAL,
-                describe=run.host_batches.describe,
-                leave=give_up,
+        run = None
+        try:
+            run = build(
+                settings,
+                workdir,
+                stack,
+                accept_config_changes=accept_config_changes,
+                notes=notes,
+                peers=peers,
+                own_dataset=dataset,
+                own_objective=objective,
             )
-        )
-        run.exit_code = loop(run, stop, dog)
-        return run.exit_code
+
+            def give_up(code: int, line: str) -> None:
+                run.host_batches.wake()
+                run.peers.failed(line, code)
+                leave(code, line)
+
+            dog = stack.enter_context(
+                Watchdog(
+                    factor=settings.hang_factor,
+                    least_seconds=HANG_SECONDS if peers.count == 1 else HANG_SECONDS_OF_SEVERAL,
+                    describe=run.host_batches.describe,
+                    leave=give_up,
+                )
+            )
+            run.exit_code = loop(run, stop, dog)
+            return run.exit_code
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise memory.out_of_memory(settings, run and run.geometry.num_classes, say=run and run.monitor.note) from error
 
 
 def build(
@@ -122,12 +157,15 @@ def build(
     accept_config_changes: bool,
     notes: Sequence[str],
     peers: Peers,
+    own_dataset: data.DataSet | None,
+    own_objective: diffusion.Objective | None,
 ) -> Run:
     """Open and check everything; what has to be closed again is on `stack`."""
     # ---------------------------------------------------------------- check everything before touching anything
     begun = time.perf_counter()
     settings_lib.check(settings)
-    settings_lib.check_data(settings.data)
+    if own_dataset is None:
+        settings_lib.check_data(settings.data)
     checkpoint.quiet()
     runtime.use_compilation_cache(settings.compilation_cache)
     is_main = jax.process_index() == 0
@@ -138,23 +176,27 @@ def build(
             f"accumulation_steps={settings.optim.accumulation_steps}"
             + ("" if settings.mesh == given.mesh else f", mesh.zero={settings.mesh.zero}, mesh.fsdp={settings.mesh.fsdp}")
         )
-    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.zero, settings.mesh.fsdp)
+    mesh = sharding.mesh_of(settings.mesh)
     folder = Workdir(workdir, is_main=is_main)
     stack.callback(folder.close)
     path, image_size = settings.data.path, settings.data.image_size
-    if settings.data.synthetic == "shapes":
+    if settings.data.synthetic == "shapes" and own_dataset is None:
         if not is_main:
             peers.agree(0)  # until process 0 has drawn them
         path = str(draw_dataset(folder.path / "shapes", image_size=image_size))
         if is_main:
             peers.agree(0)
-    dataset = data.open_dataset(path, image_size, **settings.data.reading())
+    dataset = own_dataset or data.open_dataset(path, image_size, **settings.data.reading())
+    if dataset.image_size != image_size:
+        raise UserError(f"--config.data.image_size={image_size}, but the data set's images have {dataset.image_size} pixels")
+    objective = own_objective or from_settings.published_objective(settings)
     conditional = settings.model.class_conditional
     num_classes = resolve_num_classes(conditional, settings.model.num_classes, dataset.num_classes)
     geometry = model.geometry_of(settings.model, image_size, num_classes)
     process = diffusion.from_config(settings_lib.to_dict(settings))
     plan = make_plan(settings, images=len(dataset), tokens_per_image=geometry.tokens, devices=mesh.size)
-    folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes)
+    own_name = getattr(own_objective, "__qualname__", type(own_objective).__name__) if own_objective else ""
+    folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
     kind, reason = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry)
     ops = kernels.get_ops(kind)
 
@@ -169,20 +211,20 @@ def build(
         committed=lambda number: monitor.checkpoint(number, folder.path / checkpoint.DIRECTORY / str(number)),
     )
     stack.enter_context(closing(saved))
-    like = abstract_state(settings, geometry, mesh)
+    like = from_settings.abstract_state(settings, geometry, mesh)
 
     def check_saved(meta: dict[str, Any]) -> None:
         if meta.get("data"):  # a checkpoint imported from elsewhere has seen none of ours
             data.check_fingerprint(meta["data"], dataset, allow_changed=settings.data.allow_changed)
-        checkpoint.check_fits(meta, geometry, ema_names(settings.optim), folder.path)
+        checkpoint.check_fits(meta, geometry, ema_names(settings.optim), settings.optim, folder.path)
 
     start = 0
     if (resumed := saved.resume(like, check_saved)) is not None:
         state, start, _ = resumed
         notes.append(f"resumed from step {start:,}" + ("; the run is complete" if start >= plan.total_steps else ""))
     else:
-        state, report = first_state(settings, geometry, process, dataset, like)
-        notes.extend(report)
+        state, report = from_settings.first_state(settings, geometry, process, tuple(dataset.class_names), like)
+        notes.extend([*report, *(f"warning: {line}" for line in describe.of_schedule(settings, plan))])
     if is_main:
         saved.require_space(state)  # now rather than after the first hour
     saved.reserve(like)
@@ -195,7 +237,7 @@ def build(
         "parameters": parameters,
         "planned_steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
-    }
+    } | ({"objective": own_name} if own_name else {})
     folder.describe_run(given, facts)
     folder.write("parameters.txt", parameter_table(state.params))
     meta = checkpoint.describe(
@@ -208,7 +250,7 @@ def build(
     )
 
     # ---------------------------------------------------------------- step, input, monitor
-    train_step = make_step(settings, geometry, plan, mesh, ops)
+    train_step = from_settings.make_step(settings, geometry, plan, mesh, ops, objective)
     preview = None
     if plan.preview_steps:
         options = settings.preview.sampler()
@@ -229,12 +271,12 @@ def build(
         evaluation = live.build(
             settings.eval,
             dataset,
-            live.find_held_out(settings.eval.held_out, path, settings.data, dataset, conditional),
+            live.find_held_out(settings.eval.held_out, "" if own_dataset else path, settings.data, dataset, conditional),
             geometry,
             process,
             mesh,
             noise=settings.diffusion,
-            loss=settings.loss,
+            objective=objective,
             class_conditional=conditional,
             dtype=settings.dtype,
             ops=ops,
@@ -301,6 +343,7 @@ def build(
     )
     run = Run(
         settings=settings,
+        geometry=geometry,
         folder=folder,
         plan=plan,
         state=state,
@@ -329,70 +372,13 @@ def build(
         f"{settings.model.name}, {parameters:,} parameters, {sharding.describe(mesh)}, {card}, {settings.dtype}, kernels {kind}"
         + (f" ({reason})" if reason else "")
     )
-    monitor.note(dataset.summary)
+    monitor.note(dataset.summary + (f"; own objective {own_name}" if own_name else ""))
     monitor.note(
         f"effective batch {plan.global_batch:,}; {plan.steps_per_epoch:,} steps per epoch; {plan.total_steps:,} steps in all"
     )
     for note in notes:
         monitor.note(note)
     return run
-
-
-def abstract_state(settings: Settings, geometry: model.Geometry, mesh: jax.sharding.Mesh) -> step.TrainState:
-    """Shapes and shardings of a run's state."""
-    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
-    return sharding.abstract(jax.eval_shape(init, jax.random.key(settings.seed)), mesh)
-
-
-def first_state(
-    settings: Settings,
-    geometry: model.Geometry,
-    process: diffusion.Diffusion,
-    dataset: data.DataSet,
-    like: step.TrainState,
-) -> tuple[step.TrainState, list[str]]:
-    """The state at step 0, fresh or from the weights of `init_from`, laid out like `like`; lines about it.
-
-    Raises:
-      UserError: the weights of `init_from` cannot be used.
-    """
-    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, like)
-    state = jax.jit(init, out_shardings=placed)(jax.random.key(settings.seed))
-    if not settings.init_from:
-        return state, []
-    names = tuple(dataset.class_names) if settings.model.class_conditional else ()
-    state, report = transfer.initialise_from(settings.init_from, state, process, names, settings.optim, settings.dtype)
-    return state, [f"from {settings.init_from}: {report}"]
-
-
-def make_loss(settings: Settings, geometry: model.Geometry, ops: kernels.Ops) -> Any:
-    """The loss of a run; see `step.make_loss`."""
-    return step.make_loss(
-        geometry,
-        settings.diffusion,
-        prediction=settings.prediction,
-        loss=settings.loss,
-        class_conditional=settings.model.class_conditional,
-        dtype=settings.dtype,
-        remat=settings.remat,
-        ops=ops,
-    )
-
-
-def make_step(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: jax.sharding.Mesh, ops: kernels.Ops) -> Any:
-    """The jitted training step of a run, (state, batch) -> (state, metrics); see `step.make_train_step`."""
-    return step.make_train_step(
-        make_loss(settings, geometry, ops),
-        abstract_state(settings, geometry, mesh),
-        mesh,
-        optim=settings.optim,
-        schedule=make_schedule(settings.optim, plan),
-        seed=settings.seed,
-        dtype=settings.dtype,
-        comm_dtype=settings.mesh.comm_dtype,
-        dynamic_loss_scale=settings.dtype == "float16",
-    )
 
 
 def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:

@@ -77,8 +77,11 @@ class Workdir:
         lock.flush()
         self._lock = lock
 
-    def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool) -> None:
+    def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool, objective: str = "") -> None:
         """The same effective batch, however it is cut over devices and micro-batches, is the same run.
+
+        Args:
+          objective: name of the run's own loss, "" for the published one.
 
         Raises:
           UserError: this workdir's run began with another configuration; the line names the differing fields.
@@ -90,6 +93,8 @@ class Workdir:
         before = saved.get("effective_batch", effective_batch)
         if before != effective_batch:
             differing.append(f"effective batch (batch_size x devices x accumulation_steps): {before} -> {effective_batch}")
+        if saved.get("objective", "") != objective:
+            differing.append(f"objective: {saved.get('objective') or 'published'} -> {objective or 'published'}")
         if differing and not accept_changes:
             raise UserError(
                 f"--workdir={self.path} holds a run with another configuration ({'; '.join(differing)}): "

@@ -30,10 +30,10 @@ from jitjax import config as config_lib  # noqa: E402
 from jitjax import diffusion, kernels, optimizer, sampling, settings, sharding, step  # noqa: E402
 from jitjax import gradients as gradients_lib  # noqa: E402
 from jitjax import model as jit_model  # noqa: E402
+from jitjax.from_settings import make_loss, make_step  # noqa: E402
 from jitjax.interop import official  # noqa: E402
 from jitjax.kernels import attention  # noqa: E402
 from jitjax.plan import make_plan  # noqa: E402
-from jitjax.train import make_loss, make_step  # noqa: E402
 
 # ---------------------------------------------------------------- model
 

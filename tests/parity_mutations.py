@@ -121,8 +121,8 @@ MUTATIONS = [
     Mutation(
         "EMA before the step",
         "step:make_train_step",
-        "update_ema(state.ema, new_params, state.step + 1)",
-        "update_ema(state.ema, state.params, state.step + 1)",
+        "update_ema(state.ema, new_params,",
+        "update_ema(state.ema, state.params,",
         "step",
     ),
     Mutation(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SHALLOW, small_settings
+from conftest import ROOT, small_settings
 
 from jitjax import bench, kernels, model, sampling, step
 from jitjax.benchmarks import card, checkpoint, common, profile, sample
@@ -22,14 +22,14 @@ from jitjax.benchmarks import step as step_bench
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.flops import train_flops
-from jitjax.train import make_loss, make_step
+from jitjax.from_settings import make_loss, make_step
 
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 def get_config():
-    from conftest import SHALLOW, small_config
-    return small_config(**SHALLOW)
+    from conftest import small_config
+    return small_config()
 """
 
 
@@ -76,7 +76,7 @@ def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
     small, large = map(json.loads, result.stdout.splitlines())
     for record, batch in ((small, 1), (large, 3)):
         assert (record["batch_size"], record["global_batch"], record["kernels"]) == (batch, 2 * batch, "plain")
-        geometry = model.geometry_of(small_settings(**SHALLOW).model, 8, 1000)
+        geometry = model.geometry_of(small_settings().model, 8, 1000)
         assert record["samples_per_second"] == pytest.approx(2 * batch / record["ms"] * 1e3, rel=1e-2)
         assert record["tokens_per_second"] == pytest.approx(4 * record["samples_per_second"], rel=1e-2)
         tflops = record["samples_per_second"] * train_flops(geometry) / 1e12
@@ -130,7 +130,7 @@ def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatc
 
 def test_no_backward_product_multiplies_zeros():
     """A fresh model's gradient is zero but for the last layer; with the benchmark's weights that of every matrix is dense."""
-    config = small_settings(**SHALLOW)
+    config = small_settings()
     geometry = model.geometry_of(config.model, config.data.image_size, 5)
     loss = make_loss(config, geometry, kernels.get_ops("plain"))
     images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
@@ -177,7 +177,7 @@ def test_the_published_way_gives_the_same_images(method):
 
 
 def test_sampler_is_measured_in_every_way(capsys):
-    config = small_settings(**SHALLOW, preview__num_images=9, preview__steps=2, preview__interval=(0.4, 0.9))
+    config = small_settings(preview__num_images=9, preview__steps=2, preview__interval=(0.4, 0.9))
     guided, unguided, published = sample.measure(common.prepare(config), ["guided", "unguided", "published"], 1)
     assert guided["num_images"] == 16  # a whole number on each of 8 devices
     assert guided["images_per_second"] == pytest.approx(16 / guided["seconds"], rel=1e-2)
@@ -206,7 +206,7 @@ def test_network_passes_are_those_that_run(method, way):
 
 
 def test_checkpoint_is_whole_and_not_compressed_away(tmp_path, capsys):
-    record = checkpoint.measure(common.prepare(small_settings(**SHALLOW, model__width=128, model__num_classes=5)), tmp_path, 1)
+    record = checkpoint.measure(common.prepare(small_settings(model__width=128, model__num_classes=5)), tmp_path, 1)
     assert record["restored_equals_saved"]
     values = record["state_bytes"] / 4 / record["parameters"]
     assert 5 <= values < 5.01  # parameters, two moments, two averages
@@ -268,7 +268,7 @@ def test_every_kernel_of_ours_belongs_to_a_group():
 
 def test_scopes_tell_the_fusions_of_a_compiled_step_apart():
     """XLA names a fusion after its arithmetic; the scope says whether it is a norm or attention, forward and backward."""
-    setup = common.prepare(small_settings(**SHALLOW, dtype="bfloat16"))
+    setup = common.prepare(small_settings(dtype="bfloat16"))
     state = jax.eval_shape(lambda: step.init_state(setup.geometry, setup.config.optim, setup.config.dtype, jax.random.key(0)))
     count = setup.plan.global_batch
     shapes = {"image": jax.ShapeDtypeStruct((count, 8, 8, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((count,), int)}

@@ -72,11 +72,11 @@ def test_batches_are_the_examples_of_their_place(datasets, reference, kind, star
 @pytest.mark.parametrize(
     ("kind", "workers", "process", "processes", "start"),
     [
-        ("folder", 2, 0, 1, STARTS["beginning"]),
+        pytest.param("folder", 2, 0, 1, STARTS["beginning"], marks=pytest.mark.slow),
         ("folder", 2, 3, 4, STARTS["mid-epoch"]),
-        ("prepared", 2, 1, 4, STARTS["epoch boundary"]),
+        pytest.param("prepared", 2, 1, 4, STARTS["epoch boundary"], marks=pytest.mark.slow),
         ("prepared", 3, 0, 1, WITHIN_A_BATCH),
-        ("folder", 5, 2, 4, STARTS["second epoch"]),
+        pytest.param("folder", 5, 2, 4, STARTS["second epoch"], marks=pytest.mark.slow),
     ],
 )
 def test_worker_processes_change_nothing(datasets, reference, kind, workers, process, processes, start):

@@ -20,6 +20,7 @@ NAMES = ("train/loss", "train/grad_norm", "train/learning_rate")
 RUN = dict(
     total_steps=30,
     model__depth=4,
+    model__context_start=1,
     model__attn_dropout=0.1,
     model__proj_dropout=0.1,
     optim__warmup_steps=5,

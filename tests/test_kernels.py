@@ -150,7 +150,11 @@ def test_mlp_and_its_padding():
 
 @pytest.mark.parametrize(
     ("b", "t", "f", "blocks", "rate"),
-    [(2, 128, 384, 1, 0.0), pytest.param(3, 72, 256, 2, 0.0, marks=pytest.mark.slow), (3, 72, 384, 1, 0.3)],
+    [
+        pytest.param(2, 128, 384, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(3, 72, 256, 2, 0.0, marks=pytest.mark.slow),
+        (3, 72, 384, 1, 0.3),
+    ],
 )
 def test_hopper_mlp(b, t, f, blocks, rate, monkeypatch):
     """In Pallas' simulation. 384 hidden units leave half a tile of columns backward, 216 rows part of a tile of rows. One block

@@ -6,7 +6,7 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
-from conftest import SHALLOW, small_settings
+from conftest import small_settings
 
 import jitjax
 from jitjax import cli, ema, sweep
@@ -16,7 +16,7 @@ from jitjax.train import train
 
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")  # the mean colour of an image: three features
 SCORED = dict(eval__every_steps=2, eval__num_images=16, eval__steps=2, eval__batch_size=1, eval__extractor=EXTRACTOR)
-RUN = dict(**SHALLOW, total_steps=6, optim__power_emas=(0.05, 0.1), checkpoint__keep_last=1, checkpoint__ema_every_steps=1)
+RUN = dict(total_steps=6, optim__power_emas=(0.05, 0.1), checkpoint__keep_last=1, checkpoint__ema_every_steps=1)
 
 
 def metrics(workdir):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHALLOW, small_settings
+from conftest import small_settings
 from PIL import Image
 
 import jitjax
@@ -54,7 +54,7 @@ def test_saved_and_loaded_whole(pipe, tmp_path):
 
 
 def test_a_run_becomes_a_pipeline_with_everything(tmp_path):
-    settings = small_settings(**SHALLOW, total_steps=2, prediction="v", diffusion__noise_scale=0.5, preview__t_eps=0.02)
+    settings = small_settings(total_steps=2, prediction="v", diffusion__noise_scale=0.5, preview__t_eps=0.02)
     assert train(settings, tmp_path / "run") == 0
     pipe = jitjax.load(tmp_path / "run")
     assert pipe.diffusion == Diffusion("v", 0.5, 0.05, 0.02) and pipe.step == 2
@@ -65,7 +65,7 @@ def test_a_run_becomes_a_pipeline_with_everything(tmp_path):
     with pytest.raises(UserError, match="predicts v, and whoever reads"):
         convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "a.pth")])
     with pytest.raises(UserError, match=r"init_from=.* predicts v, this run predicts x: set --config.prediction=v"):
-        train(small_settings(**SHALLOW, total_steps=1, init_from=str(tmp_path / "run")), tmp_path / "other")
+        train(small_settings(total_steps=1, init_from=str(tmp_path / "run")), tmp_path / "other")
     pipe.save(tmp_path / "exported")  # an exported folder starts a run as its workdir does
     settings = dataclasses.replace(settings, init_from=str(tmp_path / "exported"))
     assert train(settings, tmp_path / "b") == 0

@@ -145,8 +145,7 @@ def browser():
     browser.quit()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width, scheme", [(360, "dark"), (1280, "light")])
 def test_in_a_browser_curves_are_drawn_and_the_slider_moves_the_grids(tmp_path, browser, width, scheme):
     one, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", 200, optim__lr=0.5)
     page = report.write_report([one, other])

@@ -74,7 +74,7 @@ def psnr(a, b):
 # ---------------------------------------------------------------- accuracy
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+@pytest.mark.parametrize("cfg_scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 def test_multistep_with_25_passes_is_nearer_than_heun_with_99(cfg_scale):
     heun = error("heun", 50, cfg_scale=cfg_scale)
     assert heun < 3e-3

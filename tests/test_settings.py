@@ -94,6 +94,9 @@ def test_what_may_change_between_starts():
     assert settings.differing_fields(old, small_settings(total_steps=10, batch_size=1, optim__accumulation_steps=2)) == []
     assert settings.differing_fields(old, small_settings(total_steps=10, kernels="plain", log__every_steps=7)) == []
     assert settings.differing_fields(old, small_settings(total_steps=10, seed=1)) == ["seed: 0 -> 1"]
+    del old["optim"]["ema_warmup"]  # saved by a version without it
+    warm = small_settings(total_steps=10, optim__ema_warmup=True)
+    assert settings.differing_fields(old, warm) == ["optim.ema_warmup: False -> True"]
     cosine = settings.to_dict(small_settings(total_steps=10, optim__schedule="cosine"))
     longer = small_settings(total_steps=20, optim__schedule="cosine")
     assert settings.differing_fields(cosine, longer) == ["total_steps: 10 -> 20"]

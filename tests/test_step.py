@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHALLOW, small_settings
+from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
 from jitjax import gradients, kernels, model, sharding, step
+from jitjax.from_settings import make_step
 from jitjax.plan import make_plan
-from jitjax.train import make_step
 
 CLASSES = 5
 
@@ -65,7 +65,7 @@ def split_small(monkeypatch):
 @pytest.fixture(scope="module")
 def reference():
     """32 images a step on one device, in one piece."""
-    return run(small_settings(batch_size=32, model__proj_dropout=0.2), (1, 1, 1))
+    return run(small_settings(**DEEPER, batch_size=32, model__proj_dropout=0.2), (1, 1, 1))
 
 
 SLOW_MESHES = ((ZERO, 4), (DATA, 1), (DATA, 2), (FSDP, 1), ((2, 1, 4), 2), ((1, 2, 1), 4), ((1, 1, 1), 2))
@@ -79,7 +79,7 @@ def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, axes, mi
     """The same 32 images a step give the same losses and weights, however they are spread: k micro-batches on d devices
     equal one batch. Noise, times, dropped labels and dropout depend on the image's place in the global batch only."""
     size = 32 // int(np.prod(axes)) // micro_batches
-    config = small_settings(batch_size=size, optim__accumulation_steps=micro_batches, model__proj_dropout=0.2)
+    config = small_settings(**DEEPER, batch_size=size, optim__accumulation_steps=micro_batches, model__proj_dropout=0.2)
     losses, state = run(config, axes)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
     for name, value in reference[1].params.items():
@@ -116,7 +116,7 @@ def test_gradients_cross_devices_once_per_optimizer_step(split_small, axes):
     all-reduce, or of one exchange of parts and one gathering of weights, whatever the number of micro-batches."""
     totals = []
     for micro_batches in (1, 4):
-        config = small_settings(**SHALLOW, batch_size=2, optim__accumulation_steps=micro_batches)
+        config = small_settings(batch_size=2, optim__accumulation_steps=micro_batches)
         state, train_step, plan, mesh = build(config, axes)
         text = train_step.lower(state, next(batches(plan, mesh, 1))).compile().as_text()
         assert micro_batches == 1 or " while(" in text
@@ -147,7 +147,7 @@ def equations(jaxpr, inside=()):
 def test_fsdp_gathers_block_by_block_and_again_for_the_backward_pass(split_small):
     """Every block's weights cross twice, but the last one's; each time only after the activations (or their gradient) in
     front of the neighbouring block have been computed, so that never more than two blocks are gathered."""
-    config = small_settings(batch_size=1)
+    config = small_settings(**DEEPER, batch_size=1)
     depth = config.model.depth
     state, train_step, plan, mesh = build(config, FSDP)
     found = [eqn for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr)]
@@ -174,14 +174,14 @@ def operands(config, axes, primitive):
 @pytest.mark.parametrize("axes, primitive", [(DATA, "psum"), (ZERO, "all_to_all")])
 def test_gradients_cross_devices_in_bfloat16_where_asked(split_small, axes, primitive):
     """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""
-    sizes, large = operands(small_settings(**SHALLOW, batch_size=1, mesh__comm_dtype="bfloat16"), axes, primitive)
+    sizes, large = operands(small_settings(batch_size=1, mesh__comm_dtype="bfloat16"), axes, primitive)
     assert sizes.pop("bfloat16") == large
     assert sum(sizes.values()) < 0.3 * large  # biases, norm weights, loss and count
 
 
 def test_gradients_of_half_precision_cross_as_they_are_and_are_summed_in_float32(split_small):
     """With bfloat16 matmuls the gradients of matrices are bfloat16 numbers: sent as such, they cost half and lose nothing."""
-    config = small_settings(**SHALLOW, batch_size=1, dtype="bfloat16")
+    config = small_settings(batch_size=1, dtype="bfloat16")
     sizes, large = operands(config, ZERO, "all_to_all")
     assert sizes["bfloat16"] > 0.8 * large
     states = [run(config, axes, steps=2)[1] for axes in (DATA, ZERO)]
@@ -191,7 +191,7 @@ def test_gradients_of_half_precision_cross_as_they_are_and_are_summed_in_float32
 
 def test_optimizer_and_ema_run_once_per_optimizer_step():
     """AdamW's square roots stand outside the scan over micro-batches, and the averages move once by their formula."""
-    config = small_settings(**SHALLOW, batch_size=1, optim__accumulation_steps=4)
+    config = small_settings(batch_size=1, optim__accumulation_steps=4)
     state, train_step, plan, mesh = build(config, ZERO)
     before = jax.device_get(state.params)
     batch = next(batches(plan, mesh, 1))
@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 def test_float16_overflow_skips_the_step_and_halves_the_scale():
     """A scale that overflows leaves weights, moments and averages as they are; training goes on at half the scale."""
-    config = small_settings(**SHALLOW, batch_size=1, dtype="float16")
+    config = small_settings(batch_size=1, dtype="float16")
     state, train_step, plan, mesh = build(config, ZERO)
     moved = {**state.params, "final.linear.kernel": state.params["final.linear.kernel"] + 10.0}
     scale = {**state.loss_scale, "scale": jnp.float32(2.0**24)}
@@ -324,7 +324,7 @@ def test_half_precision_follows_float32(reference, dtype, rtol):
 
 def test_clipping_bounds_the_update():
     """With clipping the norm that AdamW sees is the bound: its first moment after one step is (1 - b1) * bound long."""
-    config = small_settings(**SHALLOW, batch_size=4, optim__clip_norm=1e-3)
+    config = small_settings(batch_size=4, optim__clip_norm=1e-3)
     state, train_step, plan, mesh = build(config, ZERO)
     state, metrics = train_step(state, next(batches(plan, mesh, 1)))
     assert float(metrics["train/grad_norm"]) > 1e-2  # the logged norm is the unclipped one

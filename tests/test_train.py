@@ -13,7 +13,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SHALLOW, small_settings, wandb_records
+from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
 from jitjax import checkpoint, pipeline, settings
@@ -48,7 +48,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """20 steps on 8 devices, 2 micro-batches: 16 steps an epoch of 512 images, checkpoints every 5."""
+    """20 steps on 8 devices, 2 micro-batches: 16 steps an epoch of 512 images, checkpoints every 4."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     assert train(small_settings(**RUN), workdir) == 0
     return workdir
@@ -57,9 +57,9 @@ def uninterrupted(tmp_path_factory):
 RUN = dict(
     total_steps=20,
     optim__accumulation_steps=2,
-    checkpoint__every_steps=5,
+    checkpoint__every_steps=4,
     preview__every_steps=10,
-    checkpoint__keep_every=10,
+    checkpoint__keep_every=8,
 )
 
 
@@ -73,7 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
-        if (workdir / "checkpoints" / "10").is_dir():  # complete: Orbax renames it into place
+        if (workdir / "checkpoints" / "8").is_dir():  # complete: Orbax renames it into place
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.01)
@@ -82,7 +82,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
     (workdir / "metrics.jsonl").open("a").write('{"step": 999, "train/lo')  # as a crash may leave it
     assert train(small_settings(**RUN), workdir) == 0
     assert_same_run(uninterrupted, workdir)
-    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [10, 15, 20]
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [8, 12, 16, 20]
 
 
 def test_sigterm_saves_and_resumes(uninterrupted, tmp_path):
@@ -176,7 +176,7 @@ def test_workdir_tells_its_story(uninterrupted):
     assert {"time/goodput", "time/starts", "time/compile_seconds", "time/lost_seconds"} <= lines[-1].keys()
     assert [line["step"] for line in lines if "time/goodput" in line] == list(range(2, 21, 2))
     spent = json.loads((uninterrupted / "time.json").read_text())
-    assert spent["step"] == 20 and list(spent["saves"]) == ["5", "10", "15", "20"]
+    assert spent["step"] == 20 and list(spent["saves"]) == ["4", "8", "12", "16", "20"]
     assert all(spent["seconds"][kind] > 0 for kind in ("startup", "compile", "input_wait", "step", "save", "preview"))
     first = [line["train/loss"] for line in lines[:16]]
     assert lines[15]["train/epoch_loss"] == pytest.approx(np.mean(first), rel=1e-6)
@@ -219,9 +219,10 @@ def test_finetuning_carries_weights_and_null_class(tmp_path):
     """Unconditional pretraining, then --init_from with classes: everything but the class embedding is loaded bit for bit, the
     null class becomes the new embedding's null class, optimizer and schedule start afresh."""
     pretrained, finetuned = tmp_path / "a", tmp_path / "b"
-    train(small_settings(**SHALLOW, model__class_conditional=False, total_steps=3), pretrained)
-    start = dict(**SHALLOW, total_steps=1, optim__warmup_steps=10)
+    train(small_settings(model__class_conditional=False, total_steps=3), pretrained)
+    start = dict(total_steps=1, optim__warmup_steps=10)
     train(small_settings(**start, init_from=str(pretrained)), finetuned)  # the one step has learning rate 0: parameters stay
+    assert "warning: the warm-up takes 10 steps and the run 1" in (finetuned / "log.txt").read_text()
     old, new = weights(pretrained), weights(finetuned)
     assert old.params["y_embedder.table"].shape[0] == 1 and new.params["y_embedder.table"].shape[0] == 9
     for name, value in new.params.items():
@@ -272,7 +273,7 @@ def test_labels_on_a_flat_folder_are_refused(tmp_path):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(images / f"{i}.png")
     with pytest.raises(UserError, match="flat folder"):
         train(small_settings(data__synthetic="", data__path=str(images)), tmp_path / "run")
-    unlabelled = dict(**SHALLOW, model__class_conditional=False, total_steps=3)
+    unlabelled = dict(model__class_conditional=False, total_steps=3)
     assert train(small_settings(**unlabelled, data__synthetic="", data__path=str(images)), tmp_path / "run") == 0
 
 
@@ -284,7 +285,7 @@ def test_a_broken_image_is_reported_once_and_replaced(tmp_path):
         for i in range(60):
             Image.new("RGB", (8, 8), (2 * i, 0, 0)).save(images / name / f"{i}.png")
     (images / "a" / "0.png").write_bytes(b"not a picture")
-    overrides = dict(**SHALLOW, data__synthetic="", data__path=str(images), data__num_workers=1, batch_size=16)
+    overrides = dict(data__synthetic="", data__path=str(images), data__num_workers=1, batch_size=16)
     overrides["total_steps"] = 15  # epochs of 7 steps
     config = tmp_path / "config.py"
     config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=overrides))
@@ -353,7 +354,7 @@ def test_settings_survive_their_json():
 
 def test_two_processes_equal_one(tmp_path):
     """Two processes with four devices each train on the same batches to the same losses as one process with eight."""
-    overrides = dict(**SHALLOW, total_steps=6, checkpoint__every_steps=3, preview__every_steps=6)
+    overrides = dict(total_steps=6, checkpoint__every_steps=3, preview__every_steps=6)
     config = tmp_path / "config.py"
     config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=overrides))
     with socket.socket() as free:

@@ -101,10 +101,13 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
 def _advanced(state: step.TrainState) -> step.TrainState:
     """New values everywhere, random in every digit: Orbax compresses, and a fresh optimizer's zeros would vanish."""
     params = {name: value * 1.001 for name, value in state.params.items()}
-    moments = {"mu": {n: p * 0.01 for n, p in params.items()}, "nu": {n: p * p for n, p in params.items()}}
-    adam, *rest = state.opt_state
+
+    def moved(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = getattr(path[-1], "key", None)  # a moment has its parameter's, a counter none
+        return leaf if name is None else params[name] * 0.01
+
     ema = {decay: {n: p * float(decay) for n, p in params.items()} for decay in state.ema}
-    return dataclasses.replace(state, params=params, ema=ema, opt_state=(adam._replace(**moments), *rest))
+    return dataclasses.replace(state, params=params, ema=ema, opt_state=jax.tree.map_with_path(moved, state.opt_state))
 
 
 def _equal(a: step.TrainState, b: step.TrainState) -> jax.Array:

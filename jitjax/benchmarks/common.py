@@ -59,7 +59,7 @@ def prepare(config: Settings) -> Setup:
       UserError: a mistake in the config.
     """
     runtime.use_compilation_cache(config.compilation_cache)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.zero, config.mesh.fsdp)
+    mesh = sharding.mesh_of(config.mesh)
     classes = config.model.num_classes or (CLASSES if config.model.class_conditional else 0)
     geometry = model.geometry_of(config.model, config.data.image_size, classes)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
@@ -127,6 +127,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "context_length": g.context_length,
         "class_conditional": c.model.class_conditional,
         "batch_size": c.batch_size,
+        "optimizer": c.optim.name,
         "accumulation_steps": c.optim.accumulation_steps,
         "global_batch": setup.plan.global_batch,
         "dtype": c.dtype,

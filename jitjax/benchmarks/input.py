@@ -38,10 +38,10 @@ def measure(config: Settings, seconds: float) -> dict[str, Any]:
     """
     import jax
 
-    from jitjax.sharding import BATCH, make_mesh
+    from jitjax.sharding import BATCH, mesh_of
 
     dataset = open_dataset(config.data.path, config.data.image_size, **config.data.reading())
-    mesh = make_mesh(config.mesh.data, config.mesh.zero, config.mesh.fsdp)
+    mesh = mesh_of(config.mesh)
     global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
     workers = config.data.num_workers
 

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jitjax import kernels, model, train
+from jitjax import from_settings, kernels, model
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
 
@@ -185,7 +185,7 @@ def compare_models(setup: common.Setup, images: int) -> dict[str, Any]:
 
     def gradients(dtype, kind):
         config = dataclasses.replace(setup.config, dtype=str(dtype))
-        loss = train.make_loss(config, setup.geometry, kernels.get_ops(kind))
+        loss = from_settings.make_loss(config, setup.geometry, kernels.get_ops(kind))
 
         @jax.jit
         def run(params):

@@ -29,6 +29,7 @@ SCOPES = {
     "embed": "patches, time and class",
     "loss": "noise and loss",
     "optimizer": "optimizer and EMA",
+    "muon": "Muon",
 }
 GROUPS = tuple(dict.fromkeys((MATMULS, *SCOPES.values(), REDUCTIONS, COPIES, COLLECTIVES, OTHER)))
 

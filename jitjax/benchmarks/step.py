@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from jitjax import flops, settings, step, train
+from jitjax import flops, from_settings, settings, step
 from jitjax.benchmarks import card, common, profile
 from jitjax.errors import UserError
 from jitjax.settings import Settings
@@ -111,7 +111,7 @@ def measure(
     config, geometry, mesh = setup.config, setup.geometry, setup.mesh
     state, init_seconds = common.timed(lambda: common.random_state(setup))
     batch = common.random_batch(setup)
-    train_step = train.make_step(config, geometry, setup.plan, mesh, setup.ops)
+    train_step = from_settings.make_step(config, geometry, setup.plan, mesh, setup.ops)
     begun = time.perf_counter()
     lowered = train_step.lower(state, batch)
     lower_seconds = time.perf_counter() - begun

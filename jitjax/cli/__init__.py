@@ -23,6 +23,7 @@ VERBS = {
     "sample": "draw images from a model",
     "evaluate": "score a model or a set of images; make reference statistics",
     "sweep": "find the best guidance and EMA of a run",
+    "tune": "find the learning rate and warm-up with which short runs score best",
     "status": "where a run stands that was started elsewhere",
     "replay": "make one step of a run again and look at it by layer and image",
     "report": "one HTML file about one or several runs",

@@ -1,18 +1,24 @@
 """Train a model, or continue the run in a workdir.
 
     jitjax train --config configs/h200.py --config.data.path=./data/train --workdir runs/a
+    jitjax train --config configs/h200.py --dry_run --devices 8 --card h200
 
-The same command again continues after anything. Every field below can be overridden.
+The same command again continues after anything. Every field below can be overridden. `--dry_run` needs no card, and no data:
+it says what the run will be, what it needs of a card's memory and of the links between cards, and what looks wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
+import os
 import traceback
 
-from jitjax import runtime
+from jitjax import cards, runtime
 from jitjax.cli import arguments
 from jitjax.errors import UserError
+from jitjax.settings import Settings, check_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept_config_changes", nargs="?", const=True, default=False, type=arguments.boolean,
                         metavar="BOOL", help="continue a run that began with another configuration")  # fmt: skip
     parser.add_argument("--print_config", action="store_true", help="print the resolved run and what follows from it, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print all that can be known before the run, and stop")
+    pretend = parser.add_argument_group("for --dry_run")
+    pretend.add_argument("--devices", type=arguments.at_least(1), metavar="N", help="cards to pretend; default those here")
+    pretend.add_argument("--card", choices=list(cards.CARDS), help="their kind; default that of those here, else h200")
     arguments.add(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     loaded = arguments.load(args.config_arguments)
-    from jitjax.settings import check_data
-
+    if args.dry_run:
+        return dry_run(args, loaded.settings)
+    if args.devices or args.card:
+        raise UserError("--devices and --card are for --dry_run: a run takes the devices that are there")
     check_data(loaded.settings.data)
     if not args.workdir and not args.print_config:
         raise UserError("--workdir is missing: name a folder for this run, e.g. --workdir=runs/a")
@@ -53,3 +65,17 @@ def run(args: argparse.Namespace) -> int:
         raise
     peers.close()
     return code
+
+
+def dry_run(args: argparse.Namespace, settings: Settings) -> int:
+    """Print `jitjax.dry_run`. The devices are emulated: their number is settled here, before JAX starts."""
+    here = cards.here()
+    axes = [size for size in dataclasses.astuple(settings.mesh) if isinstance(size, int)]
+    configured = settings.mesh.data and math.prod(axes)
+    devices = args.devices or configured or len(here) or int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    from jitjax import dry_run
+
+    card = args.card or (here and cards.name_of(here[0])) or "h200"
+    print(dry_run.dry_run(settings, devices=devices, card=card))
+    return 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,9 +79,9 @@ class FolderSource:
 class DataSet:
     """Images of one size with labels, in a fixed order.
 
-    path: where it was found. kind: "folder" or "prepared". class_names: in label order, empty for a flat folder.
-    fingerprint: {"count", "classes", "checksum"}, JSON-able, to notice a data set that changed under a run. summary: one
-    line on what was found and what was left alone.
+    path: where it was found. kind: "folder", "prepared" or "own" (`of_source`). class_names: in label order, empty for a flat
+    folder. fingerprint: {"count", "classes", "checksum"}, JSON-able, to notice a data set that changed under a run. summary:
+    one line on what was found and what was left alone.
     """
 
     path: str
@@ -203,6 +205,82 @@ def _is_clipped(source: FolderSource, index: int) -> bool:
         return is_constant(decode(read_file(source.name(index)), source.image_size))
     except Exception:  # a damaged file is reported when it is its turn
         return False
+
+
+def of_source(
+    source: Source, count: int, *, image_size: int, checksum: str, class_names: Sequence[str] = (), name: str = "own data"
+) -> DataSet:
+    """A data set of one's own, for `jitjax.train` and everything else that takes a `DataSet`.
+
+    Args:
+      source: reads images by their number in [0, count) and calls them by name, see `Source`.
+      checksum: changes when the images or labels do, e.g. a hash or a version. A run that continues with another one is
+        refused, and statistics for scores are cached under it.
+      class_names: in label order; empty for a set without labels. Reading a label that has none raises a UserError.
+      name: how the set is called in messages.
+    """
+    fingerprint = {"count": count, "classes": len(class_names), "checksum": checksum}
+    text = summary(count, class_names, name, "", ())
+    checked = _Checked(source, len(class_names), name)
+    return DataSet(name, "own", image_size, tuple(class_names), fingerprint, checked, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A source of one's own; a label that has no name ends the run instead of being taken for another one."""
+
+    source: Source
+    classes: int
+    where: str
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
+        failures = self.source.read(indices, images, labels)
+        if self.classes:
+            failed = [place for place, _ in failures]
+            for place in np.setdiff1d(np.flatnonzero((labels < 0) | (labels >= self.classes)), failed):
+                name = self.name(int(indices[place]))
+                raise UserError(f"{self.where}: {name} has label {labels[place]}, and class_names has {self.classes} names")
+        return failures
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images in memory: (n, S, S, 3) uint8 and their labels, (n,) int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
+        images[:], labels[:] = self.images[indices], self.labels[indices]
+        return []
+
+
+def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] = ()) -> DataSet:
+    """A data set from arrays: (n, S, S, 3) uint8 images and, with `class_names`, a class number for each.
+
+    Raises:
+      UserError: arrays of another shape or type, or a label without a name.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[1:] != (images.shape[1], images.shape[1], 3) or images.dtype != np.uint8:
+        raise UserError(f"images: (n, S, S, 3) uint8 is needed, these are {images.shape} {images.dtype}")
+    numbers = np.zeros(len(images), np.int32)
+    if labels is not None or class_names:
+        numbers = np.asarray([] if labels is None else labels)
+        if numbers.shape != images.shape[:1] or numbers.dtype.kind not in "iu":
+            raise UserError(f"labels: one whole number for each of {len(images)} images is needed, here {numbers.shape}")
+        if not np.isin(numbers, np.arange(len(class_names))).all():
+            raise UserError(f"labels: each must have a name in class_names, in [0, {len(class_names)})")
+    numbers = numbers.astype(np.int32)
+    checksum = hashlib.sha256(images.tobytes() + numbers.tobytes()).hexdigest()
+    source = ArraySource(images, numbers)
+    return of_source(source, len(images), image_size=images.shape[1], checksum=checksum, class_names=class_names, name="arrays")
 
 
 def check_fingerprint(saved: dict[str, Any], dataset: DataSet, *, allow_changed: bool = False) -> None:

@@ -7,3 +7,8 @@ Nothing is imported here, so that reading statistics does not start JAX:
     score        open_reference, open_images, class_balanced_labels, score
     seams        seam_index
 """
+
+
+def higher_is_better(score: str) -> bool:
+    """Of a score by its name, with or without "eval/"; distances and losses are better when lower."""
+    return score.removeprefix("eval/") in ("inception_score", "precision", "recall")

@@ -31,8 +31,7 @@ class HeldOutLoss:
         noise: Diffusion,
         mesh: Mesh,
         *,
-        prediction: str,
-        loss: str,
+        objective: diffusion.Objective,
         class_conditional: bool,
         dtype: str,
         ops: kernels.Ops,
@@ -42,6 +41,7 @@ class HeldOutLoss:
         """Args:
         dataset: the held-out images, with the training set's classes if the model is class-conditional.
         noise: noise scale and distribution of times of the training.
+        objective: of the training.
         batch_size: images per device.
         """
         self._dataset, self._mesh, self._conditional = dataset, mesh, class_conditional
@@ -65,8 +65,7 @@ class HeldOutLoss:
                     return noise.noise_scale * jax.random.normal(key, x.shape[1:])
 
                 e, t_B = jax.vmap(draw)(indices), jnp.full((x.shape[0],), t)
-                output = network(diffusion.noised(x, e, t_B), t_B, labels, dtype=jnp.dtype(dtype), ops=ops)
-                each = diffusion.loss_per_image(output, x, e, t_B, prediction, loss, noise.t_eps)
+                each = diffusion.loss_of(objective, network, x, e, t_B, labels, dtype=jnp.dtype(dtype), ops=ops)
                 return jnp.sum(jnp.where(used, each, 0))
 
             sums = jax.lax.map(lambda pair: at_time(*pair), (jnp.arange(BUCKETS), times))

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jitjax import kernels, settings
 from jitjax import model as jit_model
 from jitjax.data import DataSet, open_dataset
-from jitjax.diffusion import Diffusion
+from jitjax.diffusion import Diffusion, Objective
 from jitjax.errors import UserError
+from jitjax.evaluation import higher_is_better
 from jitjax.evaluation.extractor import Extractor, open_extractor
 from jitjax.evaluation.held_out import HeldOutLoss
 from jitjax.evaluation.models import evaluate_batches
@@ -23,8 +24,6 @@ from jitjax.evaluation.score import open_reference, slug
 from jitjax.evaluation.statistics import Statistics
 from jitjax.pipeline import Sampler
 from jitjax.settings import Eval
-
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
 
 
 class LiveEvaluation:
@@ -82,7 +81,7 @@ class LiveEvaluation:
             raise UserError(f"--config.eval.metric={self.metric.removeprefix('eval/')} is not among {', '.join(scores)}")
         value = scores[self.metric]
         if before is not None and before["metric"] == self.metric:
-            sign = -1 if self.metric.removeprefix("eval/") in HIGHER_IS_BETTER else 1
+            sign = -1 if higher_is_better(self.metric) else 1
             if sign * value >= sign * before["value"]:
                 return None
         return {"metric": self.metric, "value": value}
@@ -97,7 +96,7 @@ def build(
     mesh: Mesh,
     *,
     noise: settings.Diffusion,
-    loss: str,
+    objective: Objective,
     class_conditional: bool,
     dtype: str,
     ops: kernels.Ops,
@@ -108,7 +107,7 @@ def build(
 
     Args:
       dataset, held_out: images of the training, and those for eval/loss (None: no such loss).
-      noise, loss: of the training objective.
+      noise, objective: of the training.
 
     Raises:
       UserError: extractor or reference cannot be used.
@@ -122,8 +121,7 @@ def build(
         geometry,
         noise,
         mesh,
-        prediction=process.prediction,
-        loss=loss,
+        objective=objective,
         class_conditional=class_conditional,
         batch_size=options.batch_size,
         **common,
@@ -152,6 +150,9 @@ def build(
 def find_held_out(wanted: str, path: str, reading: settings.Data, dataset: DataSet, class_conditional: bool) -> DataSet | None:
     """The images for eval/loss: those asked for, else the validation split beside the training images, else None.
 
+    Args:
+      path: of the training images; "" for a data set that lies in no folder.
+
     Raises:
       UserError: those asked for cannot be used, or have other classes.
     """
@@ -164,7 +165,7 @@ def find_held_out(wanted: str, path: str, reading: settings.Data, dataset: DataS
                 f"({len(dataset.class_names)}): name held-out images of the same classes"
             )
         return found
-    for folder in (Path(path), Path(path).parent):
+    for folder in (Path(path), Path(path).parent) if path else ():
         try:
             found = open_dataset(folder, size, **how | {"split": "val"})
         except UserError:

@@ -82,7 +82,9 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         weights.positions = {k: _unpack(v, weights.geometry) for k, v in packed.items() if k in trees}
     else:
         weights.epoch = _finished_epochs(saved.meta, saved.step, weights.notes) - 1
-    if moments:
+    if moments and config.optim.name != "adamw":
+        weights.notes.append(f"the state of {config.optim.name} has no place in other formats and is left out")
+    elif moments:
         weights.moments = _saved_moments(path, weights.geometry, config)
     return weights
 

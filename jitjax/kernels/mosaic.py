@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jitjax.kernels import planned
+
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -51,6 +53,8 @@ def hopper() -> bool:
     """Whether the program is traced for a card of compute capability 9.0 and this jax has the backend."""
     if UNAVAILABLE:
         return False
+    if card := planned.card():
+        return card.compute_capability == "9.0"
     abstract, device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.local_devices()[0]
     if abstract is not None and abstract.device_kind != device.device_kind:  # for a card that this machine does not have
         return abstract.platform == "gpu" and any(kind in abstract.device_kind for kind in ("H100", "H200"))
@@ -59,6 +63,8 @@ def hopper() -> bool:
 
 def multiprocessors() -> int:
     """Of the card that the program is traced for; those of an H100 or H200 where that is not known."""
+    if card := planned.card():
+        return card.core_count
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return device.num_cores or 132
@@ -172,6 +178,8 @@ def call(
     The kernel synchronises by itself: no barriers are put in between its statements. `reduction_bytes` of shared memory
     serve sums over axes that several warps share.
     """
+    if planned.card():
+        return planned.opaque(out, *args)
     kernel.__name__ = f"{scope}_{name}"  # as it appears in a profile
     run = plgpu.kernel(
         kernel,
@@ -204,6 +212,8 @@ def call_in_place(
 
     `plgpu.kernel` would do from jax 0.11 on. It is a wrapper around `pl.kernel` for vmap, which takes no references in 0.10.
     """
+    if planned.card():
+        return planned.opaque_in_place(in_place, out, *args)
 
     def body(*refs):
         pl.run_scoped(lambda *scratch_refs: kernel(*refs, *scratch_refs), *scratch)

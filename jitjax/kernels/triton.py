@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from jitjax.kernels import planned
+
 try:
     from jax.experimental.pallas import triton as pltriton
 
@@ -138,6 +140,8 @@ def store(ref: Any, *index: Any, value: jax.Array) -> None:
 
 def interpreted() -> bool:
     """Whether kernels run in Pallas' interpreter: wherever the program is not traced for a GPU."""
+    if planned.card():
+        return False
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return (device.platform if device is not None else jax.default_backend()) != "gpu"
 
@@ -161,13 +165,21 @@ def call(
       warps, stages: warps of a program; depth of software pipelining (matters only in loops that feed matmuls).
       aliases: {index of an input: index of the output that takes over its memory}.
     """
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out]
+    if planned.card():
+        if aliases:
+            ((given, taken),) = aliases.items()
+            rest = [arg for i, arg in enumerate(args) if i != given]
+            array, results = planned.opaque_in_place(args[given], shapes[:taken] + shapes[taken + 1 :], *rest)
+            return [*results[:taken], array, *results[taken:]]
+        return planned.opaque(shapes, *args)
     interpret = interpreted()
     kernel = functools.partial(kernel)  # a fresh object: pallas names a kernel after its function
     kernel.__name__ = f"{scope}_{name}"
     run = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out],
+        out_shape=shapes,
         input_output_aliases=aliases or {},
         compiler_params=None if interpret else pltriton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,

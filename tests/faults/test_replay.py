@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import DEEPER, small_settings
 
 from jitjax import checkpoint, cli, data, model, replay
 from jitjax.diffusion import Diffusion
@@ -75,13 +75,13 @@ def test_on_fewer_devices_the_same_within_rounding(run, monkeypatch):
 def test_what_is_wrong_is_named(tmp_path, capsys):
     """Weights, all finite, with which images of one class overflow in block 1. The run skips and stops, and names its batch;
     the replay names the same files, the block, and the images of that class as those without a loss."""
-    workdir, config = tmp_path / "run", small_settings()
+    workdir, config = tmp_path / "run", small_settings(**DEEPER)
     geometry = model.geometry_of(config.model, 8, 8)
     params = dict(jax.jit(model.init_fn(geometry))(jax.random.key(1)))
     params["y_embedder.table"] = params["y_embedder.table"].at[2].set(3e38)
     params["blocks.1.adaln.kernel"] += 10
     Pipeline(geometry=geometry, diffusion=Diffusion(), weights={"model": params}, which="model").save(tmp_path / "bad")
-    poisoned = small_settings(init_from=str(tmp_path / "bad"), nan_limit=2, log__every_steps=1)
+    poisoned = small_settings(**DEEPER, init_from=str(tmp_path / "bad"), nan_limit=2, log__every_steps=1)
     with pytest.raises(UserError, match=r"not finite: 2 optimizer steps in a row .*replay .* --step 2` looks at it") as error:
         train(poisoned, workdir)
     named = json.loads((workdir / "bad_batch_00000002.json").read_text())

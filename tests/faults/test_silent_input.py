@@ -76,6 +76,7 @@ def test_worker_and_file_are_named(tmp_path, workers, monkeypatch, caplog):
     assert len([line for line in caplog.messages if line.startswith("no input for ")]) < 20
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_is_stopped_saves_when_asked_to_stop(tmp_path):
     """0.1.0 neither said a word nor answered SIGTERM. The worker, which does not end by itself, goes as well."""
     config, workdir = tmp_path / "config.py", tmp_path / "run"

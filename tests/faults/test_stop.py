@@ -109,7 +109,7 @@ def stop_worker(run: Processes, rank: int) -> None:
 @pytest.mark.parametrize(
     "rank, number",
     [
-        (0, signal.SIGTERM),  # the one that waits for the other
+        pytest.param(0, signal.SIGTERM, marks=slow),  # the one that waits for the other
         pytest.param(1, signal.SIGUSR1, marks=slow),  # the one whose input hangs
         pytest.param(1, signal.SIGINT, marks=slow),
         pytest.param(0, signal.SIGHUP, marks=slow),
@@ -159,7 +159,7 @@ def moved(disk, workdir):
 @pytest.mark.parametrize(
     "fault, numbers, count, rank",
     [
-        (full, [signal.SIGTERM], 1, 0),
+        pytest.param(full, [signal.SIGTERM], 1, 0, marks=slow),
         pytest.param(full, SIGNALS, 1, 0, marks=slow),
         *[pytest.param(fault, [signal.SIGTERM], 1, 0, marks=slow) for fault in (forbidden, moved)],
         *[pytest.param(fault, [signal.SIGTERM], 2, rank, marks=slow) for fault in (full, forbidden) for rank in (0, 1)],

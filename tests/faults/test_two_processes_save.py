@@ -12,7 +12,7 @@ from jitjax import checkpoint
 
 SAVE = """
 import os, sys
-os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="4", XLA_FLAGS="")
+os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="4")
 from pathlib import Path
 rank, count, address, workdir, first, last = *map(int, sys.argv[1:3]), *sys.argv[3:5], *map(int, sys.argv[5:7])
 os.environ.update(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(rank))

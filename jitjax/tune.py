@@ -1,0 +1,187 @@
+"""The learning rate and warm-up with which short runs score best: `jitjax tune`. Imports no JAX; each trial is a process.
+
+A trial is a run of its own, `<workdir>/lr_0.0004_warmup_100/`, trained by the program itself and scored at its end. The score
+is assumed to have one valley over the logarithm of the rate: the search goes downhill by a factor until the valley is
+bracketed, then by its square root once. Warm-ups are compared at the best rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jitjax.errors import UserError
+from jitjax.evaluation import higher_is_better
+from jitjax.monitor.metrics import read_last
+from jitjax.settings import INT32, Settings
+
+_BEST = "best.json"  # which score a run compares by, beside its checkpoints
+FAILED = 2  # exit code of a run that cannot go on, e.g. whose numbers are not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    lr: float
+    warmup: int  # steps
+
+    @property
+    def folder(self) -> str:
+        return f"lr_{self.lr:.4g}_warmup_{self.warmup}"
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"--config.optim.lr={self.lr!r}", f"--config.optim.warmup_steps={self.warmup}"]
+
+
+class Stopped(Exception):
+    """A trial was stopped; the exit code is its argument."""
+
+
+def valley(value: Callable[[float], float], start: float, factor: float, limit: int = 12) -> float:
+    """The argument with the least value among start * factor**k, and then among the neighbours by sqrt(factor).
+
+    Args:
+      value: called once for each argument. Assumed to have one valley over the logarithm; infinite where nothing works.
+      limit: most steps downhill.
+    """
+    known: dict[float, float] = {}
+
+    def at(power: float) -> float:
+        if power not in known:
+            known[power] = value(start * factor**power)
+        return known[power]
+
+    best = min((0.0, 1.0, -1.0), key=at)
+    direction = best
+    while direction and abs(best) < limit and at(best + direction) < at(best):
+        best += direction
+    return start * factor ** min((best, best - 0.5, best + 0.5), key=at)
+
+
+def tune(
+    config_arguments: Sequence[str],
+    settings: Settings,
+    workdir: Path,
+    *,
+    start: float,
+    factor: float,
+    warmups: Sequence[int],
+    say: Callable[[str], None] = print,
+) -> int:
+    """Train the trials, print a table and the command that trains with the winner. Trials that are complete are not repeated.
+
+    Args:
+      config_arguments: --config and overrides, as given to `jitjax train`.
+      start: the first learning rate.
+      factor: between two rates.
+      warmups: in steps; the first is used while the rate is searched.
+
+    Returns:
+      0, or the exit code of a trial that was stopped.
+
+    Raises:
+      UserError: the first trial failed, or no score was made.
+    """
+    found: dict[Trial, float] = {}
+    scored: dict[Trial, dict[str, Any]] = {}
+
+    def score(trial: Trial) -> float:
+        if trial in found:
+            return found[trial]
+        record, problem = run_trial(trial, config_arguments, settings, workdir / trial.folder, say)
+        if record is None:
+            if not found:
+                raise UserError(f"the first trial failed: {problem}")
+            say(f"{trial.folder}: failed: {problem}")
+            found[trial] = math.inf
+            return math.inf
+        scored[trial] = record
+        sign = -1 if higher_is_better(record["metric"]) else 1
+        found[trial] = sign * record["value"]
+        say(f"{trial.folder}: {record['metric']} {record['value']:.5g}")
+        return found[trial]
+
+    try:
+        rate = valley(lambda lr: score(Trial(round_to(lr, 3), warmups[0])), start, factor)
+        for warmup in warmups[1:]:
+            score(Trial(round_to(rate, 3), warmup))
+    except Stopped as stopped:
+        return stopped.args[0]
+    best = min(found, key=found.get)
+    say(table(found, scored))
+    score_of_best = f"{scored[best]['metric']} {scored[best]['value']:.5g}"
+    say(f"\nbest: {score_of_best} with lr {best.lr:g} after {best.warmup:,} steps of warm-up")
+    say(f"train with it: jitjax train {' '.join([*config_arguments, *best.flags])} --workdir {workdir}-best")
+    say(
+        "found for this model, data, effective batch and length of run. That it holds for others was not measured: for another "
+        "width, batch or length start the search from it again"
+    )
+    return 0
+
+
+def round_to(number: float, digits: int) -> float:
+    return float(f"{number:.{digits}g}")
+
+
+def run_trial(
+    trial: Trial, config_arguments: Sequence[str], settings: Settings, folder: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, str]:
+    """Train and score one trial, or read what a complete one scored: ({"metric", "value", "loss"}, "") or (None, why not).
+
+    Raises:
+      Stopped: by a signal, or without having saved; the same command goes on.
+      UserError: the run made no score.
+    """
+    if (record := result_of(folder)) is not None:
+        return record, ""
+    command = [sys.executable, "-m", "jitjax", "train", *config_arguments, *trial.flags, f"--workdir={folder}"]
+    if settings.eval.every_steps is None and settings.eval.every_epochs is None:
+        command.append(f"--config.eval.every_steps={INT32}")  # once, at the end
+    say(f"{trial.folder}: training ...")
+    begun = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        errors = process.communicate()[1]
+    except KeyboardInterrupt:  # the trial was interrupted, too, and saves
+        process.wait()
+        raise Stopped(process.returncode) from None
+    if process.returncode == FAILED:
+        return None, (errors.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+    if process.returncode:
+        sys.stderr.write(errors)
+        raise Stopped(process.returncode)
+    record = result_of(folder)
+    if record is None:
+        raise UserError(f"{folder}: the run is complete but has no score at its last step")
+    say(f"{trial.folder}: trained in {(time.monotonic() - begun) / 60:.1f} minutes")
+    return record, ""
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """{"metric", "value", "loss"} at the last step of a complete run; None for one that is not complete."""
+    try:
+        steps = json.loads((folder / "config.json").read_text())["planned_steps"]
+        metric = json.loads((folder / _BEST).read_text())["metric"]
+        (last,) = read_last(folder / "scores.jsonl", 1)
+        (training,) = read_last(folder / "metrics.jsonl", 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if last["step"] != steps or metric not in last:
+        return None
+    return {"metric": metric, "value": last[metric], "loss": training.get("train/loss", math.nan)}
+
+
+def table(found: dict[Trial, float], scored: dict[Trial, dict[str, Any]]) -> str:
+    rows = [f"{'learning rate':>13}  {'warm-up':>8}  {'score':>10}  {'last training loss':>18}"]
+    for trial in sorted(found, key=lambda t: (t.warmup, t.lr)):
+        record = scored.get(trial)
+        cells = (f"{record['value']:.5g}", f"{record['loss']:.4f}") if record else ("failed", "")
+        rows.append(f"{trial.lr:>13g}  {trial.warmup:>8,}  {cells[0]:>10}  {cells[1]:>18}")
+    return "\n".join(["", *rows])

@@ -1,0 +1,155 @@
+"""What stands in docs/examples: the notebook runs from top to bottom and learns; data and a loss of one's own train a run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import jitjax
+from jitjax import data, diffusion
+from jitjax.data.shapes import CLASSES
+from jitjax.errors import UserError
+
+FOLDER = ROOT / "docs" / "examples"
+SMALL = {
+    **{"model.depth": 1, "model.width": 32, "model.heads": 2, "model.bottleneck": 8, "model.context_length": 2},
+    **{"model.context_start": 0, "batch_size": 2, "total_steps": 3, "preview.every_steps": None, "log.every_steps": 1},
+}
+
+
+def example(name):
+    """The module of a script in docs/examples, under its own name, so that its classes can be pickled."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+AT_ITS_END = """
+assert np.mean(losses[-10:]) < 0.35 * np.mean(losses[:10]), losses
+red, blue = (drawn[k::2, 4:12, 4:12].mean((0, 1, 2)) for k in (0, 1))
+assert red[0] > red[2] + 30 and blue[2] > blue[0] + 30, (red, blue)  # each class is drawn in its colour
+assert predicted.shape == (4, 16, 16, 3)
+"""
+
+
+def test_the_notebook_runs_and_learns(tmp_path):
+    """Its code cells as one program, on one device, as on a laptop. (Last lines are pictures, for a kernel to show.)"""
+    notebook = json.loads((FOLDER / "training_on_arrays.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells), "run it and save it with its outputs"
+    program = tmp_path / "training_on_arrays.py"
+    program.write_text("\n".join(["".join(cell["source"]) for cell in cells] + [AT_ITS_END]))
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([sys.executable, program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "True\n" in done.stdout  # a pipeline that was saved and loaded samples the same
+
+
+def test_own_data_trains_and_is_recognised(tmp_path):
+    stripes = example("own_data")
+    assert stripes.main(tmp_path / "run", **SMALL) == 0
+    pipe = jitjax.load(tmp_path / "run")
+    assert pipe.class_names == stripes.NAMES and len(losses(tmp_path / "run")) == 3
+    changed = data.of_source(stripes.Stripes(), stripes.COUNT, image_size=16, checksum="2", class_names=stripes.NAMES)
+    settings = jitjax.settings.from_mapping(json.loads((tmp_path / "run/config.json").read_text()), ignore_unknown=True)
+    with pytest.raises(UserError, match="changed since the checkpoint"):
+        jitjax.train.train(settings, tmp_path / "run", dataset=changed)
+
+
+def test_own_objective_is_what_is_minimised_and_remembered(tmp_path):
+    huber = example("own_objective")
+    small = SMALL | {"data.image_size": 8}
+    assert huber.main(tmp_path / "huber", **small) == 0
+    settings = jitjax.settings.from_mapping(json.loads((tmp_path / "huber/config.json").read_text()), ignore_unknown=True)
+    with pytest.raises(UserError, match="objective: pseudo_huber -> published"):
+        jitjax.train.train(settings, tmp_path / "huber")
+    # Step 1 of a trainer with the same seed and images gives the first loss of that run, and the published loss another.
+    images, labels = first_batch(tmp_path / "huber" / "shapes" / "train", settings)
+    for objective, equal in ((huber.pseudo_huber, True), (None, False)):
+        trainer = jitjax.Trainer(settings, images=512, class_names=CLASSES, objective=objective)
+        _, metrics = trainer.step(trainer.init(), images, labels)
+        assert (abs(float(metrics["train/loss"]) / losses(tmp_path / "huber")[0] - 1) < 1e-5) == equal
+
+
+def test_a_regulariser_gets_activations_and_moves_the_weights():
+    """Its gradient goes through the activations it asked for, also under rematerialisation; what cannot be had is refused."""
+    dispersive = example("own_regulariser").dispersive
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+    settings = SMALL | {"data.image_size": 8, "dtype": "float32", "model.depth": 3, "remat": "full"}
+    trainers = [jitjax.Trainer(settings, images=64, objective=objective) for objective in (dispersive, None)]
+    params, key = trainers[0].init().params, jax.random.key(1)
+    gradients = [jax.grad(lambda p: t.loss(p, images, None, key).mean())(params) for t in trainers]  # noqa: B023
+    with_it, without = (float(jnp.max(jnp.abs(g["patch_embed.proj2.kernel"]))) for g in gradients)
+    assert without < 1e-9 < with_it  # a fresh last layer is zero, and so are the gates
+    with pytest.raises(UserError, match="asks for blocks.2.attn, which a model of depth 1 does not have"):
+        shallow = jitjax.Trainer(SMALL | {"data.image_size": 8}, images=64, objective=dispersive)
+        shallow.loss(shallow.init().params, images, None, key)
+    with pytest.raises(UserError, match="needs --config.mesh.fsdp=1"):
+        jitjax.Trainer(settings | {"mesh.fsdp": 8}, images=64, objective=dispersive)
+
+
+def first_batch(path, settings):
+    dataset = data.open_dataset(path, settings.data.image_size)
+    batches = data.make_iterator(dataset, seed=0, global_batch=2 * jax.device_count())
+    batch = next(batches)
+    batches.close()
+    return batch["image"], batch["label"]
+
+
+def test_trainer_refuses_arrays_that_are_no_effective_batch():
+    trainer = jitjax.Trainer(SMALL | {"data.image_size": 8}, images=64, num_classes=2)
+    images, labels = np.zeros((trainer.plan.global_batch, 8, 8, 3), np.uint8), np.ones(trainer.plan.global_batch, int)
+    for bad in ((images[1:], labels), (images.astype(np.float32), labels), (images, labels + 1), (images, None)):
+        with pytest.raises(UserError, match="images: one effective batch is|whole numbers in"):
+            trainer.step(trainer.init(), *bad)
+    with pytest.raises(UserError, match="exactly one run length"):
+        jitjax.Trainer({"optim.schedule": "cosine"}, images=64)
+
+
+def test_arrays_as_a_data_set():
+    images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    found = data.of_arrays(images, [1, 0, 1, 1], ("a", "b"))
+    assert (len(found), found.num_classes, int(found[2]["label"])) == (4, 2, 1)
+    np.testing.assert_array_equal(found[2]["image"], images[2])
+    assert data.of_arrays(images, [1, 0, 1, 0], ("a", "b")).fingerprint != found.fingerprint
+    for arrays in ((images / 255,), (images[:, :4],), (images, [0, 1]), (images, [0, 1, 2, 0], ("a", "b")), (images, [0] * 4)):
+        with pytest.raises(UserError, match="images: |labels: "):
+            data.of_arrays(*arrays)
+
+
+def test_a_label_without_a_name_ends_the_run():
+    """A network would take it for another class without a word."""
+    stripes = example("own_data")
+    few = data.of_source(stripes.Stripes(), 8, image_size=16, checksum="1", class_names=stripes.NAMES[:1])
+    assert int(few[0]["label"]) == 0
+    with pytest.raises(UserError, match="stripes 1 has label 1, and class_names has 1 names"):
+        few[1]
+
+
+def test_objective_sees_what_made_the_networks_input():
+    """With the identity as a network (x-prediction of z), the objective can rebuild z from its arguments."""
+    seen = {}
+
+    def objective(output, x, e, t):
+        seen.update(z=diffusion.noised(x, e, t), x=x)
+        return jnp.mean(jnp.square(output - x), axis=(1, 2, 3))
+
+    trainer = jitjax.Trainer(SMALL | {"data.image_size": 8, "dtype": "float32"}, images=64, objective=objective)
+    with jax.disable_jit():
+        loss = trainer.loss(trainer.init().params, np.full((2, 8, 8, 3), 255, np.uint8), np.zeros(2, int), jax.random.key(0))
+    np.testing.assert_allclose(seen["x"], 1.0)
+    np.testing.assert_allclose(loss, 1.0, rtol=1e-5)  # a fresh network predicts 0 for images of 1
+    assert float(jnp.std(seen["z"])) > 0.1

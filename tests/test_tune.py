@@ -1,0 +1,83 @@
+"""Finding the learning rate by short runs."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, small_settings
+from test_train import CONFIG_FILE
+
+from jitjax import cli, tune
+from jitjax.errors import UserError
+
+EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")
+
+
+@pytest.mark.parametrize("start", [1e-5, 1.9e-4, 3e-3])
+@pytest.mark.parametrize("best", [2e-4, 7e-4])
+def test_the_valley_is_found_from_any_side_and_each_rate_is_tried_once(start, best):
+    tried = []
+
+    def score(rate):
+        tried.append(rate)
+        return abs(math.log(rate / best))
+
+    found = tune.valley(score, start, 2.0)
+    assert abs(math.log2(found / best)) <= 0.25 + 1e-9  # half a step of the finest grid
+    assert len(tried) == len(set(tried)) <= 5 + abs(math.log2(start / best)) + 1
+
+
+def test_rates_that_fail_bound_the_valley():
+    assert tune.valley(lambda rate: math.inf if rate > 5e-4 else -rate, 2e-4, 2.0) == pytest.approx(4e-4)
+
+
+def complete(folder, trial, value, steps=8):
+    """The files of a complete run."""
+    folder = folder / trial.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"planned_steps": steps}))
+    (folder / "best.json").write_text(json.dumps({"metric": "eval/fd", "value": value - 1}))  # an earlier, better score
+    (folder / "scores.jsonl").write_text(json.dumps({"step": steps, "ema": "0.9", "eval/fd": value}) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "train/loss": 0.25}) + "\n")
+
+
+def test_complete_trials_are_read_and_the_winner_named(tmp_path):
+    scores = {(1e-4, 100): 12, (2e-4, 100): 9, (4e-4, 100): 5, (8e-4, 100): 7, (2.83e-4, 100): 6, (5.66e-4, 100): 4}
+    for (lr, warmup), value in (scores | {(5.66e-4, 10): 3}).items():
+        complete(tmp_path, tune.Trial(lr, warmup), value)
+    said = []
+    config = ["--config=configs/h200.py"]
+    assert tune.tune(config, small_settings(), tmp_path, start=2e-4, factor=2.0, warmups=[100, 10], say=said.append) == 0
+    assert any("best: eval/fd 3 with lr 0.000566 after 10 steps" in line for line in said)
+    assert any("--config.optim.lr=0.000566 --config.optim.warmup_steps=10" in line for line in said)
+    complete(tmp_path / "unfinished", tune.Trial(1e-4, 1), 5)
+    folder = tmp_path / "unfinished" / tune.Trial(1e-4, 1).folder
+    (folder / "config.json").write_text(json.dumps({"planned_steps": 9}))
+    assert tune.result_of(folder) is None and tune.result_of(tmp_path / "nothing") is None
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["tune", "--config=configs/quickstart.py"]
+    for flags, says in (([], "--workdir is missing"), (["--workdir=x", "--warmup=-1"], "--warmup=-1: give steps")):
+        assert cli.main([*command, *flags]) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(UserError, match="first trial failed: .*nosuch"):
+        tune.tune(["--config=configs/nosuch.py"], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1])
+
+
+@pytest.mark.slow
+def test_trials_train_score_and_continue(tmp_path, monkeypatch):
+    """Six runs of four steps."""
+    config = tmp_path / "config.py"
+    scored = dict(eval__num_images=16, eval__steps=2, eval__batch_size=1, eval__extractor=EXTRACTOR)
+    config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=scored))
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(ROOT))
+    said = []
+    arguments = dict(start=1e-3, factor=8.0, warmups=[1])
+    for _ in range(2):  # the second time nothing is trained
+        assert tune.tune([f"--config={config}"], small_settings(**scored), tmp_path / "t", **arguments, say=said.append) == 0
+    assert sum("training ..." in line for line in said) == len(list((tmp_path / "t").iterdir()))
+    assert said[-2].startswith("train with it: jitjax train --config=")
