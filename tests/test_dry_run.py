@@ -65,7 +65,7 @@ def test_collectives_of_a_program_whose_communication_is_known():
     assert (sent["reduce-scatter"], sent["collective-permute"]) == (72, 24)
 
 
-@pytest.mark.parametrize("data, zero, fsdp", [(8, 1, 1), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("data, zero, fsdp", [(1, 8, 1), (4, 1, 2)])
 def test_bytes_and_shards_are_those_of_the_state(data, zero, fsdp, monkeypatch):
     """What is counted is what a device really holds, and gradients cross devices once."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 64)
@@ -110,6 +110,7 @@ def test_fused_kernels_are_opaque_and_leave_no_trace():
     assert "callback" in opaque.as_text() and "callback" not in real.as_text()
 
 
+@pytest.mark.slow
 def test_working_memory_grows_with_the_batch_and_shrinks_with_remat():
     small, large = (needs(**FUSED, devices=1, batch_size=size, model__depth=4).working for size in (64, 128))
     full = needs(**FUSED, devices=1, batch_size=128, model__depth=4, remat="full").working

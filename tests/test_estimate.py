@@ -271,6 +271,7 @@ def test_a_run_that_does_not_say_its_devices_asks_for_them(tmp_path, capsys):
     assert rates_of(rows)[1] == pytest.approx(618e3 * 0.97, rel=1e-5)  # the median of 100, 610e3, 626e3, 630e3
 
 
+@pytest.mark.slow
 def test_measured_on_the_spot(tmp_path, capsys, monkeypatch):
     """On this machine's CPU devices, which have no datasheet: no utilisation and no guide."""
     monkeypatch.setattr(speeds, "STRETCH_SECONDS", 0.2)

@@ -139,6 +139,7 @@ def test_a_label_without_a_name_ends_the_run():
         few[1]
 
 
+@pytest.mark.slow
 def test_objective_sees_what_made_the_networks_input():
     """With the identity as a network (x-prediction of z), the objective can rebuild z from its arguments."""
     seen = {}

@@ -202,6 +202,7 @@ def test_a_run_is_pushed_and_loaded_by_name_with_and_without_the_server(server, 
         (tmp_path / "images.npy").unlink()
 
 
+@pytest.mark.slow
 def test_a_card_that_was_edited_stays_and_branches_and_folders_have_names(server, python, tmp_path):
     make_pipe().save(tmp_path / "one", samples=4)
     assert "Drawn from EMA 0.9999: heun, 50 steps" in (tmp_path / "one/README.md").read_text()

@@ -207,7 +207,7 @@ def test_attention_with_tokens_that_are_keys_only(t, drop):
         (96, 0, 3, 64),
         pytest.param(160, 0, 1, 64, marks=pytest.mark.slow),
         pytest.param(160, 32, 4, 64, marks=pytest.mark.slow),
-        (96, 0, 1, 80),
+        pytest.param(96, 0, 1, 80, marks=pytest.mark.slow),
         pytest.param(160, 32, 1, 80, marks=pytest.mark.slow),
         pytest.param(288, 0, 4, 80, marks=pytest.mark.slow),
     ],
@@ -233,7 +233,8 @@ def test_hopper_attention(t, drop, heads, n, monkeypatch):
     assert relative_error(without_gradient, attend(PLAIN, *arguments)) < 1e-5
 
 
-@pytest.mark.parametrize("n", [80, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [80, 64])
 def test_hopper_rope_goes_through_many_images(n):
     """A ring buffer of two tiles, refilled many times; the last block with fewer tiles; queries and keys in several groups;
     against the Triton kernel. The values' third of the gradient stays as it is."""

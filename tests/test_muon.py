@@ -220,7 +220,9 @@ def one_device():
         return run(small_settings(**SMALL, batch_size=16), ONE)
 
 
-@pytest.mark.parametrize("axes, micro_batches", [((4, 2, 1), 2), (FSDP, 1), pytest.param(DATA, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "axes, micro_batches", [((4, 2, 1), 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((FSDP, 1), (DATA, 2)))]
+)
 def test_step_is_the_same_on_any_mesh(monkeypatch, one_device, axes, micro_batches):
     monkeypatch.setattr(muon, "bf16", jnp.float32)
     config = small_settings(**SMALL, batch_size=2 // micro_batches, optim__accumulation_steps=micro_batches)

@@ -4,7 +4,8 @@ import jax
 import parity_checks
 import pytest
 
-SLOW = ("forward_B16_256", "forward_L16_256", "trajectory_wd0_full")  # second proofs, on files that a clone lacks
+# Second proofs: on files that a clone lacks, and the Euler sampler, whose step is half of the Heun sampler's.
+SLOW = ("forward_B16_256", "forward_L16_256", "trajectory_wd0_full", "sampler_euler")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_order_of_convergence(method, order):
     assert np.log2(coarse / fine) > order - 0.4
 
 
+@pytest.mark.slow
 def test_no_polynomial_across_a_guidance_switch():
     """Guidance that begins and ends on the grid costs a multistep solver no more than first-order restarts."""
     settings = dict(cfg_scale=3.0, interval=(0.2 - 1e-6, 0.8 - 1e-6))
@@ -185,6 +186,7 @@ def test_round_trip_on_the_mixture(cfg_scale, least):
     assert psnr(run(noise, labels, **settings), images) > least
 
 
+@pytest.mark.slow
 def test_round_trip_of_a_random_jit():
     geometry = model.make_geometry("JiT-nano/4", 8, 3, depth=2, width=32, heads=2, bottleneck=8, context_length=2)
     params = jax.jit(model.init_fn(geometry))(jax.random.key(0))

@@ -68,12 +68,12 @@ def reference():
     return run(small_settings(**DEEPER, batch_size=32, model__proj_dropout=0.2), (1, 1, 1))
 
 
-SLOW_MESHES = ((ZERO, 4), (DATA, 1), (DATA, 2), (FSDP, 1), ((2, 1, 4), 2), ((1, 2, 1), 4), ((1, 1, 1), 2))
+SLOW_MESHES = (((2, 2, 1), 2), (ZERO, 4), (DATA, 1), (DATA, 2), (FSDP, 1), ((2, 1, 4), 2), ((1, 2, 1), 4), ((1, 1, 1), 2))
 
 
 @pytest.mark.parametrize(
     "axes, micro_batches",
-    [(HYBRID, 1), ((2, 2, 1), 2), ((1, 1, 4), 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in SLOW_MESHES)],
+    [(HYBRID, 1), ((1, 1, 4), 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in SLOW_MESHES)],
 )
 def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, axes, micro_batches):
     """The same 32 images a step give the same losses and weights, however they are spread: k micro-batches on d devices
@@ -314,9 +314,9 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale():
     assert np.isfinite(metrics["train/grad_norm"]) and int(state.opt_state[0].count) == 1
 
 
-@pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), ("float16", 4e-3)])
+@pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), pytest.param("float16", 4e-3, marks=pytest.mark.slow)])
 def test_half_precision_follows_float32(reference, dtype, rtol):
-    config = small_settings(batch_size=4, dtype=dtype, model__proj_dropout=0.2)
+    config = small_settings(**DEEPER, batch_size=4, dtype=dtype, model__proj_dropout=0.2)
     losses, state = run(config, ZERO)
     np.testing.assert_allclose(losses, reference[0], rtol=rtol)
     assert all(value.dtype == np.float32 for value in state.params.values())
@@ -334,8 +334,10 @@ def test_clipping_bounds_the_update():
 
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_memory_not_numbers(reference, remat):
-    losses, _ = run(small_settings(batch_size=4, remat=remat, model__proj_dropout=0.2), ZERO)
+    losses, state = run(small_settings(**DEEPER, batch_size=4, remat=remat, model__proj_dropout=0.2), ZERO)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
+    for name, value in reference[1].params.items():  # of so few steps losses hardly depend on the blocks; weights do
+        np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
 
 
 def test_mesh_that_does_not_fit_says_which_would():

@@ -125,6 +125,7 @@ def test_sigterm_saves_and_resumes(uninterrupted, tmp_path):
     assert summary["time/starts"] == 2 and 0 < summary["time/goodput"] < 1
 
 
+@pytest.mark.slow
 def test_the_same_command_on_another_machine(uninterrupted, tmp_path):
     """From 8 devices to 2, to 1 and back to 8, with nothing changed but the machine: the same steps on the same data, with
     losses within rounding."""

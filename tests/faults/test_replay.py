@@ -62,6 +62,7 @@ def test_a_step_is_the_runs_own(run, tmp_path, monkeypatch, capsys):
     assert shown == pytest.approx(sorted((image["loss"] for image in record["images"]), reverse=True)[:3], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_on_fewer_devices_the_same_within_rounding(run, monkeypatch):
     """Three devices here, of which two divide the 16 images: 8 micro-batches on each. From the run's beginning."""
     monkeypatch.setattr(replay.jax, "local_devices", lambda: jax.devices()[:3])

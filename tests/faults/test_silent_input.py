@@ -47,7 +47,7 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_worker_and_file_are_named(tmp_path, workers, monkeypatch, caplog):
     monkeypatch.setattr(device, "_SILENT_S", 0.2)
     os.mkfifo(tmp_path / "pipe")
