@@ -60,7 +60,7 @@ def duration(outlook: Outlook, card: str) -> str:
         return name + f"no speed was measured on an {card.upper()}; `jitjax estimate --measure` takes one there"
     measured, reason = speeds.measured_utilisations(settings, geometry, card)
     if not measured:
-        return name + f"{reason}; `jitjax estimate --measure` takes its speed on a card"
+        return name + f"not known, as {reason}; `jitjax estimate --measure` takes the speed on a card"
     basis = speeds.basis_of_table(measured, settings, card, outlook.mesh.size)
     tokens = plan.total_steps * plan.global_batch * geometry.tokens
     where = dict(devices=outlook.mesh.size, peak=flops.CARDS[card], images_per_epoch=outlook.images)
