@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from jitjax import describe, estimate, flops, memory, model, sharding, speeds
+from jitjax import cards, describe, estimate, memory, model, sharding, speeds, tables
 from jitjax import settings as settings_lib
 from jitjax.cards import CARDS, Card
 from jitjax.describe import Outlook
@@ -56,16 +56,16 @@ def duration(outlook: Outlook, card: str) -> str:
     """How long it takes, where the speed was measured."""
     settings, plan, geometry = outlook.settings, outlook.plan, outlook.geometry
     name = f"{'time':<16}  "
-    if card not in flops.CARDS:
+    if card not in cards.WITH_FLOPS:
         return name + f"no speed was measured on an {card.upper()}; `jitjax estimate --measure` takes one there"
     measured, reason = speeds.measured_utilisations(settings, geometry, card)
     if not measured:
         return name + f"not known, as {reason}; `jitjax estimate --measure` takes the speed on a card"
     basis = speeds.basis_of_table(measured, settings, card, outlook.mesh.size)
     tokens = plan.total_steps * plan.global_batch * geometry.tokens
-    where = dict(devices=outlook.mesh.size, peak=flops.CARDS[card], images_per_epoch=outlook.images)
+    where = dict(devices=outlook.mesh.size, peak=CARDS[card].flops, images_per_epoch=outlook.images)
     low, middle, high = estimate.estimate(geometry, basis.utilisations, [tokens], **where)
-    times = [estimate.format_duration(row.seconds) for row in (high, middle, low)]
+    times = [tables.format_duration(row.seconds) for row in (high, middle, low)]
     return name + f"{times[1]} ({times[0]} to {times[2]}), {middle.tokens_per_second:,.0f} tokens/s; `jitjax estimate` has more"
 
 
@@ -83,7 +83,7 @@ def parameter_table(outlook: Outlook) -> str:
         cells.append((name, f"{len(sizes)} x", _shape(shape), f"{sum(sizes):,}", _shape(held), split))
     total = sum(leaf.size for leaf in shapes.values())
     cells.append(("all", f"{len(shapes)} x", "", f"{total:,}", "", ""))
-    return estimate.columns(cells, left=("parameter", "sharding"))
+    return tables.columns(cells, left=("parameter", "sharding"))
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -107,7 +107,7 @@ def memory_table(outlook: Outlook, needs: Needs, card: str) -> str:
         ("sum", needs.program, "compiled for CPU devices; docs/speed.md compares with cards"),
         ("usable", chosen.usable, f"{chosen.usable / chosen.memory:.0%} of an {card.upper()}'s {chosen.memory / GIB:.1f}"),
     ]
-    text = estimate.columns(
+    text = tables.columns(
         [cells[0], *((name, f"{size / GIB:.2f}", note) for name, size, note in cells[1:])], left=("memory of one device", "")
     )
     if needs.program > chosen.usable:
@@ -140,12 +140,12 @@ def communication_table(outlook: Outlook, needs: Needs) -> str:
         totals[op.kind, op.group].update(calls=times, bytes=times * op.bytes, sent=times * op.sent)
     cells = [("between devices", "devices", "calls", "arrays", "sent by each")]
     for (kind, group), found in sorted(totals.items()):
-        sizes = (estimate.format_bytes(found[name]) for name in ("bytes", "sent"))
+        sizes = (tables.format_bytes(found[name]) for name in ("bytes", "sent"))
         cells.append((kind, str(group), f"{found['calls']:,}", *sizes))
     sent = sum(found["sent"] for found in totals.values())
     unknown = "; a loop of unknown length counts once" if any(op.times is None for op in needs.collectives) else ""
     return (
-        estimate.columns(cells, left=("between devices",))
+        tables.columns(cells, left=("between devices",))
         + f"\nper optimizer step, read from the compiled program{unknown}; at {LINK / 1e9:.0f} GB/s (NVLink, eight H100) "
         f"{sent / LINK * 1e3:.2g} ms, where it does not overlap with computation"
     )

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jitjax import cli, speeds
+from jitjax import cards, cli, speeds, tables
 from jitjax import settings as settings_lib
 from jitjax.cli import arguments
 from jitjax.errors import UserError
-from jitjax.flops import CARDS, CHANNELS, IMAGENET_IMAGES, card_of, forward_macs, parameters, state_bytes, train_flops
+from jitjax.flops import CHANNELS, IMAGENET_IMAGES, forward_macs, parameters, state_bytes, train_flops
 from jitjax.model import SIZES, Geometry, geometry_of
 from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
@@ -44,7 +44,7 @@ def estimate(
     tokens: Sequence[float],
     *,
     devices: int,
-    peak: float = CARDS["h200"],
+    peak: float = cards.CARDS["h200"].flops,
     images_per_epoch: int = IMAGENET_IMAGES,
 ) -> list[Row]:
     """The rows of the table, by token count and then utilisation.
@@ -109,13 +109,13 @@ def format_table(rows: Sequence[Row], *, known_peak: bool = True, price: float =
             row.name,
             f"{row.utilisation:.2%}" if known_peak else "-",
             f"{row.tokens_per_second:,.0f}",
-            format_duration(row.seconds),
+            tables.format_duration(row.seconds),
             _digits(row.gpu_hours),
         ]
         line += [_digits(row.gpu_hours * price)] if price else []
-        line += [format_bytes(bytes_of(row.tokens)) if first else ""] if bytes_of else []
+        line += [tables.format_bytes(bytes_of(row.tokens)) if first else ""] if bytes_of else []
         cells.append(line)
-    return columns(cells)
+    return tables.columns(cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,22 +176,13 @@ def format_changes(lines: Sequence[Change], *, devices: int, peak: float, images
                 f"{g.tokens:,}",
                 f"{train_flops(g) / 1e9:,.0f}",
                 _digits(rate),
-                format_duration(images_per_epoch / rate),
+                tables.format_duration(images_per_epoch / rate),
                 f"{plan.steps_per_epoch:,}",
                 f"{plan.peak_lr:.3g}",
-                format_bytes(state),
+                tables.format_bytes(state),
             ]
         )
-    return columns(cells)
-
-
-def columns(cells: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """Columns under a line below the first row, right-aligned but for those whose titles `left` names."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    align = ["<" if title in left else ">" for title in cells[0]]
-    rows = [[f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True)] for line in cells]
-    lines = ["  ".join(row).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+    return tables.columns(cells)
 
 
 def plan_of(config: Settings, geometry: Geometry, devices: int, images_per_epoch: int, tokens: float) -> Plan:
@@ -213,21 +204,6 @@ def _power(number: float) -> str:
 def _digits(number: float) -> str:
     """Three digits or more: 30.5, 3,049, 0.152."""
     return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
-
-
-def format_duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= size * (1 if unit != "days" else 1.5):
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"
-
-
-def format_bytes(number: float) -> str:
-    """Decimal units, as disks have them."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e6:.3g} MB"
 
 
 # ---------------------------------------------------------------- the command
@@ -270,18 +246,18 @@ def run(args: argparse.Namespace) -> None:
     images_per_epoch = args.images_per_epoch or (own and own.images_per_epoch) or IMAGENET_IMAGES
     if args.measure:
         found, ran_on, kind = speeds.measure(config)
-        card, devices = card_of(kind) or kind, args.devices or ran_on
+        card, devices = cards.measured_name(kind) or kind, args.devices or ran_on
         if args.card not in (None, card):
             raise UserError(f"--measure runs on {kind}, not on the card of --card={args.card}: leave --card out")
     card, devices = card or "h200", args.devices or (devices if args.measure else 8)
-    peak = CARDS.get(card, 1e12)
+    known = card in cards.WITH_FLOPS
+    peak = cards.CARDS[card].flops if known else 1e12
 
     print(
         f"{config.model.name} at {geometry.image_size} px: {geometry.tokens} tokens per image, "
         f"{forward_macs(geometry) / 1e9:.2f} G multiply-adds forward, {train_flops(geometry) / 1e9:.0f} GFLOP to train "
         f"on an image, {train_flops(geometry) / geometry.tokens / 1e9:.3f} GFLOP per token"
     )
-    known = card in CARDS
     sheet = f": {peak / 1e12:.0f} TFLOP/s dense bf16 each (datasheet)" if known else ""
     kind = card.upper() if known else card
     print(f"{devices} x {kind}{sheet}; an epoch is {images_per_epoch:,} images; --help explains all")

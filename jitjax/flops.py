@@ -1,4 +1,4 @@
-"""The model's own operation count, from shapes alone, and the cards' datasheets. Imports no jax."""
+"""The model's own operation count and size, from shapes alone. Imports no jax."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ ADALN_VECTORS = 6  # shift, scale and gate, for attention and SwiGLU
 CHANNELS = 3
 
 IMAGENET_IMAGES = 1_281_167  # of the training set
-
-# Dense (not sparse) bf16 matmuls, operations per second of one card: NVIDIA's datasheets for the SXM modules.
-CARDS = {"h200": 989e12, "h100": 989e12}
 
 
 def forward_macs(geometry: Any) -> int:
@@ -77,20 +74,3 @@ def state_bytes(geometry: Any, optim: Any) -> int:
     if optim.name == "muon":
         of_muon = geometry.depth * (4 * w * w + 3 * w * f + (ADALN_VECTORS * w * w if optim.muon_adaln else 0))
     return 4 * (parameters(geometry) * sets - of_muon)
-
-
-def card_of(device_kind: str) -> str | None:
-    """The key of `CARDS` for a `jax.Device.device_kind`; None for a device that is not one of these cards.
-
-    >>> card_of("NVIDIA H100 80GB HBM3")
-    'h100'
-    """
-    kind = device_kind.lower()
-    if "pcie" in kind or "nvl" in kind:  # the same names with a lower power limit and clock
-        return None
-    return next((card for card in CARDS if card in kind), None)
-
-
-def datasheet_flops(device_kind: str) -> float | None:
-    """The datasheet's operations per second of one card by `jax.Device.device_kind`; None for a card not listed here."""
-    return CARDS.get(card_of(device_kind) or "")

@@ -20,10 +20,11 @@ import optax
 from jax.sharding import Mesh
 
 from jitjax import sharding
+from jitjax.gradients import BLOCKS
 from jitjax.settings import Optimizer
 
 Params = dict[str, jax.Array]
-BLOCKS, KERNEL, ADALN = "blocks.", ".kernel", ".adaln.kernel"
+KERNEL, ADALN = ".kernel", ".adaln.kernel"
 # Columns of one kernel that are maps of their own: q, k, v; gate and value; shift, scale and gate of attention and of the MLP.
 PARTS = {".attn.qkv.kernel": 3, ".mlp.w12.kernel": 2, ADALN: 6}
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steepest at 0, singular values end between 0.68 and 1.21

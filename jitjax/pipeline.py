@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jitjax import card, diffusion, ema, hub, kernels, sampling, settings, sharding
+from jitjax import diffusion, ema, hub, kernels, model_card, sampling, settings, sharding
 from jitjax import model as jit_model
 from jitjax.diffusion import Diffusion
 from jitjax.errors import UserError
@@ -370,7 +370,7 @@ class Pipeline:
             return folder
         try:
             picture = self._preview(folder / hub.PICTURE) if samples is None else self._draw(folder / hub.PICTURE, samples)
-            (folder / hub.CARD).write_text(card.model_card(self, name=name, picture=picture), encoding="utf-8")
+            (folder / hub.CARD).write_text(model_card.model_card(self, name=name, picture=picture), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return folder
@@ -392,7 +392,7 @@ class Pipeline:
             return ""
         from jitjax.monitor import save_grid
 
-        options, classes = card.sampling(self), self.geometry.num_classes
+        options, classes = model_card.sampling(self), self.geometry.num_classes
         labels = [i % classes for i in range(count)] if classes else None
         images = self.sample(labels, num=None if classes else count, **dataclasses.asdict(options))
         save_grid(picture, images, captions=[self.class_names[i] if self.class_names else str(i) for i in labels or ()] or None)

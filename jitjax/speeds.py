@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitjax import timing
+from jitjax import cards, timing
 from jitjax.errors import UserError
-from jitjax.flops import CARDS, card_of, train_flops
+from jitjax.flops import train_flops
 from jitjax.model import Geometry, make_geometry
 from jitjax.settings import Settings
 
@@ -39,7 +39,7 @@ class Speed:
 
     model: str
     image_size: int
-    card: str  # key of `CARDS`
+    card: str  # key of `cards.CARDS`
     batch_size: int
     tokens_per_second: float
 
@@ -83,7 +83,7 @@ def guide_utilisations(geometry: Geometry) -> dict[str, float]:
     context = None if geometry.context_length else 0
     guide = make_geometry("JiT-B/4", image_size=64, num_classes=1000, context_length=context)
     flops_per_token = train_flops(guide) / guide.tokens
-    peak = GUIDE_DEVICES * CARDS["h200"]
+    peak = GUIDE_DEVICES * cards.CARDS["h200"].flops
     return {name: rate * flops_per_token / peak for name, rate in GUIDE_TOKENS_PER_SECOND.items()}
 
 
@@ -101,7 +101,7 @@ def measured_utilisations(config: Settings, geometry: Geometry, card: str) -> tu
         theirs = make_geometry(speed.model, image_size=speed.image_size, num_classes=1000)
         shape, other = ((g.width, g.heads, g.depth, g.mlp_hidden, g.tokens) for g in (geometry, theirs))
         if speed.card == card and shape == other:
-            used = speed.tokens_per_second * train_flops(theirs) / theirs.tokens / CARDS[card]
+            used = speed.tokens_per_second * train_flops(theirs) / theirs.tokens / cards.CARDS[card].flops
             found[speed.batch_size] = used
     return found, "" if found else f"{config.model.name} with {geometry.tokens} tokens was not measured on an {card.upper()}"
 
@@ -217,16 +217,16 @@ def run_card(run: Run, path: str, given: str | None, wanted: str | None) -> str:
       wanted: the card of the estimate, None for that of the run.
 
     Raises:
-      UserError: it is unknown, none of `CARDS`, or another than `wanted`.
+      UserError: it is unknown, none of `cards.WITH_FLOPS`, or another than `wanted`.
     """
     if run.device_kind is None and given is None:
         raise UserError(
-            f"--from={path}: the run did not record its kind of card: add --run_card={' or --run_card='.join(CARDS)}"
+            f"--from={path}: the run did not record its kind of card: add --run_card={' or --run_card='.join(cards.WITH_FLOPS)}"
         )
-    card = given if run.device_kind is None else card_of(run.device_kind)
+    card = given if run.device_kind is None else cards.measured_name(run.device_kind)
     ran_on = given if run.device_kind is None else run.device_kind
     if card is None:
-        kinds = " and ".join(name.upper() for name in CARDS)
+        kinds = " and ".join(name.upper() for name in cards.WITH_FLOPS)
         raise UserError(f"--from={path}: the run was on {ran_on}, the estimate is for {kinds}: use a run on one of these")
     if wanted not in (None, card):
         raise UserError(f"--from={path}: the run was on {ran_on}, not the card of --card={wanted}: use --card={card}")

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jitjax import (
+    cards,
     checkpoint,
     data,
     describe,
@@ -308,7 +309,7 @@ def build(
         wandb=settings.wandb,
         tensorboard=settings.log.tensorboard,
     )
-    peak = flops.datasheet_flops(card)
+    peak = cards.datasheet_flops(card)
     meter = Throughput(
         geometry.tokens,
         now=begun,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jitjax import tables
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
 from jitjax.monitor.metrics import read_last
@@ -115,7 +116,7 @@ def tune(
     except Stopped as stopped:
         return stopped.args[0]
     best = min(found, key=found.get)
-    say(table(found, scored))
+    say(f"\n{table(found, scored)}")
     score_of_best = f"{scored[best]['metric']} {scored[best]['value']:.5g}"
     say(f"\nbest: {score_of_best} with lr {best.lr:g} after {best.warmup:,} steps of warm-up")
     say(f"train with it: jitjax train {' '.join([*config_arguments, *best.flags])} --workdir {workdir}-best")
@@ -179,9 +180,9 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 
 
 def table(found: dict[Trial, float], scored: dict[Trial, dict[str, Any]]) -> str:
-    rows = [f"{'learning rate':>13}  {'warm-up':>8}  {'score':>10}  {'last training loss':>18}"]
+    cells = [("learning rate", "warm-up", "score", "last training loss")]
     for trial in sorted(found, key=lambda t: (t.warmup, t.lr)):
         record = scored.get(trial)
-        cells = (f"{record['value']:.5g}", f"{record['loss']:.4f}") if record else ("failed", "")
-        rows.append(f"{trial.lr:>13g}  {trial.warmup:>8,}  {cells[0]:>10}  {cells[1]:>18}")
-    return "\n".join(["", *rows])
+        made = (f"{record['value']:.5g}", f"{record['loss']:.4f}") if record else ("failed", "")
+        cells.append((f"{trial.lr:g}", f"{trial.warmup:,}", *made))
+    return tables.columns(cells)

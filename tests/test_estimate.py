@@ -15,9 +15,10 @@ from conftest import small_settings
 
 from jitjax import cli, speeds, timing
 from jitjax import estimate as estimate_lib
+from jitjax.cards import CARDS, datasheet_flops
 from jitjax.data.shapes import CLASSES
 from jitjax.errors import UserError
-from jitjax.flops import CARDS, datasheet_flops, forward_macs, parameters, train_flops
+from jitjax.flops import forward_macs, parameters, train_flops
 from jitjax.model import JiT, geometry_of, graphdef_of, init_fn, make_geometry, merge
 from jitjax.plan import make_plan
 from jitjax.settings import Model, Settings, to_dict
@@ -125,7 +126,7 @@ def test_a_larger_model_at_the_same_utilisation_takes_longer_by_its_operations()
     (a,) = estimate_lib.estimate(small, used, [1e9], devices=4)
     (b,) = estimate_lib.estimate(large, used, [1e9], devices=8)
     assert b.seconds / a.seconds == pytest.approx(forward_macs(large) / forward_macs(small) / 2)
-    assert a.tokens_per_second == pytest.approx(0.4 * 4 * CARDS["h200"] / (train_flops(small) / 256))
+    assert a.tokens_per_second == pytest.approx(0.4 * 4 * CARDS["h200"].flops / (train_flops(small) / 256))
 
 
 # ---------------------------------------------------------------- the command

@@ -72,7 +72,7 @@ def test_own_data_trains_and_is_recognised(tmp_path):
 def test_own_objective_is_what_is_minimised_and_remembered(tmp_path):
     huber = example("own_objective")
     small = SMALL | {"data.image_size": 8}
-    assert huber.main(tmp_path / "huber", **small) == 0
+    assert huber.main(huber.pseudo_huber, tmp_path / "huber", **small) == 0
     settings = jitjax.settings.from_mapping(json.loads((tmp_path / "huber/config.json").read_text()), ignore_unknown=True)
     with pytest.raises(UserError, match="objective: pseudo_huber -> published"):
         jitjax.train.train(settings, tmp_path / "huber")
@@ -86,7 +86,7 @@ def test_own_objective_is_what_is_minimised_and_remembered(tmp_path):
 
 def test_a_regulariser_gets_activations_and_moves_the_weights():
     """Its gradient goes through the activations it asked for, also under rematerialisation; what cannot be had is refused."""
-    dispersive = example("own_regulariser").dispersive
+    dispersive = example("own_objective").dispersive
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     settings = SMALL | {"data.image_size": 8, "dtype": "float32", "model.depth": 3, "remat": "full"}
     trainers = [jitjax.Trainer(settings, images=64, objective=objective) for objective in (dispersive, None)]

@@ -1,7 +1,6 @@
 """The optimizer step: accumulation, communication, sharding, non-finite gradients, precision."""
 
 import functools
-import re
 from unittest import mock
 
 import chex
@@ -12,7 +11,7 @@ import pytest
 from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import gradients, kernels, model, sharding, step
+from jitjax import gradients, hlo, kernels, model, sharding, step
 from jitjax.from_settings import make_step
 from jitjax.plan import make_plan
 
@@ -87,27 +86,11 @@ def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, axes, mi
     assert int(state.step) == 3 and int(state.opt_state[0].count) == 3  # optimizer steps, not micro-steps
 
 
-def collectives(compiled_text):
-    """[(operation, bytes, computation)] of every collective in an HLO text."""
-    found, computation = [], None
-    for line in compiled_text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            computation = "ENTRY" if head[1] else head[2]
-        if op := re.search(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line):
-            sizes = [
-                np.prod([int(n) for n in dims.split(",") if n], dtype=int) * {"f32": 4, "bf16": 2, "s32": 4}[kind]
-                for kind, dims in re.findall(r"(f32|bf16|s32)\[([\d,]*)\]", op[1])
-            ]
-            found.append((op[2], int(sum(sizes)), computation))
-    return found
-
-
 def outside_loops(text):
-    """{operation: bytes} of the collectives of an HLO text that are in no loop and no branch, and the bytes inside loops."""
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    ops = collectives(text)
-    inside = sum(size for *_, size, where in ops if where in bodies)
-    return {kind: sum(size for op, size, where in ops if op == kind and where == "ENTRY") for kind, *_ in ops}, inside
+    """{operation: bytes} of the collectives of an HLO text that run once, and the bytes of those in loops."""
+    ops = hlo.collectives(text, 8)
+    once = {kind: sum(op.bytes for op in ops if op.kind == kind and op.times == 1) for kind in {op.kind for op in ops}}
+    return once, sum(op.bytes for op in ops if op.times != 1)
 
 
 @pytest.mark.parametrize("axes", [HYBRID, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (DATA, ZERO))])

@@ -1,22 +1,27 @@
 """Train with a loss of one's own.
 
-    python docs/examples/own_objective.py runs/huber
+    python docs/examples/own_objective.py pseudo_huber runs/huber
+    python docs/examples/own_objective.py dispersive runs/dispersive
 
-The loss is a function on arrays. It gets what the network made of the noised images, the clean images, the noise and the times,
+A loss is a function on arrays. It gets what the network made of the noised images, the clean images, the noise and the times,
 and returns one number for each image; times, noise, dropped labels, gradients and everything else are the trainer's. What the
 network predicts stays `settings.prediction` ("x", the clean image), so that samplers can read its output.
 
-The run saves the function's name with its configuration and refuses to continue with another one.
+With an attribute `activations` it gets what the network computed on the way, too, here for a regulariser. The run saves the
+function's name with its configuration and refuses to continue with another one. Whether either helps JiT is not measured.
 """
 
 import sys
 
+import jax
 import jax.numpy as jnp
 
 import jitjax
 from jitjax import diffusion, runtime
 
 WIDTH = 0.5  # errors of the velocity beyond this count linearly
+WEIGHT, TEMPERATURE = 0.5, 0.5  # of the dispersive loss
+published = diffusion.published_objective("x", "v", 0.05)
 
 
 def pseudo_huber(output, x, e, t):
@@ -35,7 +40,28 @@ def pseudo_huber(output, x, e, t):
     return jnp.mean(WIDTH**2 * (jnp.sqrt(1 + jnp.square(error / WIDTH)) - 1), axis=(1, 2, 3))
 
 
-def main(workdir, **overrides):
+def dispersive(output, x, e, t, activations):
+    """The published loss plus the dispersive loss (Wang and He, arXiv 2506.09027), which pushes the images of this device apart
+    in the middle of the network, without labels and without another network.
+
+    Args:
+      output, x, e, t: as above.
+      activations: {"blocks.2.attn": (B, tokens, width)}.
+
+    Returns:
+      (B,) float32.
+    """
+    (tokens,) = activations.values()
+    flat = tokens.astype(jnp.float32).reshape(len(tokens), -1)
+    distances = jnp.sum(jnp.square(flat[:, None] - flat[None]), axis=-1) / flat.shape[1]
+    each = jax.nn.logsumexp(-distances / TEMPERATURE, axis=1) - jnp.log(len(flat))
+    return published(output, x, e, t) + WEIGHT * each
+
+
+dispersive.activations = ("blocks.2.attn",)
+
+
+def main(objective, workdir, **overrides):
     settings = jitjax.settings.from_mapping(
         {
             "model.name": "JiT-nano/4",
@@ -55,9 +81,9 @@ def main(workdir, **overrides):
             **overrides,
         }
     )
-    return jitjax.train.train(settings, workdir, objective=pseudo_huber)
+    return jitjax.train.train(settings, workdir, objective=objective)
 
 
 if __name__ == "__main__":  # worker processes import this file
     runtime.set_environment()  # XLA flags and memory, as the `jitjax` command sets them
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main({f.__name__: f for f in (pseudo_huber, dispersive)}[sys.argv[1]], sys.argv[2]))

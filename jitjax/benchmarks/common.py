@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jitjax import checkpoint, kernels, model, runtime, sharding, step, workdir
 from jitjax.cli import arguments
 from jitjax.flops import IMAGENET_IMAGES
+from jitjax.optimizer import ema_names
 from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
 
@@ -91,7 +92,7 @@ def random_state(setup: Setup) -> step.TrainState:
     def init(key):
         params = random_params(setup.geometry, key)
         optim = setup.config.optim
-        return step.fresh_state(params, {str(d): params for d in optim.ema_decays}, optim, setup.config.dtype)
+        return step.fresh_state(params, dict.fromkeys(ema_names(optim), params), optim, setup.config.dtype)
 
     key = jax.random.key(setup.config.seed)
     placed = sharding.shardings(jax.eval_shape(init, key), setup.mesh)

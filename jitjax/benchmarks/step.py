@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from jitjax import flops, from_settings, settings, step
+from jitjax import cards, flops, from_settings, settings, step
 from jitjax.benchmarks import card, common, profile
 from jitjax.errors import UserError
 from jitjax.settings import Settings
@@ -133,7 +133,7 @@ def measure(
 
     samples = setup.plan.global_batch / statistics.median(times)
     tflops = samples * flops.train_flops(geometry) / mesh.size / 1e12
-    sheet = flops.datasheet_flops(mesh.devices.flat[0].device_kind)
+    sheet = cards.datasheet_flops(mesh.devices.flat[0].device_kind)
     record = {
         "benchmark": "step",
         **common.summary([seconds * 1e3 for seconds in times], "ms"),

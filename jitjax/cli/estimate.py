@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import argparse
 
-from jitjax import runtime
+from jitjax import cards, runtime
 from jitjax.cli import arguments
 from jitjax.cli.arguments import at_least
-from jitjax.flops import CARDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=at_least(1), metavar="N", help="number of cards (default 8; with --measure, those here)"
     )
-    parser.add_argument("--card", choices=list(CARDS), help="kind of card; default that of the run, else h200")
+    parser.add_argument("--card", choices=cards.WITH_FLOPS, help="kind of card; default that of the run, else h200")
     parser.add_argument("--from", dest="run_from", metavar="WORKDIR", help="a run of your own: estimate from its speed")
     parser.add_argument("--measure", action="store_true", help="estimate from a measurement on this machine, now")
     parser.add_argument("--run_devices", type=at_least(1), metavar="N", help="cards of that run, if it did not record them")
-    parser.add_argument("--run_card", choices=list(CARDS), help="kind of card of that run, if it did not record it")
+    parser.add_argument("--run_card", choices=cards.WITH_FLOPS, help="kind of card of that run, if it did not record it")
     parser.add_argument(
         "--price_per_gpu_hour", type=at_least(0, float), default=0.0, metavar="P", help="adds a column of costs"
     )
