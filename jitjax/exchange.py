@@ -1,8 +1,8 @@
 """Weights and gradients between devices, under the computation; for use inside `jax.shard_map`.
 
-A gradient is on its way as soon as the backward pass has it: `leave` and `block_by_block` put the transfer into the backward
-pass itself, one parameter at a time, and nothing waits for it before the optimizer. When exactly it starts is up to XLA's
-scheduler (docs/speed.md shows what it does on two cards).
+Gradients are on their way as soon as the backward pass has them: `leave` and `block_by_block` put the transfers into the
+backward pass itself, a few blocks at a time, and nothing waits for them before the optimizer. When exactly one starts is up to
+XLA's scheduler (docs/speed.md shows what it does on two cards).
 
 A reduce-scatter is written as an all-to-all and a sum in float32, whatever the type of the transfer: each device sends every
 other the part that the other one owns. That moves the same bytes, adds up in the same order on every run, and inside one
@@ -22,27 +22,45 @@ from jax.sharding import Mesh
 from jitjax import sharding
 
 f32 = jnp.float32
+Arrays = Mapping[str, jax.Array]
 Stage = Callable[[Any, Any, Any], Any]  # (block's parameters, carry, shared) -> carry
 Run = Callable[[Sequence[Stage], Sequence[Any], Any, Any], Any]  # (stages, blocks, carry, shared) -> carry
 
 
-def reduce(grad: jax.Array, axis: int | None, name: str, mesh: Mesh, dtype: Any) -> jax.Array:
-    """The sum of a gradient over all devices, float32: of an array that is split, the part that this device owns.
+def reduce(grads: Arrays, axes: Mapping[str, int | None], over: str, mesh: Mesh, dtype: Any) -> Arrays:
+    """The sums of gradients over all devices, float32: of an array that is split, the part that this device owns.
+
+    All that are split cross together, one transfer for each type: a transfer costs the host 65 us, the copies into one buffer
+    and out of it less (measured on two H200).
 
     Args:
-      grad: this device's gradient of the whole array.
-      axis: along which the array is split over the mesh axis `name`; None if every device has it whole.
+      grads: this device's gradients of whole arrays.
+      axes: along which each array is split over the mesh axis `over`; None where every device has it whole.
       dtype: the widest type in which gradients cross devices. Those of a narrower one cross as they are.
     """
-    if axis is None:
-        return sharding.total(grad.astype(dtype), mesh).astype(f32)
-    if jnp.finfo(grad.dtype).bits > jnp.finfo(dtype).bits:
-        grad = grad.astype(dtype)
-    parts = mesh.shape[name]
-    cut = grad.reshape(*grad.shape[:axis], parts, grad.shape[axis] // parts, *grad.shape[axis + 1 :])
-    received = jax.lax.all_to_all(jnp.moveaxis(cut, axis, 0), name, 0, 0, tiled=True)
-    mine = jnp.sum(received.astype(f32), axis=0)
-    return sharding.total(mine.astype(dtype), mesh, ("data",)).astype(f32) if mesh.shape["data"] > 1 else mine
+    sums, packs = {}, {}
+    for name, grad in grads.items():
+        if axes[name] is None:
+            sums[name] = sharding.total(grad.astype(dtype), mesh).astype(f32)
+            continue
+        if jnp.finfo(grad.dtype).bits > jnp.finfo(dtype).bits:
+            grad = grad.astype(dtype)
+        packs.setdefault(grad.dtype, {})[name] = _by_owner(grad, axes[name], mesh.shape[over])
+    for pack in packs.values():
+        flat = jnp.concatenate([part.reshape(mesh.shape[over], -1) for part in pack.values()], axis=1)
+        received, start = jax.lax.all_to_all(flat, over, 0, 0, tiled=True), 0
+        for name, parts in pack.items():
+            size = parts[0].size
+            mine = jnp.sum(received[:, start : start + size].astype(f32), axis=0).reshape(parts.shape[1:])
+            sums[name] = sharding.total(mine.astype(dtype), mesh, ("data",)).astype(f32) if mesh.shape["data"] > 1 else mine
+            start += size
+    return sums
+
+
+def _by_owner(array: jax.Array, axis: int, parts: int) -> jax.Array:
+    """(parts, ...): what each device owns of an array that is split along `axis`."""
+    cut = array.reshape(*array.shape[:axis], parts, array.shape[axis] // parts, *array.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
 
 
 def sum_together(arrays: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
@@ -55,31 +73,31 @@ def sum_together(arrays: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.A
     return sums
 
 
-def leave(
-    slot: jax.Array, value: jax.Array, sent: jax.Array | None, scale: jax.Array, send: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """`value`, whose gradient is sent as soon as the backward pass has it.
+def leave(slots: Arrays, values: Arrays, sent: Arrays | None, scale: jax.Array, send: Callable[[Arrays], Arrays]) -> Arrays:
+    """`values`, whose gradients are sent, together, as soon as the backward pass has them all.
 
     Args:
-      slot: zeros of the shape of what `send` returns. Differentiate with respect to it: its gradient is send(gradient of
-        value), or send(sent + gradient / scale) where there is something to add.
-      sent: what earlier micro-batches add to the gradient, float32, or None.
+      slots: zeros of the shapes of what `send` returns. Differentiate with respect to them: their gradients are
+        send(gradients of values), or send(sent + gradients / scale) where there is something to add.
+      sent: what earlier micro-batches add to the gradients, float32, or None.
       scale: the loss scale.
     """
 
     @jax.custom_vjp
-    def identity(slot, value, sent, scale):
-        return value
+    def identity(slots, values, sent, scale):
+        return values
 
-    def forward(slot, value, sent, scale):
-        return value, (sent, scale)
+    def forward(slots, values, sent, scale):
+        return values, (sent, scale)
 
-    def backward(saved, grad):
+    def backward(saved, grads):
         sent, scale = saved
-        return send(grad if sent is None else sent + grad.astype(f32) / scale), None, None, None
+        if sent is not None:
+            grads = jax.tree.map(lambda before, grad: before + grad.astype(f32) / scale, sent, grads)
+        return send(grads), None, None, None
 
     identity.defvjp(forward, backward)
-    return identity(slot, value, sent, scale)
+    return identity(slots, values, sent, scale)
 
 
 # ---------------------------------------------------------------- block by block (FSDP)

@@ -8,6 +8,7 @@ device holds whole gradients, so they cross in every micro-batch.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 Objective = Callable[[Params, Any, jax.Array], tuple[jax.Array, jax.Array]]
 BLOCKS = "blocks."
+GROUP_BYTES = 30 * 10**6  # of gradients that cross devices in one transfer (measured on two H200: docs/speed-notebook.md)
 f32 = jnp.float32
 
 
@@ -118,31 +120,59 @@ class _Transfers:
         self._types = {name: dtype if name.endswith(".kernel") else f32 for name in shapes}
         self._comm_dtype = comm_dtype
 
-    def gather(self, name: str, shard: jax.Array) -> jax.Array:
-        """The whole parameter, as the network takes it."""
-        if name in self._small:
-            return shard
-        return sharding.gather_one(shard, self.specs[name], self._types[name])
+    def gather(self, shards: Params) -> Params:
+        """Whole parameters, as the network takes them."""
+        return {
+            name: shard if name in self._small else sharding.gather_one(shard, self.specs[name], self._types[name])
+            for name, shard in shards.items()
+        }
 
-    def send(self, name: str, grad: jax.Array) -> jax.Array:
-        """The sum over devices, float32; a small one stays this device's until `finish`."""
-        if name in self._small:
-            return grad.astype(f32)
-        return exchange.reduce(grad, self._axes[name], self._over, self.mesh, self._comm_dtype)
+    def send(self, grads: Params) -> Params:
+        """The sums over devices, float32; small ones stay this device's until `finish`."""
+        kept = {name: grad.astype(f32) for name, grad in grads.items() if name in self._small}
+        leaving = {name: grad for name, grad in grads.items() if name not in self._small}
+        return kept | exchange.reduce(leaving, self._axes, self._over, self.mesh, self._comm_dtype)
 
-    def finish(self, grads: Params, loss_sum: jax.Array, count: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
-        """Sums over devices of what has not crossed yet."""
+    def finish(
+        self, grads: Params, loss_sum: jax.Array, count: jax.Array, scale: jax.Array | None = None
+    ) -> tuple[Params, jax.Array, jax.Array]:
+        """Sums over devices of what has not crossed yet.
+
+        Args:
+          scale: the loss scale, where the gradients still carry it. In front of the sum, taking it out would cost every bias a
+            kernel of its own.
+        """
         rest = {name: grads[name] for name in self._small} | {"loss": loss_sum, "count": count}
         rest = exchange.sum_together(rest, self.mesh)
         loss_sum, count = rest.pop("loss"), rest.pop("count")
-        return grads | rest, loss_sum, count
+        grads |= rest
+        return grads if scale is None else _unscaled(grads, scale), loss_sum, count
 
     def leaving(self, slots: Params, whole: Params, sent: Params, scale: jax.Array) -> Params:
-        """`exchange.leave` for all of `whole`."""
-        return {
-            name: exchange.leave(slots[name], value, sent.get(name), scale, functools.partial(self.send, name))
-            for name, value in whole.items()
-        }
+        """`exchange.leave` for all of `whole`, group by group."""
+        result = {}
+        for group in _groups({name: value.size * value.dtype.itemsize for name, value in whole.items()}):
+            slot, values = ({name: tree[name] for name in group} for tree in (slots, whole))
+            result |= exchange.leave(slot, values, {name: sent[name] for name in group} if sent else None, scale, self.send)
+        return result
+
+
+def _groups(sizes: dict[str, int]) -> list[list[str]]:
+    """Which parameters' gradients cross devices together: successive blocks up to `GROUP_BYTES`, the last ones first, as the
+    backward pass comes to them, and what is outside of the blocks at the end."""
+
+    def block(name):
+        return int(name.removeprefix(BLOCKS).split(".")[0]) if name.startswith(BLOCKS) else -1
+
+    groups, bytes_of_last = [], GROUP_BYTES
+    for _, names in itertools.groupby(sorted(sizes, key=block, reverse=True), block):
+        names = list(names)
+        if bytes_of_last >= GROUP_BYTES:
+            groups.append([])
+            bytes_of_last = 0
+        groups[-1] += names
+        bytes_of_last += sum(sizes[name] for name in names)
+    return groups
 
 
 def _slots(params: Params) -> Params:
@@ -153,7 +183,7 @@ def _during_the_last(loss, transfers, micro_batches):
     objective = objective_of(loss)
 
     def summed(params, batch, keys, scale):
-        whole = {name: transfers.gather(name, value) for name, value in params.items()}
+        whole = transfers.gather(params)
         last, sent, loss_sum, count = (batch["image"], batch["label"], keys), {}, f32(0), f32(0)
         if micro_batches > 1:
             parts = _cut(last, micro_batches)
@@ -165,11 +195,11 @@ def _during_the_last(loss, transfers, micro_batches):
 
         (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(_slots(params), last, scale)
         if micro_batches == 1:
-            return transfers.finish(_unscaled(grads, scale), value, f32(1))
+            return transfers.finish(grads, value, f32(1), scale)
         result = transfers.finish(grads, loss_sum + value, count + 1)
 
         def without_the_last():
-            return transfers.finish({name: transfers.send(name, grad) for name, grad in sent.items()}, loss_sum, count)
+            return transfers.finish(transfers.send(sent), loss_sum, count)
 
         # A last micro-batch that is not finite on one device spoils the sums of all, which are then sent without it.
         finite = jnp.isfinite(sharding.global_norm(result[0], transfers.specs, transfers.mesh))
@@ -180,13 +210,11 @@ def _during_the_last(loss, transfers, micro_batches):
 
 def _block_by_block(loss, transfers, micro_batches):
     def by_name(act, block):
-        """act(name, value) for every parameter of a block; all blocks have the same shapes."""
-
-        def one(path, value):
-            name = ".".join(key.name for key in path).removesuffix(".value")
-            return act(f"{BLOCKS}0.{name}", value)
-
-        return jax.tree_util.tree_map_with_path(one, block)
+        """`act` on a block's parameters by name; all blocks have the shapes of the first."""
+        paths, structure = jax.tree_util.tree_flatten_with_path(block)
+        names = [f"{BLOCKS}0." + ".".join(key.name for key in path).removesuffix(".value") for path, _ in paths]
+        result = act(dict(zip(names, (leaf for _, leaf in paths), strict=True)))
+        return jax.tree.unflatten(structure, [result[name] for name in names])
 
     run_blocks = exchange.block_by_block(
         functools.partial(by_name, transfers.gather), functools.partial(by_name, transfers.send)
@@ -195,7 +223,7 @@ def _block_by_block(loss, transfers, micro_batches):
 
     def summed(params, batch, keys, scale):
         outside = {name: value for name, value in params.items() if not name.startswith(BLOCKS)}
-        whole = {name: transfers.gather(name, value) for name, value in outside.items()}
+        whole = transfers.gather(outside)
 
         def leaving(slots, part, scale):
             return objective(slots | transfers.leaving(slots, whole, {}, scale), part, scale)
@@ -209,7 +237,7 @@ def _block_by_block(loss, transfers, micro_batches):
         part = batch["image"], batch["label"], keys
         if micro_batches == 1:
             (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(slots, part, scale)
-            return transfers.finish(_unscaled(grads, scale), value, f32(1))
+            return transfers.finish(grads, value, f32(1), scale)
         return transfers.finish(*_multi_steps(leaving, slots, _cut(part, micro_batches), scale, skip))
 
     return summed

@@ -69,6 +69,7 @@ def test_kernels_notices_an_inaccurate_operation():
 # ---------------------------------------------------------------- step
 
 
+@pytest.mark.slow
 def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
     flags = ("--steps=2", "--warmup=1", "--repeats=1", "--batch_sizes=1,3", f"--profile={tmp_path / 'profile'}")
     result = command(tmp_path, "step", *flags, "--config.optim.accumulation_steps=2", "--config.total_steps=None")

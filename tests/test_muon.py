@@ -99,7 +99,7 @@ def distance(a, b):
 OPTIM = Optimizer(name="muon", weight_decay=0.1, muon_adaln=True)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-4), ("bfloat16", 0.08)])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-4), pytest.param("bfloat16", 0.08, marks=pytest.mark.slow)])
 def test_update_is_that_of_float64_arithmetic(monkeypatch, dtype, tolerance):
     """Nesterov momentum, parts apart, scale and decoupled decay; everything else moves as by AdamW alone. The same code in
     float32 shows that what bfloat16 is off by is rounding."""
@@ -232,6 +232,7 @@ def test_step_is_the_same_on_any_mesh(monkeypatch, one_device, axes, micro_batch
         np.testing.assert_allclose(state.params[name], value, atol=5e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, capsys):
     """Bit for bit. No other optimizer takes its state over, whatever is accepted; and an official checkpoint goes without."""
     settings = small_settings(**SMALL, optim__ema_warmup=True, mesh__zero=2, mesh__data=4)

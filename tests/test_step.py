@@ -172,6 +172,19 @@ def test_gradients_of_half_precision_cross_as_they_are_and_are_summed_in_float32
         np.testing.assert_allclose(states[1].params[name], value, atol=2e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("group_bytes, transfers", [(1, 3), (10**9, 1)])
+def test_gradients_of_neighbouring_blocks_cross_together(split_small, monkeypatch, group_bytes, transfers):
+    """A small group is one block, and what is outside of the blocks is one; a large one is the whole model."""
+    monkeypatch.setattr(gradients, "GROUP_BYTES", group_bytes)
+    state, train_step, plan, mesh = build(small_settings(**DEEPER, batch_size=1), ZERO)
+    found = [eqn for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr)]
+    sizes = [eqn.invars[0].aval.size for eqn in found if eqn.primitive.name == "all_to_all"]
+    large = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
+    assert len(sizes) == transfers and sum(sizes) == sum(large.values())
+    of_a_block = sum(size for name, size in large.items() if name.startswith("blocks.0."))
+    assert sizes.count(of_a_block) == transfers - 1
+
+
 def test_optimizer_and_ema_run_once_per_optimizer_step():
     """AdamW's square roots stand outside the scan over micro-batches, and the averages move once by their formula."""
     config = small_settings(batch_size=1, optim__accumulation_steps=4)

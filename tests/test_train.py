@@ -353,6 +353,7 @@ def test_settings_survive_their_json():
     assert settings.from_mapping(json.loads(json.dumps(settings.to_dict(config)))) == config
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Two processes with four devices each train on the same batches to the same losses as one process with eight."""
     overrides = dict(total_steps=6, checkpoint__every_steps=3, preview__every_steps=6)
