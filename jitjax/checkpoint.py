@@ -37,10 +37,11 @@ from jitjax import model as jit_model
 from jitjax.errors import UserError
 from jitjax.settings import Optimizer
 from jitjax.step import TrainState
+from jitjax.workdir import BEST_FILE
 
 DIRECTORY = "checkpoints"
 RUN_FILE = "run.json"
-BEST, BEST_FILE = "best", "best.json"
+BEST = "best"
 ITEMS = ("params", "ema", "optimizer", "meta")
 _log = logging.getLogger(__name__)
 

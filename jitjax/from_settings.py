@@ -1,45 +1,74 @@
-"""The parts of a training run that its settings name: state, loss, training step."""
+"""The parts of a training run that its settings name: geometry, mesh, plan, kernels, state, loss, training step."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jitjax import diffusion, kernels, model, sharding, step, transfer
 from jitjax.errors import UserError
 from jitjax.optimizer import make_schedule
-from jitjax.plan import Plan
+from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
 
 
-def abstract_state(settings: Settings, geometry: model.Geometry, mesh: jax.sharding.Mesh) -> step.TrainState:
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What follows from a run's settings, the size of its data set and its devices."""
+
+    settings: Settings
+    geometry: model.Geometry
+    mesh: Mesh
+    plan: Plan
+    kernels: str  # "plain" or "fused"
+    kernels_reason: str
+
+    @property
+    def ops(self) -> kernels.Ops:
+        return kernels.get_ops(self.kernels)
+
+
+def setup(settings: Settings, *, images: int, num_classes: int, mesh: Mesh) -> Setup:
+    """The setup of a run on `images` images of `num_classes` classes.
+
+    Raises:
+      UserError: a mistake in the settings, or kernels that cannot be had here.
+    """
+    geometry = model.geometry_of(settings.model, settings.data.image_size, num_classes)
+    plan = make_plan(settings, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
+    kind, reason = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry)
+    return Setup(settings, geometry, mesh, plan, kind, reason)
+
+
+def abstract_state(settings: Settings, geometry: model.Geometry, mesh: Mesh) -> step.TrainState:
     """Shapes and shardings of a run's state."""
-    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
-    return sharding.abstract(jax.eval_shape(init, jax.random.key(settings.seed)), mesh)
+    return sharding.abstract(jax.eval_shape(_init(settings, geometry), jax.random.key(0)), mesh)
 
 
-def fresh_state(settings: Settings, geometry: model.Geometry, like: step.TrainState, seed: int) -> step.TrainState:
-    """The state at step 0 with weights drawn from `seed`, laid out like `like` (`abstract_state`)."""
-    init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
+def fresh_state(setup: Setup, seed: int) -> step.TrainState:
+    """The state at step 0 with weights drawn from `seed`, on the mesh."""
+    like = abstract_state(setup.settings, setup.geometry, setup.mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(init, out_shardings=placed)(jax.random.key(seed))
+    return jax.jit(_init(setup.settings, setup.geometry), out_shardings=placed)(jax.random.key(seed))
 
 
-def first_state(
-    settings: Settings,
-    geometry: model.Geometry,
-    process: diffusion.Diffusion,
-    class_names: tuple[str, ...],
-    like: step.TrainState,
-) -> tuple[step.TrainState, list[str]]:
-    """The state at step 0, fresh or from the weights of `init_from`, laid out like `like`; lines about it.
+def _init(settings: Settings, geometry: model.Geometry) -> Callable[[jax.Array], step.TrainState]:
+    return functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
+
+
+def first_state(setup: Setup, process: diffusion.Diffusion, class_names: tuple[str, ...]) -> tuple[step.TrainState, list[str]]:
+    """The state at step 0, fresh or from the weights of `init_from`, on the mesh; lines about it.
 
     Raises:
       UserError: the weights of `init_from` cannot be used.
     """
-    state = fresh_state(settings, geometry, like, settings.seed)
+    settings = setup.settings
+    state = fresh_state(setup, settings.seed)
     if not settings.init_from:
         return state, []
     names = class_names if settings.model.class_conditional else ()
@@ -67,27 +96,21 @@ def make_loss(
     )
 
 
-def make_step(
-    settings: Settings,
-    geometry: model.Geometry,
-    plan: Plan,
-    mesh: jax.sharding.Mesh,
-    ops: kernels.Ops,
-    objective: diffusion.Objective | None = None,
-) -> Any:
+def make_step(setup: Setup, objective: diffusion.Objective | None = None) -> Any:
     """The jitted training step of a run, (state, batch) -> (state, metrics); see `step.make_train_step`.
 
     Raises:
       UserError: an objective on activations with FSDP, whose blocks keep theirs to themselves.
     """
+    settings, mesh = setup.settings, setup.mesh
     if getattr(objective, "activations", ()) and mesh.shape["fsdp"] > 1:
         raise UserError("an objective on activations needs --config.mesh.fsdp=1; --config.mesh.zero shards the optimizer")
     return step.make_train_step(
-        make_loss(settings, geometry, ops, objective),
-        abstract_state(settings, geometry, mesh),
+        make_loss(settings, setup.geometry, setup.ops, objective),
+        abstract_state(settings, setup.geometry, mesh),
         mesh,
         optim=settings.optim,
-        schedule=make_schedule(settings.optim, plan),
+        schedule=make_schedule(settings.optim, setup.plan),
         seed=settings.seed,
         dtype=settings.dtype,
         comm_dtype=settings.mesh.comm_dtype,

@@ -72,13 +72,14 @@ def needs(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: Mesh, 
     Raises:
       UserError: `settings.kernels` cannot be had on that card.
     """
-    kind, _ = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry, device=card)
+    kind, reason = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry, device=card)
     # A CPU widens bfloat16; float16 has the same size.
     half = dataclasses.replace(
         settings,
         dtype=settings.dtype.replace("bfloat16", "float16"),
         mesh=dataclasses.replace(settings.mesh, comm_dtype=settings.mesh.comm_dtype.replace("bfloat16", "float16")),
     )
+    setup = from_settings.Setup(half, geometry, mesh, plan, kind, reason)
     state = from_settings.abstract_state(half, geometry, mesh)
     shape = (plan.global_batch, geometry.image_size, geometry.image_size, model.CHANNELS)
     placed = NamedSharding(mesh, sharding.BATCH)
@@ -87,7 +88,7 @@ def needs(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: Mesh, 
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=placed),
     }
     with planned.for_card(card):
-        lowered = from_settings.make_step(half, geometry, plan, mesh, kernels.get_ops(kind)).lower(state, batch)
+        lowered = from_settings.make_step(setup).lower(state, batch)
     compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
     sizes = compiled.memory_analysis()
     return Needs(

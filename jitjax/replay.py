@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jitjax import checkpoint, data, diffusion, exchange, from_settings, kernels, model, sharding, step
+from jitjax import checkpoint, data, diffusion, exchange, from_settings, sharding, step
 from jitjax import settings as settings_lib
 from jitjax.anomalies import what_is_not_finite
 from jitjax.data.order import ExampleOrder
 from jitjax.errors import UserError
-from jitjax.plan import fit_devices, make_plan, resolve_num_classes
+from jitjax.plan import fit_devices, resolve_num_classes
 from jitjax.settings import Settings
 
 LOGGED = ("train/loss", "train/grad_norm", "train/learning_rate")
@@ -69,16 +69,14 @@ def replay(
     dataset = data.open_dataset(path, settings.data.image_size, **settings.data.reading())
     conditional = settings.model.class_conditional
     num_classes = resolve_num_classes(conditional, settings.model.num_classes, dataset.num_classes)
-    geometry = model.geometry_of(settings.model, settings.data.image_size, num_classes)
+    setup = from_settings.setup(settings, images=len(dataset), num_classes=num_classes, mesh=mesh)
+    plan = setup.plan
     process = diffusion.from_config(settings_lib.to_dict(settings))
-    plan = make_plan(settings, images=len(dataset), tokens_per_image=geometry.tokens, devices=mesh.size)
     if not 1 <= number <= plan.total_steps:
         raise UserError(f"--step {number}: the run has steps 1 to {plan.total_steps}")
-    kind, _ = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry)
-    ops = kernels.get_ops(kind)
 
     # ---------------------------------------------------------------- the state before the step
-    like = from_settings.abstract_state(settings, geometry, mesh)
+    like = from_settings.abstract_state(settings, setup.geometry, mesh)
     start = whole_before(workdir, number)
     if start:
         folder = workdir / checkpoint.DIRECTORY / str(start)
@@ -89,7 +87,7 @@ def replay(
             say(f"the configuration changed after checkpoint {start:,} and is taken as it is now: {'; '.join(changes)}")
         state = checkpoint.restore(folder, like)
     else:
-        state, _ = from_settings.first_state(settings, geometry, process, tuple(dataset.class_names), like)
+        state, _ = from_settings.first_state(setup, process, tuple(dataset.class_names))
     whence = f"checkpoint {start:,}" if start else "the run's beginning"
     say(f"from {whence}, {number - start:,} step{'s' if number - start > 1 else ''} to step {number:,}; {dataset.summary}")
     host = data.make_iterator(
@@ -101,7 +99,7 @@ def replay(
         max_bad_fraction=settings.data.max_bad_fraction,
     )
     batches = data.to_device(host, NamedSharding(mesh, sharding.BATCH))
-    train_step = from_settings.make_step(settings, geometry, plan, mesh, ops)
+    train_step = from_settings.make_step(setup)
     try:
         for batch in itertools.islice(batches, number - 1 - start):
             state, _ = jax.block_until_ready(train_step(state, batch))
@@ -110,7 +108,7 @@ def replay(
         batches.close()
 
     # ---------------------------------------------------------------- the step itself
-    examine = make_examine(settings, from_settings.make_loss(settings, geometry, ops), like, mesh)
+    examine = make_examine(settings, from_settings.make_loss(settings, setup.geometry, setup.ops), like, mesh)
     grads, images, activations = examine(state, batch)
     before = {"param": state.params, "grad": grads}
     layers = {what: _layers(tree) for what, tree in before.items()}

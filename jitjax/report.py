@@ -29,6 +29,7 @@ from jitjax import settings, timing
 from jitjax.errors import UserError
 from jitjax.monitor.metrics import read_records
 from jitjax.monitor.view import duration
+from jitjax.workdir import BEST_FILE
 
 MOST_POINTS = 1000  # of a curve on the page
 SMOOTHED = 50  # the mean drawn over a noisy curve is over this part of the run's steps
@@ -158,7 +159,7 @@ def read_run(workdir: Path, name: str) -> Run:
         curves = records.arrays()
         if (workdir / "scores.jsonl").exists():
             curves |= _Curves(workdir / "scores.jsonl", upto=records.step).arrays()
-        versions, spent, best = (_json(workdir / file) for file in ("versions.json", timing.FILE, "best.json"))
+        versions, spent, best = (_json(workdir / file) for file in ("versions.json", timing.FILE, BEST_FILE))
         log = workdir / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.exists() else []
     except (OSError, ValueError) as error:

@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # default 0.75 leaves a quarter of the card unused
     "TF_CPP_MIN_LOG_LEVEL": "1",
     "GRPC_VERBOSITY": "ERROR",
+    # Where input workers are killed with the run, Python removes their shared memory, and would call that a leak.
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
 }
 
 

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jitjax import checkpoint, ema, host_copy, manifest
 from jitjax.errors import UserError
 from jitjax.step import TrainState
+from jitjax.workdir import BEST_FILE
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is being written
 _MAX_FAILURES = 5  # saves in a row that may fail before the run stops
@@ -357,7 +358,7 @@ class Checkpoints:
 
     def _mark_best(self) -> None:
         if self._best is not None and self._is_main:
-            _write_json(self._workdir / checkpoint.BEST_FILE, self._best)
+            _write_json(self._workdir / BEST_FILE, self._best)
         self._best = None
 
     def _settle(self) -> None:

@@ -241,7 +241,7 @@ def measure(config: Settings) -> tuple[list[float], int, str]:
     setup = common.prepare(config)
     common.say(f"measuring {config.model.name} on {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind} ...")
     state, batch = common.random_state(setup), common.random_batch(setup)
-    train_step = from_settings.make_step(config, setup.geometry, setup.plan, setup.mesh, setup.ops)
+    train_step = from_settings.make_step(setup)
     compiled = train_step.lower(state, batch).compile()
     state, _, seconds = step.run_steps(compiled, state, batch, 2)
     steps = max(2, min(60, round(2 * STRETCH_SECONDS / seconds)))

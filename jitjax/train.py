@@ -26,7 +26,6 @@ from jitjax import (
     ema,
     flops,
     from_settings,
-    kernels,
     memory,
     model,
     pipeline,
@@ -44,7 +43,7 @@ from jitjax.errors import UserError, closing
 from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.optimizer import ema_names
-from jitjax.plan import Plan, make_plan, resolve_num_classes
+from jitjax.plan import Plan, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
 from jitjax.signals import StopAfter, Stopped, StopRequest, leave
@@ -193,13 +192,11 @@ def build(
     objective = own_objective or from_settings.published_objective(settings)
     conditional = settings.model.class_conditional
     num_classes = resolve_num_classes(conditional, settings.model.num_classes, dataset.num_classes)
-    geometry = model.geometry_of(settings.model, image_size, num_classes)
+    setup = from_settings.setup(settings, images=len(dataset), num_classes=num_classes, mesh=mesh)
+    geometry, plan = setup.geometry, setup.plan
     process = diffusion.from_config(settings_lib.to_dict(settings))
-    plan = make_plan(settings, images=len(dataset), tokens_per_image=geometry.tokens, devices=mesh.size)
     own_name = getattr(own_objective, "__qualname__", type(own_objective).__name__) if own_objective else ""
     folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
-    kind, reason = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry)
-    ops = kernels.get_ops(kind)
 
     # ---------------------------------------------------------------- state: fresh, from other weights, or resumed
     keep = settings.checkpoint
@@ -224,7 +221,7 @@ def build(
         state, start, _ = resumed
         notes.append(f"resumed from step {start:,}" + ("; the run is complete" if start >= plan.total_steps else ""))
     else:
-        state, report = from_settings.first_state(settings, geometry, process, tuple(dataset.class_names), like)
+        state, report = from_settings.first_state(setup, process, tuple(dataset.class_names))
         notes.extend([*report, *(f"warning: {line}" for line in describe.of_schedule(settings, plan))])
     if is_main:
         saved.require_space(state)  # now rather than after the first hour
@@ -251,7 +248,7 @@ def build(
     )
 
     # ---------------------------------------------------------------- step, input, monitor
-    train_step = from_settings.make_step(settings, geometry, plan, mesh, ops, objective)
+    train_step = from_settings.make_step(setup, objective)
     preview = None
     if plan.preview_steps:
         options = settings.preview.sampler()
@@ -259,7 +256,7 @@ def build(
             options = dataclasses.replace(options, cfg_scale=1.0)
         preview = Preview(
             pipeline.Sampler(
-                geometry, process, options, mesh, dtype=settings.dtype, ops=ops, comm_dtype=settings.mesh.comm_dtype
+                geometry, process, options, mesh, dtype=settings.dtype, ops=setup.ops, comm_dtype=settings.mesh.comm_dtype
             ),
             num_images=settings.preview.num_images,
             classes=num_classes if conditional else 0,
@@ -280,7 +277,7 @@ def build(
             objective=objective,
             class_conditional=conditional,
             dtype=settings.dtype,
-            ops=ops,
+            ops=setup.ops,
             comm_dtype=settings.mesh.comm_dtype,
             say=notes.append,
         )
@@ -370,8 +367,8 @@ def build(
     stack.callback(lambda: monitor.summary(account.metrics()))
     stack.callback(log.close)
     monitor.note(
-        f"{settings.model.name}, {parameters:,} parameters, {sharding.describe(mesh)}, {card}, {settings.dtype}, kernels {kind}"
-        + (f" ({reason})" if reason else "")
+        f"{settings.model.name}, {parameters:,} parameters, {sharding.describe(mesh)}, {card}, {settings.dtype}, "
+        f"kernels {setup.kernels}" + (f" ({setup.kernels_reason})" if setup.kernels_reason else "")
     )
     monitor.note(dataset.summary + (f"; own objective {own_name}" if own_name else ""))
     monitor.note(

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jitjax import diffusion, from_settings, kernels, model, pipeline, sharding, step
+from jitjax import diffusion, from_settings, model, pipeline, sharding, step
 from jitjax import settings as settings_lib
 from jitjax.errors import UserError
-from jitjax.plan import make_plan
 from jitjax.settings import INT32, RUN_LENGTHS, Settings
 
 
@@ -59,17 +58,14 @@ class Trainer:
         self.class_names, classes = tuple(class_names), len(class_names) or num_classes
         conditional = dataclasses.replace(found.model, class_conditional=classes > 0)
         self.settings = found = dataclasses.replace(found, model=conditional)
-        self.geometry = model.geometry_of(found.model, found.data.image_size, classes)
-        self.mesh = sharding.mesh_of(found.mesh)
-        self.plan = make_plan(found, images=images, tokens_per_image=self.geometry.tokens, devices=self.mesh.size)
-        self._ops = kernels.get_ops(kernels.resolve(found.kernels, dtype=found.dtype, geometry=self.geometry)[0])
-        self._loss = jax.jit(from_settings.make_loss(found, self.geometry, self._ops, objective))
-        self._step = from_settings.make_step(found, self.geometry, self.plan, self.mesh, self._ops, objective)
+        self._setup = from_settings.setup(found, images=images, num_classes=classes, mesh=sharding.mesh_of(found.mesh))
+        self.geometry, self.mesh, self.plan = self._setup.geometry, self._setup.mesh, self._setup.plan
+        self._loss = jax.jit(from_settings.make_loss(found, self.geometry, self._setup.ops, objective))
+        self._step = from_settings.make_step(self._setup, objective)
 
     def init(self, seed: int | None = None) -> step.TrainState:
         """A fresh state: weights, EMAs, optimizer. `seed`: default the settings' own."""
-        like = from_settings.abstract_state(self.settings, self.geometry, self.mesh)
-        return from_settings.fresh_state(self.settings, self.geometry, like, self.settings.seed if seed is None else seed)
+        return from_settings.fresh_state(self._setup, self.settings.seed if seed is None else seed)
 
     def loss(self, params: model.Params, images: Any, labels: Any | None, key: jax.Array) -> jax.Array:
         """Loss of each image, (B,) float32, at times and noise drawn from `key`. Differentiable in `params`, for steps of

@@ -22,8 +22,8 @@ from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
 from jitjax.monitor.metrics import read_last
 from jitjax.settings import INT32, Settings
+from jitjax.workdir import BEST_FILE
 
-_BEST = "best.json"  # which score a run compares by, beside its checkpoints
 FAILED = 2  # exit code of a run that cannot go on, e.g. whose numbers are not finite
 
 
@@ -169,7 +169,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     """{"metric", "value", "loss"} at the last step of a complete run; None for one that is not complete."""
     try:
         steps = json.loads((folder / "config.json").read_text())["planned_steps"]
-        metric = json.loads((folder / _BEST).read_text())["metric"]
+        metric = json.loads((folder / BEST_FILE).read_text())["metric"]
         (last,) = read_last(folder / "scores.jsonl", 1)
         (training,) = read_last(folder / "metrics.jsonl", 1)
     except (OSError, ValueError, KeyError, TypeError):

@@ -21,6 +21,7 @@ from jitjax.errors import UserError
 from jitjax.plan import fit_devices
 from jitjax.settings import Settings, differing_fields, to_dict
 
+BEST_FILE = "best.json"  # which checkpoint has the best score, and by which
 PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "wandb")
 
 

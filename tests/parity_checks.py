@@ -30,7 +30,7 @@ from jitjax import config as config_lib  # noqa: E402
 from jitjax import diffusion, kernels, optimizer, sampling, settings, sharding, step  # noqa: E402
 from jitjax import gradients as gradients_lib  # noqa: E402
 from jitjax import model as jit_model  # noqa: E402
-from jitjax.from_settings import make_loss, make_step  # noqa: E402
+from jitjax.from_settings import Setup, make_loss, make_step  # noqa: E402
 from jitjax.interop import official  # noqa: E402
 from jitjax.kernels import attention  # noqa: E402
 from jitjax.plan import make_plan  # noqa: E402
@@ -363,7 +363,7 @@ def trajectory(fixture: str, replay: list | None = None, record: list | None = N
         recorded_randomness(f["t"], nhwc(f["e"]), dropped),
         mock.patch.object(gradients_lib, "accumulate", source),
     ):
-        train_step = make_step(config, g, plan, mesh, kernels.get_ops("plain"))
+        train_step = make_step(Setup(config, g, mesh, plan, "plain", ""))
         for i in range(len(f["losses"])):
             batch = {"image": nhwc(f["x_uint8"][i]), "label": np.where(dropped[i], 0, f["y"][i]).astype(np.int32)}
             if replay:

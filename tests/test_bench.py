@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, small_settings
 
-from jitjax import bench, kernels, model, sampling, step
+from jitjax import bench, kernels, model, sampling
 from jitjax.benchmarks import card, checkpoint, common, profile, sample
 from jitjax.benchmarks import input as input_bench
 from jitjax.benchmarks import kernels as kernels_bench
@@ -22,7 +22,7 @@ from jitjax.benchmarks import step as step_bench
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.flops import train_flops
-from jitjax.from_settings import make_loss, make_step
+from jitjax.from_settings import abstract_state, make_loss, make_step
 
 CONFIG = f"""
 import sys
@@ -119,9 +119,9 @@ def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatc
     """Out of memory at one batch size: the larger and the smaller one are still printed."""
 
     def measure(setup, *_, **__):
-        if setup.config.batch_size == 4:
+        if setup.settings.batch_size == 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return {"batch_size": setup.config.batch_size}
+        return {"batch_size": setup.settings.batch_size}
 
     setups = [common.prepare(small_settings(batch_size=size)) for size in (2, 4, 8)]
     with pytest.raises(UserError, match="batch_size=4 .*remat"):
@@ -270,10 +270,10 @@ def test_every_kernel_of_ours_belongs_to_a_group():
 def test_scopes_tell_the_fusions_of_a_compiled_step_apart():
     """XLA names a fusion after its arithmetic; the scope says whether it is a norm or attention, forward and backward."""
     setup = common.prepare(small_settings(dtype="bfloat16"))
-    state = jax.eval_shape(lambda: step.init_state(setup.geometry, setup.config.optim, setup.config.dtype, jax.random.key(0)))
+    state = abstract_state(setup.settings, setup.geometry, setup.mesh)
     count = setup.plan.global_batch
     shapes = {"image": jax.ShapeDtypeStruct((count, 8, 8, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((count,), int)}
-    train_step = make_step(setup.config, setup.geometry, setup.plan, setup.mesh, setup.ops)
+    train_step = make_step(setup)
     hlo = train_step.lower(state, shapes).compile().as_text()
     found = profile.scopes(hlo)
     groups = {profile.group_of("loop_fusion", scope) for name, scope in found.items() if "fusion" in name}

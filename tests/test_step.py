@@ -11,8 +11,8 @@ import pytest
 from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import gradients, hlo, kernels, model, sharding, step
-from jitjax.from_settings import make_step
+from jitjax import gradients, hlo, model, sharding, step
+from jitjax.from_settings import Setup, make_step
 from jitjax.plan import make_plan
 
 CLASSES = 5
@@ -30,7 +30,7 @@ def build(config, axes):
     init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
     placed = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
-    return state, make_step(config, geometry, plan, mesh, kernels.get_ops("plain")), plan, mesh
+    return state, make_step(Setup(config, geometry, mesh, plan, "plain", "")), plan, mesh
 
 
 def batches(plan, mesh, count, size=8):

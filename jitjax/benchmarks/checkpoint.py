@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jitjax import checkpoint, saving, settings, sharding, step
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
+from jitjax.from_settings import Setup
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,11 +47,11 @@ def run(args: argparse.Namespace) -> None:
         common.emit(measure(setup, Path(path), args.repeats))
 
 
-def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
+def measure(setup: Setup, folder: Path, repeats: int) -> dict[str, Any]:
     """Save 1 + `repeats` times into `folder`, restore the last. Times in seconds, sizes in bytes."""
     state = common.random_state(setup)
     like = sharding.abstract(jax.eval_shape(lambda: state), setup.mesh)
-    meta = checkpoint.describe(setup.geometry, state.ema, config=settings.to_dict(setup.config))
+    meta = checkpoint.describe(setup.geometry, state.ema, config=settings.to_dict(setup.settings))
     # As after a train step: new arrays in the memory of the old ones, of which the host has no copy yet.
     advance = jax.jit(_advanced, donate_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
     saved = saving.Checkpoints(folder, keep_last=1)
@@ -75,7 +76,7 @@ def measure(setup: common.Setup, folder: Path, repeats: int) -> dict[str, Any]:
 
     in_memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     common.say(
-        f"{setup.config.model.name}: {size / 1e9:.2f} GB; stopped {stopped[0]:.2f} s the first time, then "
+        f"{setup.settings.model.name}: {size / 1e9:.2f} GB; stopped {stopped[0]:.2f} s the first time, then "
         f"{statistics.median(stopped[1:]):.2f} s ({statistics.median(stopped[1:]) / in_memory * 1e9:.3f} s/GB), durable after "
         f"{statistics.median(durable[1:]):.2f} s, restored in {statistics.median(restore):.2f} s"
     )

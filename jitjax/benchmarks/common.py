@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -15,32 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from jitjax import checkpoint, kernels, model, runtime, sharding, step, workdir
+from jitjax import checkpoint, from_settings, model, runtime, sharding, step, workdir
 from jitjax.cli import arguments
 from jitjax.flops import IMAGENET_IMAGES
+from jitjax.from_settings import Setup
 from jitjax.optimizer import ema_names
-from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
 
 CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """The parts of a run that `jitjax.train` makes from a config and a data set, here from the config alone."""
-
-    config: Settings
-    geometry: model.Geometry
-    plan: Plan
-    mesh: Mesh
-    kernels: str
-    kernels_reason: str
-
-    @property
-    def ops(self) -> kernels.Ops:
-        return kernels.get_ops(self.kernels)
 
 
 def load(args: argparse.Namespace) -> Settings:
@@ -53,21 +36,17 @@ def load(args: argparse.Namespace) -> Settings:
     return arguments.load(args.config_arguments, run_length=False).settings
 
 
-def prepare(config: Settings) -> Setup:
-    """Check the config and choose mesh and kernels as a run does. ImageNet's size stands in for a data set's.
+def prepare(settings: Settings) -> Setup:
+    """Check the settings and choose mesh and kernels as a run does. ImageNet's size stands in for a data set's.
 
     Raises:
       UserError: a mistake in the config.
     """
-    runtime.use_compilation_cache(config.compilation_cache)
-    mesh = sharding.mesh_of(config.mesh)
-    classes = config.model.num_classes or (CLASSES if config.model.class_conditional else 0)
-    geometry = model.geometry_of(config.model, config.data.image_size, classes)
-    global_batch = config.batch_size * mesh.size * config.optim.accumulation_steps
-    images = max(IMAGENET_IMAGES, global_batch)
-    plan = make_plan(config, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
-    kind, reason = kernels.resolve(config.kernels, dtype=config.dtype, geometry=geometry)
-    return Setup(config, geometry, plan, mesh, kind, reason)
+    runtime.use_compilation_cache(settings.compilation_cache)
+    mesh = sharding.mesh_of(settings.mesh)
+    classes = settings.model.num_classes or (CLASSES if settings.model.class_conditional else 0)
+    images = max(IMAGENET_IMAGES, settings.batch_size * mesh.size * settings.optim.accumulation_steps)
+    return from_settings.setup(settings, images=images, num_classes=classes, mesh=mesh)
 
 
 def random_params(geometry: model.Geometry, key: jax.Array) -> model.Params:
@@ -91,10 +70,10 @@ def random_state(setup: Setup) -> step.TrainState:
 
     def init(key):
         params = random_params(setup.geometry, key)
-        optim = setup.config.optim
-        return step.fresh_state(params, dict.fromkeys(ema_names(optim), params), optim, setup.config.dtype)
+        optim = setup.settings.optim
+        return step.fresh_state(params, dict.fromkeys(ema_names(optim), params), optim, setup.settings.dtype)
 
-    key = jax.random.key(setup.config.seed)
+    key = jax.random.key(setup.settings.seed)
     placed = sharding.shardings(jax.eval_shape(init, key), setup.mesh)
     return jax.block_until_ready(jax.jit(init, out_shardings=placed)(key))
 
@@ -111,7 +90,7 @@ def random_batch(setup: Setup) -> step.Batch:
         }
 
     placed = NamedSharding(setup.mesh, sharding.BATCH)
-    return jax.block_until_ready(jax.jit(draw, out_shardings=placed)(jax.random.key(setup.config.seed + 1)))
+    return jax.block_until_ready(jax.jit(draw, out_shardings=placed)(jax.random.key(setup.settings.seed + 1)))
 
 
 # ---------------------------------------------------------------- facts for the report
@@ -119,7 +98,7 @@ def random_batch(setup: Setup) -> step.Batch:
 
 def describe(setup: Setup) -> dict[str, Any]:
     """What was measured: the settings that decide speed, the devices, versions and flags."""
-    c, g, device = setup.config, setup.geometry, setup.mesh.devices.flat[0]
+    c, g, device = setup.settings, setup.geometry, setup.mesh.devices.flat[0]
     return {
         "model": c.model.name,
         "parameters": sum(math.prod(p.shape) for p in jax.eval_shape(model.init_fn(g), jax.random.key(0)).values()),

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jitjax import from_settings, kernels, model
 from jitjax.benchmarks import common
 from jitjax.errors import UserError
+from jitjax.from_settings import Setup
 
 CALLS = 10  # of one measurement, back to back
 
@@ -54,10 +55,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"less accurate fused than plain: {', '.join(failed)}; use --config.kernels=plain and report this")
 
 
-def cases(setup: common.Setup) -> Iterator[Case]:
+def cases(setup: Setup) -> Iterator[Case]:
     """Every operation at the shapes that the model calls it with, on fresh random numbers of a trained model's size."""
-    g, b, dtype = setup.geometry, setup.config.batch_size, jnp.dtype(setup.config.dtype)
-    keys = iter(jax.random.split(jax.random.key(setup.config.seed), 64))
+    g, b, dtype = setup.geometry, setup.settings.batch_size, jnp.dtype(setup.settings.dtype)
+    keys = iter(jax.random.split(jax.random.key(setup.settings.seed), 64))
     d, n, f = g.width, g.head_dim, g.mlp_hidden
 
     def half(*shape):
@@ -148,7 +149,7 @@ def judge(reference: Sequence[jax.Array], plain: Sequence[jax.Array], fused: Seq
 
 
 def compare(
-    setup: common.Setup,
+    setup: Setup,
     checked: Function,
     timed: Function | None,
     activations: list[jax.Array],
@@ -174,18 +175,18 @@ def compare(
             jax.block_until_ready(out)
             measured.append((time.perf_counter() - begun) / CALLS)
         times[f"{kind}_us"] = round(statistics.median(measured) * 1e6, 1)
-    return {**judge(exact, results["plain"], results["fused"], setup.config.dtype), **times}
+    return {**judge(exact, results["plain"], results["fused"], setup.settings.dtype), **times}
 
 
-def compare_models(setup: common.Setup, images: int) -> dict[str, Any]:
+def compare_models(setup: Setup, images: int) -> dict[str, Any]:
     """Loss and gradient of every parameter of the whole model for a few random images: float32 against both."""
-    params = common.random_params(setup.geometry, jax.random.key(setup.config.seed))
+    params = common.random_params(setup.geometry, jax.random.key(setup.settings.seed))
     batch = {name: value[:images] for name, value in common.random_batch(setup).items()}
     keys = jax.random.split(jax.random.key(2), len(batch["label"]))
 
     def gradients(dtype, kind):
-        config = dataclasses.replace(setup.config, dtype=str(dtype))
-        loss = from_settings.make_loss(config, setup.geometry, kernels.get_ops(kind))
+        settings = dataclasses.replace(setup.settings, dtype=str(dtype))
+        loss = from_settings.make_loss(settings, setup.geometry, kernels.get_ops(kind))
 
         @jax.jit
         def run(params):
@@ -194,6 +195,6 @@ def compare_models(setup: common.Setup, images: int) -> dict[str, Any]:
         return jax.tree.leaves(run(params))
 
     exact, plain, fused = (
-        gradients(*which) for which in (("float32", "plain"), (setup.config.dtype, "plain"), (setup.config.dtype, "fused"))
+        gradients(*which) for which in (("float32", "plain"), (setup.settings.dtype, "plain"), (setup.settings.dtype, "fused"))
     )
-    return judge(exact, plain, fused, setup.config.dtype)
+    return judge(exact, plain, fused, setup.settings.dtype)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jitjax import diffusion, flops, sampling, settings, sharding
 from jitjax.benchmarks import card, common
 from jitjax.errors import UserError
+from jitjax.from_settings import Setup
 from jitjax.pipeline import Sampler
 from jitjax.settings import Settings
 
@@ -44,13 +45,13 @@ def run(args: argparse.Namespace) -> None:
         common.emit(record)
 
 
-def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+def measure(setup: Setup, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """A record for each way, all sampled from one set of weights. Rounds go over all ways, so that a card that warms up
     slows all of them."""
     draw = functools.partial(common.random_params, setup.geometry)
     abstract = jax.eval_shape(draw, jax.random.key(0))
     params = jax.jit(draw, out_shardings=sharding.shardings(abstract, setup.mesh))(jax.random.key(0))
-    count = setup.config.preview.num_images
+    count = setup.settings.preview.num_images
     programs, compile_seconds = {}, {}
     for way in ways:
         sampler = make_sampler(setup, way)
@@ -64,10 +65,10 @@ def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict
             for way in ways:
                 seconds[way].append(common.timed(lambda way=way: programs[way](*inputs))[1])
 
-    p = setup.config.preview
+    p = setup.settings.preview
     records = []
     for way in ways:
-        median, passes = statistics.median(seconds[way]), network_passes(setup.config, way)
+        median, passes = statistics.median(seconds[way]), network_passes(setup.settings, way)
         compared = way == "guided" and "published" in ways
         work = 2 * flops.forward_macs(setup.geometry) * passes * count / median / setup.mesh.size
         records.append(
@@ -84,36 +85,36 @@ def measure(setup: common.Setup, ways: Sequence[str], repeats: int) -> list[dict
                 "compile_seconds": round(compile_seconds[way], 2),
                 "method": p.method,
                 "sampling_steps": p.steps,
-                "cfg_scale": scale_of(setup.config, way),
+                "cfg_scale": scale_of(setup.settings, way),
                 "interval": list(p.interval),
                 "card": monitor.report(),
                 **common.describe(setup),
             }
         )
         common.say(
-            f"{setup.config.model.name} {way}: {records[-1]['images_per_second']} images/s, {count} in {median:.3f} s, "
+            f"{setup.settings.model.name} {way}: {records[-1]['images_per_second']} images/s, {count} in {median:.3f} s, "
             f"{passes} network passes an image"
         )
     return records
 
 
-def labels_of(setup: common.Setup, count: int) -> Sequence[int]:
+def labels_of(setup: Setup, count: int) -> Sequence[int]:
     """A label for each image; the null label where the model is unconditional."""
     classes = setup.geometry.num_classes
-    return [i % classes if setup.config.model.class_conditional else classes for i in range(count)]
+    return [i % classes if setup.settings.model.class_conditional else classes for i in range(count)]
 
 
-def make_sampler(setup: common.Setup, way: str) -> Sampler:
+def make_sampler(setup: Setup, way: str) -> Sampler:
     """The sampler that previews and `Pipeline.sample` use, with float32 images as its result."""
-    options = dataclasses.replace(setup.config.preview.sampler(), cfg_scale=scale_of(setup.config, way))
+    options = dataclasses.replace(setup.settings.preview.sampler(), cfg_scale=scale_of(setup.settings, way))
     return Sampler(
         setup.geometry,
-        diffusion.from_config(settings.to_dict(setup.config)),
+        diffusion.from_config(settings.to_dict(setup.settings)),
         options,
         setup.mesh,
-        dtype=setup.config.dtype,
+        dtype=setup.settings.dtype,
         ops=setup.ops,
-        comm_dtype=setup.config.mesh.comm_dtype,
+        comm_dtype=setup.settings.mesh.comm_dtype,
         integrate=published if way == "published" else sampling.sample_fn,
         finish=lambda images: images,
     )

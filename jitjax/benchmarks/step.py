@@ -29,6 +29,7 @@ import jax
 from jitjax import cards, flops, from_settings, settings, step
 from jitjax.benchmarks import card, common, profile
 from jitjax.errors import UserError
+from jitjax.from_settings import Setup
 from jitjax.settings import Settings
 
 
@@ -44,10 +45,10 @@ def run(args: argparse.Namespace) -> None:
     peak = card.matmul_peak()
     common.say(f"matmul {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
 
-    def measure_one(setup: common.Setup) -> dict[str, Any]:
+    def measure_one(setup: Setup) -> dict[str, Any]:
         folder = Path(args.profile) if args.profile else None
         if folder and len(setups) > 1:
-            folder = folder / f"{setup.config.kernels}_{setup.config.batch_size}"
+            folder = folder / f"{setup.settings.kernels}_{setup.settings.batch_size}"
         settings = dict(steps=args.steps, warmup=args.warmup, repeats=args.repeats)
         return measure(setup, peak, folder=folder, **settings)
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Setup], dict[str, Any]]) -> list[dict[str, Any]]:
+def measure_all(setups: Sequence[Setup], measure_one: Callable[[Setup], dict[str, Any]]) -> list[dict[str, Any]]:
     """Measure and print each, and return the records; one that does not fit does not stop the others.
 
     Raises:
@@ -74,7 +75,7 @@ def measure_all(setups: Sequence[common.Setup], measure_one: Callable[[common.Se
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
-            too_large.append(f"--config.batch_size={setup.config.batch_size} (kernels {setup.kernels})")
+            too_large.append(f"--config.batch_size={setup.settings.batch_size} (kernels {setup.kernels})")
             common.say(f"{too_large[-1]}: out of memory")
     if too_large:
         raise UserError(f"out of memory: {', '.join(too_large)}; use a smaller batch or --config.remat=dots or full")
@@ -96,7 +97,7 @@ def list_variants(config: Settings, kernels: Sequence[str], batch_sizes: str) ->
 
 
 def measure(
-    setup: common.Setup, peak: dict[str, float], *, steps: int, warmup: int, repeats: int, folder: Path | None = None
+    setup: Setup, peak: dict[str, float], *, steps: int, warmup: int, repeats: int, folder: Path | None = None
 ) -> dict[str, Any]:
     """Compile the step and time it.
 
@@ -108,10 +109,10 @@ def measure(
     Returns:
       The record to print. Times in ms and s, rates a second, memory in GiB (2^30 bytes).
     """
-    config, geometry, mesh = setup.config, setup.geometry, setup.mesh
+    config, geometry, mesh = setup.settings, setup.geometry, setup.mesh
     state, init_seconds = common.timed(lambda: common.random_state(setup))
     batch = common.random_batch(setup)
-    train_step = from_settings.make_step(config, geometry, setup.plan, mesh, setup.ops)
+    train_step = from_settings.make_step(setup)
     begun = time.perf_counter()
     lowered = train_step.lower(state, batch)
     lower_seconds = time.perf_counter() - begun
