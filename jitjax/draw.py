@@ -68,17 +68,17 @@ def draw(
     batches = pipe.sample_batches(
         [shown[i] for i in missing], indices=missing, seed=seed, batch_size=batch_size, dtype=dtype, **(options or {})
     )
-    begun = time.perf_counter()
+    begun, first = time.perf_counter(), None
     with progress(len(missing), f"sampling {pipe.which}") as advance:
         for indices, images in batches:
             sink.write(indices, images)
             advance(len(indices))
+            first = first or (len(indices), time.perf_counter() - begun)
     sink.finish()
     if jax.process_index() == 0:
-        seconds = time.perf_counter() - begun
         skipped = len(numbers) - len(missing)
         resumed = f" ({skipped} were there)" if skipped else ""
-        print(f"{len(missing)} images{resumed} in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s -> {target}")
+        print(f"{len(missing)} images{resumed} in {speed(len(missing), time.perf_counter() - begun, first)} -> {target}")
     if path is not None:
         write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
     return 0
@@ -308,6 +308,16 @@ def agreed(missing: list[int]) -> list[int]:
     return multihost_utils.broadcast_one_to_all(padded).tolist()
 
 
+def speed(count: int, seconds: float, first: tuple[int, float] | None) -> str:
+    """How long `count` images took, and how fast they came behind the `first` batch (images, seconds), which compiles."""
+    if first is None:
+        return f"{seconds:.1f} s"
+    if first[0] == count:
+        return f"{seconds:.1f} s with compilation"
+    rate = (count - first[0]) / max(seconds - first[1], 1e-9)
+    return f"{seconds:.1f} s: {first[1]:.1f} s for the first {first[0]} with compilation, then {rate:.1f} images/s"
+
+
 @contextlib.contextmanager
 def progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr with rate and time left, by process 0 and on a terminal only; gives `advance(count)`."""
@@ -319,11 +329,15 @@ def progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=jax.process_index() > 0 or not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, rate="")
-        begun, done = time.perf_counter(), 0
+        begun, done = None, 0  # from the end of the first batch, which waits for the compiler
 
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(task, advance=count, rate=f"{done / (time.perf_counter() - begun):.1f} images/s")
+            nonlocal begun, done
+            if begun is None:
+                begun, rate = time.perf_counter(), ""
+            else:
+                done += count
+                rate = f"{done / (time.perf_counter() - begun):.1f} images/s"
+            bar.update(task, advance=count, rate=rate)
 
         yield advance
