@@ -93,7 +93,7 @@ def _library() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError("models on the Hugging Face Hub need its package: pip install 'jitjax[hub]'") from None
+        raise UserError("models on the Hugging Face Hub need its package: pip install -e '.[hub]' in jitjax's folder") from None
     return huggingface_hub
 
 

@@ -116,7 +116,7 @@ def write_report(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike |
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("a report needs the plotly package: pip install 'jitjax[report]'") from None
+        raise UserError("a report needs the plotly package: pip install -e '.[report]' in jitjax's folder") from None
     paths = [Path(workdir).expanduser() for workdir in workdirs]
     out = paths[0] / "report.html" if out is None else Path(out).expanduser()
     runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]

@@ -157,7 +157,7 @@ class Results:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise UserError("the plot needs matplotlib: pip install 'jitjax[evaluation]'") from error
+            raise UserError("the plot needs matplotlib: pip install -e '.[evaluation]' in jitjax's folder") from error
         curves: dict[str, list[tuple[float, float]]] = {}
         for point, scores in sorted(self._known.items()):
             name = f"{point.which}, ({point.interval[0]:g}, {point.interval[1]:g})"

@@ -244,7 +244,7 @@ def test_without_a_network_or_the_package_one_line_says_so(python, monkeypatch, 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for argv in (["sample", NAME, "--out", "a.png"], ["evaluate", NAME, "--reference", str(ROOT)]):
         assert cli.main(argv) == 2
-        assert "pip install 'jitjax[hub]'" in capsys.readouterr().err
+        assert "pip install -e '.[hub]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="sub"):
         hub.push(ROOT, f"{NAME}/sub", private=None, message="")
 

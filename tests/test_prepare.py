@@ -358,7 +358,7 @@ def test_parquet_that_cannot_be_used_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="damaged Parquet"):
         prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out2"), SIZE)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install 'jitjax\[parquet\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[parquet\]'"):
         prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out3"), SIZE)
 
 

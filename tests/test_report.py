@@ -120,7 +120,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--out=.*nosuch.* cannot be written"):
         report.write_report([workdir], tmp_path / "nosuch" / "r.html")
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
-    with pytest.raises(UserError, match=r"pip install 'jitjax\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[report\]'"):
         report.write_report([workdir])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jitjax.data import open_dataset
 from jitjax.data.shapes import CLASSES, draw_dataset
 from jitjax.errors import UserError
 
@@ -91,3 +92,14 @@ def test_unknown_class_and_sizes_are_named(tmp_path):
     with pytest.raises(UserError, match="per_class"):
         draw_dataset(tmp_path / "set", per_class=0)
     assert not any(tmp_path.iterdir())
+
+
+def test_our_own_records_beside_images_are_known_and_those_of_others_reported(tmp_path):
+    """At the start of a run: that something was left alone is news only where it is not ours."""
+    root = draw_dataset(tmp_path / "set", per_class=2)
+    assert "left alone" not in open_dataset(root, 32).summary
+    folder = root / "train"
+    (folder / "samples.json").write_text('{"weights": "", "which": "0.9", "labels_by_index": [0]}')
+    assert "left alone" not in open_dataset(folder, 32).summary
+    (root / "shapes.json").write_text('{"0000.png": "a label, who knows"}')
+    assert "left alone: 1 .json beside train/" in open_dataset(root, 32).summary

@@ -3,7 +3,7 @@
     jitjax report runs/a
     jitjax report runs/a runs/b --out compared.html
 
-It opens without a network, and can be written while the runs go on. Needs `pip install 'jitjax[report]'`.
+It opens without a network, and can be written while the runs go on. Needs `pip install -e '.[report]'`.
 """
 
 from __future__ import annotations

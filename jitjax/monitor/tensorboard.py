@@ -30,7 +30,9 @@ class TensorBoardRun:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise UserError("--config.log.tensorboard=True needs the tensorboard package: pip install tensorboard") from error
+            raise UserError(
+                "--config.log.tensorboard=True needs its package: pip install -e '.[tensorboard]' in jitjax's folder"
+            ) from error
         self._event, self._summary, self._report = event_pb2, summary_pb2, report
         try:
             self._writer: EventFileWriter | None = EventFileWriter(str(Path(workdir) / "tensorboard"), flush_secs=30)
