@@ -137,6 +137,26 @@ def test_the_check_on_a_card_has_commands_that_exist(monkeypatch, capsys):
         check_command(argv_of(command.strip()), command, capsys)
 
 
+def test_git_ignores_what_the_commands_write():
+    """Someone who follows the pages in a clone has nothing to tidy up before `git status` is clean."""
+    written = set()
+    for block in blocks():
+        if block.language == "python":
+            written |= set(re.findall(r"\.save\(\"([^\"]+)\"\)", block.text))
+        for command in block.commands() if block.language in ("", "sh") else ():
+            flags = re.findall(r"--(?:out|output|path|to|workdir)[ =](\S+)", command) if argv_of(command) else ()
+            written |= {path for path in flags if not path.startswith(("/", "~", "hf://", "$"))}
+    assert {"grid.png", "images", "path.gif", "sweep.jsonl", "exported", "runs/a", "tune"} <= written
+    names = "\n".join(os.path.normpath(path) for path in sorted(written))
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin", "--verbose", "--non-matching"],
+        cwd=ROOT, input=names, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode == 128:
+        pytest.skip("not a git clone")
+    assert [line for line in done.stdout.splitlines() if line.startswith("::")] == []
+
+
 def options() -> set[str]:
     """Every flag of every verb."""
     return {text for parser in reference.parsers() for action in reference.flags_of(parser) for text in action.option_strings}
