@@ -10,9 +10,10 @@ from jitjax import runtime
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A card that a program can be planned for. All but `memory` and `flops` are attributes of a `jax.Device`, by which kernels
-    are chosen. `memory`: bytes, as nvidia-smi reports it. `flops`: dense (not sparse) bf16 operations per second, from NVIDIA's
-    datasheets for the SXM modules; None where no speed of this program was measured."""
+    """A card that a program can be planned for. All but `memory`, `flops` and `link` are attributes of a `jax.Device`, by which
+    kernels are chosen. `memory`: bytes, as nvidia-smi reports it. `flops`: dense (not sparse) bf16 operations per second, from
+    NVIDIA's datasheets for the SXM modules; None where no speed of this program was measured. `link`: bytes per second and card
+    in ring all-reduces over the NVLink of eight; None where that is not known."""
 
     device_kind: str
     compute_capability: str
@@ -20,6 +21,7 @@ class Card:
     memory: int
     platform: str = "gpu"
     flops: float | None = None
+    link: float | None = None
 
     @property
     def usable(self) -> float:
@@ -28,8 +30,8 @@ class Card:
 
 
 CARDS = {
-    "h200": Card("NVIDIA H200", "9.0", 132, 143_771 * 2**20, flops=989e12),
-    "h100": Card("NVIDIA H100 80GB HBM3", "9.0", 132, 81_559 * 2**20, flops=989e12),
+    "h200": Card("NVIDIA H200", "9.0", 132, 143_771 * 2**20, flops=989e12, link=360e9),
+    "h100": Card("NVIDIA H100 80GB HBM3", "9.0", 132, 81_559 * 2**20, flops=989e12, link=360e9),
     "a100": Card("NVIDIA A100-SXM4-80GB", "8.0", 108, 81_920 * 2**20),
     "a100-40gb": Card("NVIDIA A100-SXM4-40GB", "8.0", 108, 40_960 * 2**20),
     "l40s": Card("NVIDIA L40S", "8.9", 142, 46_068 * 2**20),

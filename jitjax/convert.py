@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jitjax import checkpoint, cli, hub, pipeline, settings
+from jitjax import checkpoint, cli, hub, pipeline, settings, tables
 from jitjax.errors import UserError
 from jitjax.interop import diffusers, sources, weights, workdir
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if found.moments and not one_set:
         print(f"with the state of AdamW after {found.step} steps")
     for note in found.notes:
-        print(f"note: {note}")
+        tables.say(f"note: {note}")
 
 
 def export(source: Path, args: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def export(source: Path, args: argparse.Namespace) -> None:
     written = pipe.push(args.to) if hub.is_name(args.to) else pipe.save(args.to)
     print(f"{source} -> {written}: {', '.join(pipe.weights)}")
     for note in pipe.notes:
-        print(f"note: {note}")
+        tables.say(f"note: {note}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

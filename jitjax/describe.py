@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jitjax import data, flops, model, sampling, sharding
+from jitjax import data, flops, model, sampling, sharding, tables
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import CLASSES, PER_CLASS
 from jitjax.plan import Plan, make_plan, resolve_num_classes
@@ -49,14 +49,16 @@ def look(settings: Settings, *, devices: list[jax.Device] | None = None, may_lac
         images, classes, note = PER_CLASS * len(CLASSES), len(CLASSES), ""
     elif may_lack_data and not settings.data.path:
         images, classes = flops.IMAGENET_IMAGES, settings.model.num_classes or 1000
-        note = " (ImageNet's numbers, as --config.data.path is not set)"
+        note = " (ImageNet's, as --config.data.path is not set)"
     else:
         dataset = data.open_dataset(settings.data.path, settings.data.image_size, **settings.data.reading())
         images, classes, note = len(dataset), dataset.num_classes, ""
     num_classes = resolve_num_classes(settings.model.class_conditional, settings.model.num_classes, classes)
     geometry = model.geometry_of(settings.model, settings.data.image_size, num_classes)
     plan = make_plan(settings, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
-    return Outlook(settings, images, classes, f"{images:,} images of {classes or 'no'} classes{note}", geometry, plan, mesh)
+    labels = f" of {classes:,} class{'' if classes == 1 else 'es'}" if settings.model.class_conditional else ""
+    unused = ", whose labels an unconditional model does not use" if classes and not labels and not note else ""
+    return Outlook(settings, images, classes, f"{images:,} images{labels}{unused}{note}", geometry, plan, mesh)
 
 
 def describe(settings: Settings) -> str:
@@ -66,13 +68,17 @@ def describe(settings: Settings) -> str:
       UserError: a mistake in the settings or the data.
     """
     outlook = look(settings)
-    return f"{json.dumps(settings_lib.to_dict(settings), indent=1)}\n\n{rows(outlook, jax.devices()[0].device_kind)}"
+    return f"{settings_text(settings)}\n\n{rows(outlook, jax.devices()[0].device_kind)}"
+
+
+def settings_text(settings: Settings) -> str:
+    return json.dumps(settings_lib.to_dict(settings), indent=1)
 
 
 def rows(outlook: Outlook, device_kind: str) -> str:
     """The numbers, one a line."""
     settings, plan, geometry, mesh = outlook.settings, outlook.plan, outlook.geometry, outlook.mesh
-    parameters = flops.parameters(geometry)
+    parameters, state = flops.parameters(geometry), flops.state_bytes(geometry, settings.optim)
     found = {
         "devices": f"{sharding.describe(mesh)}, {device_kind}",
         "data": outlook.data,
@@ -90,7 +96,7 @@ def rows(outlook: Outlook, device_kind: str) -> str:
         "tokens per image": f"{geometry.tokens} (and {geometry.context_length} context tokens)",
         "operations": f"{flops.train_flops(geometry) * plan.global_batch:.3g} per optimizer step, "
         f"{flops.train_flops(geometry) * plan.global_batch * plan.total_steps:.3g} in all",
-        "state": f"{flops.state_bytes(geometry, settings.optim) / 2**30:.2f} GiB over all devices (parameters, moments, EMAs)",
+        "state": f"{tables.format_bytes(state)} over all devices (parameters, moments, EMAs)",
     }
     width = max(map(len, found))
     return "\n".join(f"{name:{width}}  {text}" for name, text in found.items())

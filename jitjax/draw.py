@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jitjax import pipeline
+from jitjax import pipeline, tables
 from jitjax.errors import UserError
 from jitjax.monitor import save_animation, save_grid, save_strip
 
@@ -57,7 +57,7 @@ def draw(
     pipe = pipeline.load(model, which)
     if jax.process_index() == 0:
         for note in pipe.notes:
-            print(f"note: {note}")
+            tables.say(f"note: {note}")
     numbers = label_numbers(pipe, labels, num)
     if target.suffix.lower() == ".png" and len(numbers) > LARGEST_GRID:
         raise UserError(f"--num={len(numbers)} images do not fit into one grid: at most {LARGEST_GRID}, or --out=FOLDER")
@@ -78,7 +78,7 @@ def draw(
     if jax.process_index() == 0:
         skipped = len(numbers) - len(missing)
         resumed = f" ({skipped} were there)" if skipped else ""
-        print(f"{len(missing)} images{resumed} in {speed(len(missing), time.perf_counter() - begun, first)} -> {target}")
+        tables.say(f"{len(missing)} images{resumed} in {speed(len(missing), time.perf_counter() - begun, first)} -> {target}")
     if path is not None:
         write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
     return 0
@@ -169,7 +169,8 @@ class Grid:
             return
         null, names = self._pipe.geometry.num_classes, self._pipe.class_names
         captions = [names[n] if names and n < null else "" if n == null else str(n) for n in self._numbers]
-        save_grid(self._path, self._images, captions=captions if any(captions) else None)
+        named = any(captions)
+        save_grid(self._path, self._images, captions=captions if named else None, labels=self._numbers if named else None)
 
 
 class Folder:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import collections
-import json
 import re
 import time
 
 import jax
 
 from jitjax import cards, describe, estimate, memory, model, sharding, speeds, tables
-from jitjax import settings as settings_lib
 from jitjax.cards import CARDS, Card
 from jitjax.describe import Outlook
 from jitjax.errors import UserError
-from jitjax.memory import GIB, Needs
+from jitjax.memory import Needs
 from jitjax.settings import Settings
-
-LINK = 360e9  # bytes per second and card, of ring all-reduces over the NVLink of eight H100; docs/speed.md, "Eight cards"
 
 
 def dry_run(settings: Settings, *, devices: int, card: str) -> str:
-    """Everything, as text.
+    """Everything, as text: first whether it fits and what looks wrong, then the numbers and the tables.
 
     Args:
       devices: how many cards to pretend; as many emulated CPU devices must be there.
@@ -37,19 +33,27 @@ def dry_run(settings: Settings, *, devices: int, card: str) -> str:
     begun = time.perf_counter()
     needs = memory.needs(settings, outlook.geometry, outlook.plan, outlook.mesh, chosen)
     seconds = time.perf_counter() - begun
-    warnings = describe.warnings(outlook)
-    if needs.program > chosen.usable:
-        warnings.insert(0, f"it does not fit an {card.upper()}: {what_fits(outlook, chosen)}")
+    warnings = [f"warning: {line}" for line in describe.warnings(outlook)]
     parts = [
-        json.dumps(settings_lib.to_dict(settings), indent=1),
+        "\n".join([verdict(outlook, needs, card), *(warnings or ["nothing looks wrong"])]),
         describe.rows(outlook, f"{chosen.device_kind} (pretended)") + f"\n{duration(outlook, card)}",
-        parameter_table(outlook),
         memory_table(outlook, needs, card),
-        communication_table(outlook, needs),
-        "\n".join(f"warning: {line}" for line in warnings) or "nothing looks wrong",
-        f"(compiled in {seconds:.0f} s; nothing was run)",
+        communication_table(outlook, needs, chosen),
+        parameter_table(outlook),
+        f"(compiled in {seconds:.0f} s; nothing was run; --print_config adds the settings)",
     ]
     return "\n\n".join(parts)
+
+
+def verdict(outlook: Outlook, needs: Needs, card: str) -> str:
+    """Whether a training step fits the card, and what would."""
+    usable, size = CARDS[card].usable, outlook.settings.batch_size
+    takes = f"{tables.format_bytes(needs.program)} of {tables.format_bytes(usable)} usable on an {card.upper()}"
+    if needs.program > usable:
+        return f"it does not fit: {takes}; {what_fits(outlook, CARDS[card])}"
+    fixed = needs.program - needs.working
+    largest = int((usable - fixed) * size // max(needs.working, 1))
+    return f"it fits: {takes}; about {largest:,} images in a micro-batch would, too"
 
 
 def duration(outlook: Outlook, card: str) -> str:
@@ -91,13 +95,14 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def memory_table(outlook: Outlook, needs: Needs, card: str) -> str:
-    """Bytes of one device by what they are for, and whether they fit."""
+    """Bytes of one device by what they are for."""
     settings, chosen = outlook.settings, CARDS[card]
     kernels = "fused kernels as opaque calls" if needs.kernels == "fused" else "plain operations"
     emas = len(settings.optim.ema_decays) + len(settings.optim.power_emas)
     moments = "AdamW's moments" if settings.optim.name == "adamw" else "Muon's momentum, AdamW's moments,"
+    of_all = f"{chosen.usable / chosen.memory:.0%} of an {card.upper()}'s {tables.format_bytes(chosen.memory)}"
     cells = [
-        ("memory of one device", "GiB", ""),
+        ("memory of one device", "bytes", ""),
         ("parameters", needs.params, "float32, counted"),
         ("gradients", needs.gradients, "float32, counted"),
         ("optimizer", needs.optimizer, f"{moments} in float32, counted"),
@@ -105,16 +110,10 @@ def memory_table(outlook: Outlook, needs: Needs, card: str) -> str:
         ("batch", needs.batch, f"{settings.optim.accumulation_steps} x {settings.batch_size} images, counted"),
         ("activations", needs.working, f"and working memory: the rest of the compiled step ({kernels})"),
         ("sum", needs.program, "compiled for CPU devices; docs/speed.md compares with cards"),
-        ("usable", chosen.usable, f"{chosen.usable / chosen.memory:.0%} of an {card.upper()}'s {chosen.memory / GIB:.1f}"),
+        ("usable", chosen.usable, of_all),
     ]
-    text = tables.columns(
-        [cells[0], *((name, f"{size / GIB:.2f}", note) for name, size, note in cells[1:])], left=("memory of one device", "")
-    )
-    if needs.program > chosen.usable:
-        return f"{text}\nit does not fit"
-    fixed = needs.program - needs.working
-    largest = int((chosen.usable - fixed) * settings.batch_size // max(needs.working, 1))
-    return f"{text}\nit fits; about {largest:,} images in a micro-batch would, too"
+    rows = [(name, tables.format_bytes(size), note) for name, size, note in cells[1:]]
+    return tables.columns([cells[0], *rows], left=("memory of one device", ""))
 
 
 def what_fits(outlook: Outlook, card: Card) -> str:
@@ -125,12 +124,12 @@ def what_fits(outlook: Outlook, card: Card) -> str:
     if fit is None:
         return "not even one image at a time does; use --config.remat=full, a larger --config.mesh.fsdp, or a smaller model"
     return (
-        f"{memory.flags(fit[0])} is the same effective batch and needs {fit[1].program / GIB:.1f} GiB; "
+        f"{memory.flags(fit[0])} is the same effective batch and needs {tables.format_bytes(fit[1].program)}; "
         "--config.remat=dots or full may do, too"
     )
 
 
-def communication_table(outlook: Outlook, needs: Needs) -> str:
+def communication_table(outlook: Outlook, needs: Needs, card: Card) -> str:
     """Collectives of one optimizer step, as the compiled program has them."""
     if not needs.collectives:
         return "nothing crosses devices"
@@ -144,8 +143,13 @@ def communication_table(outlook: Outlook, needs: Needs) -> str:
         cells.append((kind, str(group), f"{found['calls']:,}", *sizes))
     sent = sum(found["sent"] for found in totals.values())
     unknown = "; a loop of unknown length counts once" if any(op.times is None for op in needs.collectives) else ""
+    time = (
+        f"over NVLink, {card.link / 1e9:.0f} GB/s in ring all-reduces, that takes {sent / card.link * 1e3:.2g} ms where it "
+        "does not overlap with computation"
+        if card.link
+        else f"how long that takes is not known, as the links of an {card.device_kind} were not measured"
+    )
     return (
         tables.columns(cells, left=("between devices",))
-        + f"\nper optimizer step, read from the compiled program{unknown}; at {LINK / 1e9:.0f} GB/s (NVLink, eight H100) "
-        f"{sent / LINK * 1e3:.2g} ms, where it does not overlap with computation"
+        + f"\nper optimizer step, read from the compiled program{unknown}; {time}"
     )

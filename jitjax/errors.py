@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jitjax import tables
+
 
 class UserError(Exception):
     """A user's mistake: one line that names the flag, the value and the remedy. It is shown without a traceback."""
@@ -25,6 +27,6 @@ def closing(thing: Any) -> Iterator[Any]:
         try:
             thing.close()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tables.say(f"error: {error}", sys.stderr)
         raise
     thing.close()

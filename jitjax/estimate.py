@@ -224,6 +224,28 @@ def geometry_of_settings(settings: Settings) -> Geometry:
     return geometry_of(settings.model, settings.data.image_size, settings.model.num_classes or 1000)
 
 
+def guide_text(guide: Mapping[str, float], ours: Mapping[str, float] | None) -> str:
+    """What the guide's rows are, and why they are slower than those of this program, by utilisation of the cards.
+
+    Args:
+      guide, ours: utilisations by name of the row; ours None where no speed is known.
+    """
+    rates = ", ".join(f"{rate / 1e3:.0f}" for rate in speeds.GUIDE_TOKENS_PER_SECOND.values())
+    text = (
+        "the PyTorch guide's plan: the guide to training JiT in PyTorch, whose flags `jitjax train` explains, reckons with "
+        f"{rates} thousand tokens/s on {speeds.GUIDE_DEVICES} H200 for JiT-B/4 at 64 px; other models, the same utilisation."
+    )
+    factors = sorted(ours[name] / guide[name] for name in guide) if ours else [0.0]
+    if factors[0] <= 1:
+        return text
+    low, high, used = min(guide.values()), max(guide.values()), ours["middle"]
+    return text + (
+        f"\nIt is {factors[0]:.0f} to {factors[-1]:.0f} times slower than the rows above because it assumes that {low:.1%} to "
+        f"{high:.1%} of the cards' operations are used, and those have {used:.0%}. It is no measurement of PyTorch: "
+        "docs/speed.md has one."
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Print the tables.
 
@@ -253,14 +275,16 @@ def run(args: argparse.Namespace) -> None:
     known = card in cards.WITH_FLOPS
     peak = cards.CARDS[card].flops if known else 1e12
 
-    print(
+    tables.say(
         f"{config.model.name} at {geometry.image_size} px: {geometry.tokens} tokens per image, "
         f"{forward_macs(geometry) / 1e9:.2f} G multiply-adds forward, {train_flops(geometry) / 1e9:.0f} GFLOP to train "
         f"on an image, {train_flops(geometry) / geometry.tokens / 1e9:.3f} GFLOP per token"
     )
     sheet = f": {peak / 1e12:.0f} TFLOP/s dense bf16 each (datasheet)" if known else ""
     kind = card.upper() if known else card
-    print(f"{devices} x {kind}{sheet}; an epoch is {images_per_epoch:,} images; --help explains all")
+    tables.say(f"{devices} x {kind}{sheet}; an epoch is {images_per_epoch:,} images; --help explains all")
+    if args.price_per_gpu_hour:
+        tables.say(f"cost is GPU-hours times {args.price_per_gpu_hour:g}, in the currency of --price_per_gpu_hour")
 
     measured, reason = speeds.measured_utilisations(config, geometry, card)
     basis = None
@@ -269,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
         run_devices = args.run_devices or own.devices
         if not run_devices:
             raise UserError(f"--from={args.run_from}: config.json does not say how many devices: add --run_devices=N")
-        kept = f", goodput {own.goodput:.1%}" if own.goodput else ""
+        kept = f", goodput (share of its time in which it trained) {own.goodput:.1%}" if own.goodput else ""
         median = statistics.median(own.tokens_per_second)
         source = f"{args.run_from}, median {median:,.0f} tokens/s on {run_devices} card(s){kept}"
         where = dict(ran_on=run_devices, devices=devices, peak=peak, goodput=own.goodput)
@@ -286,18 +310,16 @@ def run(args: argparse.Namespace) -> None:
 
     options = dict(known_peak=known, price=args.price_per_gpu_hour, bytes_of=bytes_of)
     if basis is None:
-        print(f"no estimate from this program's own speed: {reason}; --measure takes one here, --from takes a run's")
+        tables.say(f"no estimate from this program's own speed: {reason}; --measure takes one here, --from takes a run's")
     else:
-        print(f"\nfrom {basis.source}")
+        tables.say(f"\nfrom {basis.source}")
         print(format_table(estimate(geometry, basis.utilisations, tokens, **numbers), **options))
     guide = speeds.guide_utilisations(geometry)
     if known:
-        print(
-            "\nthe PyTorch guide's plan, at the utilisation of its 240, 400 and 640 thousand tokens/s on eight H200 for JiT-B/4"
-        )
+        tables.say(f"\n{guide_text(guide, basis and basis.utilisations)}")
         print(format_table(estimate(geometry, guide, tokens, **numbers), **options))
     used = (basis.utilisations if basis else guide)["middle"]
-    print("\nwhat a change does, at the middle utilisation (small models and batches use less of a card, large ones more)")
+    tables.say("\nwhat a change does, at the middle utilisation (small models and batches use less of a card, large ones more)")
     print(format_changes(changes(config, used, measured if own is None else {}), **numbers))
 
 

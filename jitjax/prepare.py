@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jitjax import cli
+from jitjax import cli, tables
 from jitjax.data import pool
 from jitjax.data.inputs import Input, open_input
 from jitjax.data.prepared import FORMAT, VERSION, index_checksum, read_index
@@ -234,7 +234,7 @@ def _report(output: str, index: dict[str, Any]) -> None:
     if len(skipped) > 20:
         print(f"... and {len(skipped) - 20} more, all listed in {INDEX_FILE}")
     if constant := index.get("constant"):
-        print(
+        tables.say(
             f"warning: {constant} images came out constant, all of one colour; 16-bit and float pictures are clipped as the "
             "official loader does: --high_depth range or picture scales them"
         )

@@ -1,8 +1,13 @@
-"""Tables of text, and numbers with their units, as commands print them. Imports nothing."""
+"""Tables of text, and numbers with their units, as commands print them."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import textwrap
 from collections.abc import Sequence
+from typing import TextIO
 
 
 def columns(cells: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
@@ -23,8 +28,32 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """Decimal units, as disks have them."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e6:.3g} MB"
+    """Three digits and a binary unit, as memory has them: 2.62 GiB, 512 MiB."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.{max(0, 3 - len(str(int(number / size))))}f} {unit}"
+    return f"{number:.0f} B"
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print sentences as `wrap` lays them out; default to stdout."""
+    stream = sys.stdout if stream is None else stream
+    print(wrap(text, stream), file=stream, flush=True)
+
+
+def wrap(text: str, stream: TextIO) -> str:
+    """Lines broken between words to fit the terminal that `stream` is; as they are where it is none. A word that is longer than
+    a line stays whole, so that a path can be copied."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError, AttributeError):
+        width = 0
+    if not width:
+        return text
+    options = dict(break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False)
+    lines = []
+    for line in text.split("\n"):
+        title = re.match(r"\S+(?: \S+)*  +(?=\S)", line)  # of a table's row: the rest stands under the second column
+        indent = title.end() if title and title.end() <= width // 2 else 0
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * indent, **options) or [line]
+    return "\n".join(lines)

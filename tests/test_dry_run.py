@@ -207,11 +207,28 @@ def test_dry_run_of_a_recipe_without_data_or_cards(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert "1,281,167 images of 1000 classes (ImageNet's numbers" in text and "512 images = 64 x 4 devices x 2" in text
+    assert text.startswith("it fits: ") and " usable on an H100; about " in text.splitlines()[0]
+    assert "1,281,167 images of 1,000 classes (ImageNet's, as" in text and "512 images = 64 x 4 devices x 2" in text
     assert re.search(r"blocks\.\*\.attn\.qkv\.kernel +2 x +128x384 +98,304 +32x384 +axis 0 over fsdp", text), text
-    assert re.search(r"usable +73\.28 +92% of an H100's 79\.6", text) and "it fits" in text
+    assert re.search(r"usable +73\.3 GiB +92% of an H100's 79\.6 GiB", text) and re.search(r"parameters +\d+ KiB", text)
     assert re.search(r"^all-gather +4 ", text, re.M) and re.search(r"^all-to-all +4 ", text, re.M)
-    assert '"batch_size": 64' in text
+    assert "; over NVLink, 360 GB/s" in text and "0.00 GiB" not in text
+    assert '"batch_size"' not in text
+
+
+def test_dry_run_speaks_of_the_run_and_the_card_that_it_is_about(monkeypatch, capsys):
+    """An unconditional model uses no classes; a card whose links were not measured has no time; settings on request."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # both are set by the command, and are to be as before afterwards
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", os.environ["JAX_NUM_CPU_DEVICES"])
+    small = "model.depth=1 model.width=64 model.heads=2 model.bottleneck=8 model.context_start=0 batch_size=8"
+    fields = [f"--config.{field}" for field in small.split()]
+    done = ["train", "--config=configs/h200.py", "--dry_run", "--print_config", "--devices=2", "--card=a100", *fields]
+    assert cli.main(done) == 0
+    text = capsys.readouterr().out
+    assert "1,281,167 images (ImageNet's, as" in text and "classes" not in text.partition('"seed"')[0].partition("{")[0]
+    assert "the links of an NVIDIA A100-SXM4-80GB were not measured" in text and "NVLink" not in text
+    assert text.index("it fits") < text.index('"batch_size": 8')
 
 
 def test_flags_of_the_dry_run_are_its_own(capsys, monkeypatch):

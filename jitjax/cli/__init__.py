@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from jitjax import runtime, signals
+from jitjax import runtime, signals, tables
 from jitjax.errors import UserError
 
 if runtime.is_worker():  # a data worker re-imports the main module, and with it this one
@@ -94,7 +94,7 @@ def guarded(call: Callable[[], int | None]) -> int:
     try:
         return call() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tables.say(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -12,9 +12,9 @@ operations that training uses (`jitjax.flops` has the formula of the operations)
   pauses are assumed to take, which is printed. With --from, a run of your own on the same kind of card: lower decile, median
   and upper decile of its speed, times its goodput (share of its time in which it trained; start and compilation left out).
   This is the one to believe. With --measure, this machine, for a minute or two.
-- The PyTorch guide's plan of 240, 400 and 640 thousand tokens/s on eight H200 for JiT-B/4 at 64 px; another model gets the
-  tokens/s that the same utilisation yields.
-- What another batch, image size, patch or model changes; "state" is parameters, moments and EMAs.
+- What the guide to training JiT in PyTorch plans with: 240, 400 and 640 thousand tokens/s on eight H200 for JiT-B/4 at 64 px,
+  2 to 5% of the cards. It is an assumption, not a measurement; another model gets the tokens/s of the same utilisation.
+- What another batch, image size, patch or model changes; "state" is parameters, moments and EMAs, in GiB as --dry_run has it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run_devices", type=at_least(1), metavar="N", help="cards of that run, if it did not record them")
     parser.add_argument("--run_card", choices=cards.WITH_FLOPS, help="kind of card of that run, if it did not record it")
     parser.add_argument(
-        "--price_per_gpu_hour", type=at_least(0, float), default=0.0, metavar="P", help="adds a column of costs"
+        "--price_per_gpu_hour",
+        type=at_least(0, float),
+        default=0.0,
+        metavar="P",
+        help="adds a column of costs, in the currency of P",
     )
     parser.add_argument("--images_per_epoch", type=at_least(1), metavar="N", help="images in the data set; default ImageNet's")
 

@@ -4,7 +4,8 @@
     jitjax train --config configs/h200.py --dry_run --devices 8 --card h200
 
 The same command again continues after anything. Every field below can be overridden. `--dry_run` needs no card, and no data:
-it says what the run will be, what it needs of a card's memory and of the links between cards, and what looks wrong.
+it says whether the run fits a card's memory, what looks wrong, what the run will be and what crosses the links between cards;
+with `--print_config` also the settings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import traceback
 
-from jitjax import cards, runtime
+from jitjax import cards, runtime, tables
 from jitjax.cli import arguments
 from jitjax.errors import UserError
 from jitjax.settings import Settings, check_data
@@ -74,8 +75,10 @@ def dry_run(args: argparse.Namespace, settings: Settings) -> int:
     configured = settings.mesh.data and math.prod(axes)
     devices = args.devices or configured or len(here) or int(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    from jitjax import dry_run
+    from jitjax import describe, dry_run
 
     card = args.card or (here and cards.name_of(here[0])) or "h200"
-    print(dry_run.dry_run(settings, devices=devices, card=card))
+    tables.say(dry_run.dry_run(settings, devices=devices, card=card))
+    if args.print_config:
+        print(f"\n{describe.settings_text(settings)}")
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jitjax import draw, pipeline
+from jitjax import draw, pipeline, tables
 from jitjax.data import open_dataset
 from jitjax.errors import UserError
 from jitjax.evaluation.extractor import open_extractor
@@ -107,7 +107,7 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
             raise UserError(f"--image_size={image_size}: the images of {data} have {images.image_size} px")
     else:
         dataset = open_dataset(path, image_size)
-        print(dataset.summary)
+        tables.say(dataset.summary)
         images = DataImages(dataset)
     with draw.progress(len(images), "extracting") as advance:
         made = make_statistics(images, chosen, source=data, image_size=images.image_size, progress=_steps(advance))
@@ -116,7 +116,7 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
         write_statistics(out, made)
         print(f"{out}: {chosen.name}, {made.count} images of {made.image_size} px, {chosen.dim} features")
         for notice in [*chosen.notices, *(getattr(images, "skipped", None) or [])[:5]]:
-            print(f"note: {notice}")
+            tables.say(f"note: {notice}")
     return 0
 
 
