@@ -395,7 +395,8 @@ class Pipeline:
         options, classes = model_card.sampling(self), self.geometry.num_classes
         labels = [i % classes for i in range(count)] if classes else None
         images = self.sample(labels, num=None if classes else count, **dataclasses.asdict(options))
-        save_grid(picture, images, captions=[self.class_names[i] if self.class_names else str(i) for i in labels or ()] or None)
+        captions = labels and [self.class_names[i] if self.class_names else str(i) for i in labels]
+        save_grid(picture, images, captions=captions, labels=labels)
         guidance = f", guidance {options.cfg_scale:g}" if options.cfg_scale != 1 else ""
         used = "the raw weights" if self.which == RAW else f"EMA {self.which}"
         return f"Drawn from {used}: {options.method}, {options.steps} steps{guidance}"

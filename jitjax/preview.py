@@ -23,7 +23,7 @@ class Preview:
         """Args:
         num_images: images of the grid.
         classes: of a class-conditional model; 0: every image is unconditional, with `null_label`.
-        class_names: captions; empty: the class numbers.
+        class_names: captions; empty: the labels.
         """
         self._sampler, self._seed, self._indices = sampler, seed, range(num_images)
         self._columns = self._captions = None
@@ -38,5 +38,6 @@ class Preview:
         """Sample and write the grid as PNG (process 0 only). All processes must call it."""
         images = self._sampler(params, self._seed, self._indices, self._labels)
         if jax.process_index() == 0:
-            save_grid(path, images, columns=self._columns, captions=self._captions)
+            labels = None if self._captions is None else self._labels
+            save_grid(path, images, columns=self._columns, captions=self._captions, labels=labels)
         return path

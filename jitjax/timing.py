@@ -16,6 +16,7 @@ FILE = "time.json"
 # "startup": from the first line of a start to the loop; "compile": until the first step is done; "step": the loop's own time,
 # all that is of no other kind; "lost": steps that were not saved before a crash and had to be made again.
 KINDS = ("startup", "compile", "input_wait", "step", "save", "preview", "evaluation", "lost")
+LONG = ("save", "preview", "evaluation")  # kinds that `jitjax status` can name while they go on
 _PERSIST_SECONDS = 30.0
 _REMEMBERED = 64  # saves
 
@@ -48,6 +49,13 @@ class TimeAccount:
         self.starts += 1
         self._persisted = clock()
         self._kind, self._since = "startup", self._persisted if begun is None else begun
+        self._now = (self._kind, self._since)
+
+    @property
+    def now(self) -> tuple[str, float]:
+        """What the time is spent on at present, and for how many seconds it has been. Any thread may ask."""
+        kind, since = self._now
+        return kind, self._clock() - since
 
     def _take_back(self, resumed_from: int) -> None:
         """What was trained after the checkpoint must be made again."""
@@ -64,6 +72,8 @@ class TimeAccount:
         """From now on the time is spent on `kind`, one of `KINDS`."""
         now = self._clock()
         self.seconds[self._kind] += now - self._since
+        if kind != self._kind:
+            self._now = (kind, now)
         self._kind, self._since = kind, now
 
     @contextlib.contextmanager
@@ -71,10 +81,14 @@ class TimeAccount:
         """The time inside is spent on `kind`."""
         before = self._kind
         self.switch(kind)
+        if kind in LONG:
+            self.persist()
         try:
             yield
         finally:
             self.switch(before)
+            if kind in LONG:
+                self.persist()
 
     def reached(self, step: int) -> None:
         """Optimizer step `step` is done. Writes the file now and then."""
@@ -104,13 +118,15 @@ class TimeAccount:
         return {**sums, "time/starts": float(self.starts), "time/goodput": goodput}
 
     def __str__(self) -> str:
-        """E.g. "goodput 93.1% over 2 starts (step 1:02:03, startup 0:01:10, ...)"."""
+        """E.g. "goodput (share of the time spent in training steps) 93.1% of 1:06:39 over 2 starts: step 1:02:03, ..."."""
         goodput = self.goodput
         spent = sorted(
             ((seconds, kind) for kind, seconds in self.seconds.items() if seconds >= 0.5 or kind == "step"), reverse=True
         )
         parts = ", ".join(f"{kind.replace('_', ' ')} {datetime.timedelta(seconds=round(seconds))}" for seconds, kind in spent)
-        return f"goodput {goodput:.1%} over {self.starts} start{'s' if self.starts > 1 else ''} ({parts})"
+        total = datetime.timedelta(seconds=round(sum(self.seconds.values())))
+        starts = f"{self.starts} start{'s' if self.starts > 1 else ''}"
+        return f"goodput (share of the time spent in training steps) {goodput:.1%} of {total} over {starts}: {parts}"
 
     def persist(self) -> None:
         """Write the file whole or not at all. A disk that refuses is left for the next save to report."""
@@ -118,7 +134,13 @@ class TimeAccount:
         self._persisted = self._clock()
         if not self._is_main:
             return
-        content = {"starts": self.starts, "step": self._step, "seconds": self.seconds, "saves": self._saves}
+        content = {
+            "starts": self.starts,
+            "step": self._step,
+            "doing": self._kind,
+            "seconds": self.seconds,
+            "saves": self._saves,
+        }
         with contextlib.suppress(OSError):
             temporary = self._file.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 Order of operations in the loop, for optimizer step s: batch, step, remember metrics; then, if due, preview and save. A save
 writes the metrics first, so a checkpoint never knows more than metrics.jsonl. The host waits for the device only where it
-logs, and there for an interval that is long done.
+logs, and there for an interval that is long done (on a CPU for each step).
 """
 
 from __future__ import annotations
@@ -294,6 +294,8 @@ def build(
     )
     batches = data.to_device(host_batches, NamedSharding(mesh, sharding.BATCH))
     stack.callback(batches.close)
+    account = TimeAccount(folder.path, resumed_from=start, begun=begun, is_main=is_main)
+    guided = f" --cfg_scale {settings.preview.cfg_scale:g}" if conditional and settings.preview.cfg_scale != 1 else ""
     monitor = Monitor(
         folder.path,
         total_steps=plan.total_steps,
@@ -301,7 +303,9 @@ def build(
         resume_step=start,
         is_main=is_main,
         title=settings.model.name,
-        next_commands=(f"jitjax sample {workdir} --out {workdir}/samples/drawn.png",),
+        begun=begun,
+        activity=lambda: account.now,
+        next_commands=(f"jitjax sample {workdir}{guided} --out {workdir}/samples/drawn.png",),
         run_config=settings_lib.to_dict(settings) | facts,
         wandb=settings.wandb,
         tensorboard=settings.log.tensorboard,
@@ -329,7 +333,6 @@ def build(
         for line in anomalies.add(number, metrics):
             monitor.note(line)
 
-    account = TimeAccount(folder.path, resumed_from=start, begun=begun, is_main=is_main)
     log = LateLog(
         monitor,
         meter,
@@ -401,7 +404,7 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
         account.saved(done)
 
     if done < plan.total_steps:
-        monitor.stage("compiling, and reading the first batch")
+        monitor.note("compiling, and reading the first batch ...")
         account.switch("compile")
     while done < plan.total_steps:
         waited = run.batches.wait_seconds
@@ -434,7 +437,8 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
         dog.step(done)
         at_log = done % settings.log.every_steps == 0
         if at_log:
-            log.interval()
+            # Where the host waits for each step, as above, metrics are there and need not come late.
+            (log.flush if one_step_in_flight else log.interval)()
             account.reached(done)
             run.snapshots.check()
             run.folder.require_lock()
@@ -449,6 +453,7 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
             quiet = contextlib.ExitStack()
             quiet.enter_context(dog.untimed("saving, previewing or evaluating"))
             log.flush()
+            account.reached(done)
             pause = time.perf_counter()
             if show:
                 with account.measure("preview"):
@@ -457,8 +462,10 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
             if snapshot:
                 with account.measure("save"):
                     run.snapshots.save(state.ema, done)
-            with account.measure("evaluation"):
-                scores, best = (evaluate(run, state, done) if score else None), None
+            scores = best = None
+            if score:
+                with account.measure("evaluation"):
+                    scores = evaluate(run, state, done)
             if scores:
                 best = run.evaluation.best(scores, run.checkpoints.best())
             if best:
@@ -493,7 +500,7 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
 def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:
     """Score the live EMA, and log it."""
     begun = time.perf_counter()
-    run.monitor.stage("evaluating")
+    run.monitor.note("evaluating ...")
     scores = run.evaluation(state.ema[run.eval_ema])
     run.monitor.scores(done, scores)
     run.monitor.note(f"evaluation of EMA {run.eval_ema} took {time.perf_counter() - begun:.1f} s")

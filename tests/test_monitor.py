@@ -18,6 +18,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from conftest import wandb_records
 from PIL import Image
 
@@ -26,6 +27,7 @@ from jitjax.monitor import LateLog, Monitor, Throughput, print_status, save_anim
 from jitjax.monitor import images as grids
 from jitjax.monitor.console import Console
 from jitjax.monitor.metrics import MetricsFile
+from jitjax.monitor.view import View
 from jitjax.settings import Wandb
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +133,6 @@ def test_other_processes_write_and_print_nothing(tmp_path, capsys):
     monitor.write(1, {"train/loss": 0.5}, epoch_start=0)
     monitor.status(1, {"train/loss": 0.5})
     monitor.image(1, "samples", "none.png")
-    monitor.stage("compiling")
     monitor.checkpoint(1, "none")
     monitor.scores(1, {"eval/fid": 1.0})
     monitor.summary({"devices": 1})
@@ -204,7 +205,7 @@ def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(wi
         from jitjax.monitor import Monitor
         monitor = Monitor({str(tmp_path)!r}, total_steps=400, steps_per_epoch=100, title="JiT-B/4")
         monitor.note("a [bracketed] note")
-        monitor.stage("compiling")
+        monitor.note("compiling ...")
         for step in range(1, 201):
             monitor.write(step, {STATUS})
             if step % 50 == 0:
@@ -239,7 +240,7 @@ def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(wi
     assert "last score fid 12.35 (step 100)" in text
     assert shown[closing].startswith("stopped as asked at step 200 of 400 after 0:00:0")
     assert shown[closing].endswith("; last checkpoint: step 150")
-    assert shown[closing + 1 :] == [f"the same command resumes from the last checkpoint in {tmp_path}", ""]
+    assert " ".join(shown[closing + 1 :]) == f"the same command resumes from the last checkpoint in {tmp_path} "
 
 
 def test_elsewhere_each_interval_is_one_plain_line_with_the_time_left_by_the_clock():
@@ -257,6 +258,74 @@ def test_elsewhere_each_interval_is_one_plain_line_with_the_time_left_by_the_clo
     ]
 
 
+def drawn(view, width=100):
+    """The live view as text."""
+    console = rich.console.Console(file=io.StringIO(), width=width)
+    console.print(view)
+    return console.file.getvalue()
+
+
+def test_the_view_says_what_the_loop_does_and_time_left_waits_for_it():
+    """Steps of a second, a status every ten: what takes longer than ten seconds was not in the estimate."""
+    now, doing = [0.0], ["compile", 0.0]
+    view = View(100, None, "", clock=lambda: now[0], begun=0.0, activity=lambda: (doing[0], now[0] - doing[1]))
+    now[0] = 30.0
+    assert "compiling, and reading the first batch ...  0:00:30" in drawn(view)
+    doing[:] = "step", now[0]
+    for step in (10, 20):
+        now[0] += 10.0
+        view.update(step, {"time/step": 1.0})
+    doing[:] = "preview", now[0]
+    now[0] += 7.0
+    assert "drawing a preview ...  0:00:07" in drawn(view) and view.seconds_left() == 73.0
+    now[0] += 40.0
+    assert "drawing a preview ...  0:00:47" in drawn(view) and view.seconds_left() == 70.0
+    doing[:] = "input_wait", now[0]
+    assert "training" in drawn(view)
+    now[0] += 5.0
+    assert "waiting for input ...  0:00:05" in drawn(view)
+    now[0] += 5.0
+    view.update(30, {"time/step": 1.0})  # 20 steps in 67 seconds
+    assert view.seconds_left() == pytest.approx(70 * 67 / 20)
+    view.update(100, {})
+    doing[:] = "save", now[0]
+    assert "saving ...  0:00:00" in drawn(view) and "left" not in view.line()
+    view.end()
+    assert "saving" not in drawn(view)
+
+
+def test_a_status_counts_from_when_its_step_was_done():
+    now = [100.0]
+    stream = io.StringIO()
+    console = Console(100, stream=stream, clock=lambda: now[0], begun=90.0)
+    now[0] += 20.0
+    console.status(10, {}, ago=10.0)
+    console.status(20, {}, ago=0.0)
+    times = [re.search(r"elapsed (\S+)  left (\S+)", line).groups() for line in stream.getvalue().splitlines()]
+    assert times == [("0:00:20", "?"), ("0:00:30", "0:01:20")] and console.elapsed == 30.0
+
+
+def test_lines_break_between_words_on_a_terminal_and_nowhere_else(tmp_path):
+    path = "runs/" + "x" * 90
+    text = " ".join(f"word{i}" for i in range(40)) + f" {path} end"
+    shown = on_terminal(
+        80,
+        f"""
+        from jitjax.monitor import Monitor
+        monitor = Monitor({str(tmp_path)!r}, total_steps=4, next_commands=["jitjax " + "sample " * 20])
+        monitor.note({text!r})
+        monitor.close()
+        """,
+    )
+    rows = shown[: shown.index("end") + 1] if "end" in shown else shown
+    assert " ".join(rows) == text and path in rows and all(len(row) <= 80 for row in rows if row != path)
+    assert "next: jitjax " + "sample " * 19 + "sample" in shown  # to be copied in one piece
+    assert text in (tmp_path / "log.txt").read_text()
+    stream = io.StringIO()
+    Console(4, stream=stream).note(text)
+    assert stream.getvalue() == text + "\n"
+
+
 def test_the_shown_loss_is_smoothed_and_one_that_is_not_finite_is_shown_as_it_is():
     stream = io.StringIO()
     console = Console(1000, stream=stream)
@@ -272,7 +341,7 @@ def test_the_shown_loss_is_smoothed_and_one_that_is_not_finite_is_shown_as_it_is
 def test_every_printed_line_is_appended_to_the_log_with_the_time(tmp_path, capsys):
     for start in (0, 50):
         monitor = Monitor(tmp_path, total_steps=100, resume_step=start, next_commands=["jitjax sample runs/a"])
-        monitor.stage("compiling")
+        monitor.note("compiling ...")
         monitor.write(start + 50, {"train/loss": 0.5})
         monitor.status(start + 50, {"train/loss": 0.5})
         monitor.note("Füchse 狐")
@@ -315,14 +384,25 @@ def test_the_status_of_a_run_started_elsewhere_comes_from_its_files_also_while_i
         (tmp_path / folder).mkdir(parents=True)
     save_grid(tmp_path / "samples" / "step_00000200.png", np.zeros((1, 8, 8, 3), np.uint8))
     (tmp_path / "scores.jsonl").write_text('{"step": 100, "eval/fid": 9.0}\n{"step": 200, "ema": "0.9", "eval/fid": 7.5}\n')
-    (tmp_path / "time.json").write_text(json.dumps({"starts": 2, "seconds": {"step": 1800.0, "save": 1800.0}}))
+    account = {"starts": 2, "doing": "preview", "seconds": {"step": 1800.0, "save": 1800.0}}
+    (tmp_path / "time.json").write_text(json.dumps(account))
     stream = io.StringIO()
     print_status(tmp_path, total_steps=1000, steps_per_epoch=100, title="runs/a", stream=stream)
     shown = " ".join(stream.getvalue().split())
-    assert shown.startswith("runs/a ━") and " 301/1,000 (30%) " in shown
+    assert shown.startswith("runs/a step 301/1,000 (30%) epoch") and len(stream.getvalue().splitlines()) == 2
     for field in ("epoch 3.01", "left 0:29:10", "loss 0.5000", "lr 2.00e-04", "tokens/s 626,123", "memory 3.0 GiB"):
         assert field in shown  # 700 steps of 2.5 s
     assert "last checkpoint step 300 last preview step 200 last score fid 7.5 (step 200) last step written 0:00:0" in shown
+    assert ", drawing a preview since 0:00:0" in shown
+    on_screen = on_terminal(
+        80,
+        f"""
+        from jitjax.monitor import print_status
+        print_status({str(tmp_path)!r}, total_steps=1000, steps_per_epoch=100, title="runs/a")
+        """,
+    )
+    assert on_screen[0].startswith("runs/a ━") and on_screen[0].endswith(" 301/1,000 (30%)")
+    assert {" ".join(on_screen).count(word) for word in ("626,123", "fid 7.5", "last step written")} == {1}
     assert "; elapsed 1:00:00 in 2 starts, 50% of it training steps" in shown
     monitor.close()
     with pytest.raises(UserError, match="metrics.jsonl"):
@@ -520,7 +600,7 @@ def test_tensorboard_files_hold_every_step_once_after_a_resume_and_the_images(tm
 def test_tensorboard_without_its_package_is_refused_by_name(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"] + ["tensorboard"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tensorboard\]'"):
         Monitor(tmp_path, total_steps=1, tensorboard=True)
 
 
@@ -578,7 +658,7 @@ def test_every_size_and_script_shows_which_class_is_which(tmp_path, size, names,
     else:
         assert len(legend)
         assert dict(line.split("\t") for line in text.read_text(encoding="utf-8").splitlines()) == {
-            str(i): name for i, name in enumerate(names, 1) if grids._font(name) is None
+            str(i): name for i, name in enumerate(names) if grids._font(name) is None
         }
 
 
@@ -593,15 +673,25 @@ def test_without_fontconfig_what_pillow_cannot_draw_goes_to_the_text_file(tmp_pa
         """,
         PATH="/nonexistent",
     )
-    assert (tmp_path / "g.txt").read_text(encoding="utf-8") == "2\tépée\n"
+    assert (tmp_path / "g.txt").read_text(encoding="utf-8") == "1\tépée\n"
     assert Image.open(tmp_path / "g.png").height > 2 * (64 + grids.LINE) + 2  # with a legend
 
 
 def test_a_name_too_long_for_the_picture_is_whole_in_the_text_file(tmp_path):
     name = "a name with synonyms, " * 20
     path = save_grid(tmp_path / "g.png", np.zeros((1, 32, 32, 3), np.uint8), captions=[name])
-    assert (tmp_path / "g.txt").read_text() == f"1\t{name.strip()}\n"
+    assert (tmp_path / "g.txt").read_text() == f"0\t{name.strip()}\n"
     assert Image.open(path).width <= grids.LONGEST_ENTRY
+
+
+def test_captions_that_do_not_fit_stand_as_the_labels_that_commands_take(monkeypatch):
+    """Above the image and in the legend, in the order of the labels; an image without a class has none."""
+    entries, images = [], np.zeros((4, 8, 8, 3), np.uint8)
+    monkeypatch.setattr(grids, "_font", lambda text: (entries.append(text), grids.ImageFont.load_default(size=12))[1])
+    grids.draw_grid(
+        images, columns=4, captions=["magenta cross", "black diamond", "", "magenta cross"], labels=[12, 3, 1000, 12]
+    )
+    assert {"12  magenta cross", "3  black diamond", "12", "3"} <= set(entries) and not {"0", "1", "1000"} & set(entries)
 
 
 def test_a_strip_has_a_row_for_each_image_and_a_column_for_each_state(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -179,6 +180,11 @@ def test_workdir_tells_its_story(uninterrupted):
     spent = json.loads((uninterrupted / "time.json").read_text())
     assert spent["step"] == 20 and list(spent["saves"]) == ["4", "8", "12", "16", "20"]
     assert all(spent["seconds"][kind] > 0 for kind in ("startup", "compile", "input_wait", "step", "save", "preview"))
+    log = (uninterrupted / "log.txt").read_text()
+    (total,) = re.findall(r"goodput \(share of the time spent in training steps\) \S+% of (\S+) over 1 start: ", log)
+    (took,) = re.findall(r"finished at step 20; this start took (\S+)", log)
+    assert took >= total  # both from the first line of the start, and the one is printed after the other
+    assert "left alone" not in log and re.search(r"  next: jitjax sample \S+ --cfg_scale 2\.9 --out \S+", log)
     first = [line["train/loss"] for line in lines[:16]]
     assert lines[15]["train/epoch_loss"] == pytest.approx(np.mean(first), rel=1e-6)
     assert [line["step"] for line in lines if "train/epoch_loss" in line] == [16]

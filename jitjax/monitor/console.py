@@ -8,13 +8,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
+from jitjax import tables
 from jitjax.monitor.view import View
 
 
@@ -27,7 +28,11 @@ class Console:
       title: name of the run, shown above the live view.
       log_path: file to which every printed line is appended, with the time of day; None: no file.
       stream: where to print; default stdout as it is at the start.
+      step: the step that the run begins after.
+      activity: what the run is doing, a key of `view.ACTIVITIES`, and for how many seconds it has been; asked by a thread of
+        its own. None: not shown.
       clock: seconds, for elapsed and remaining time.
+      begun: when the run started, by that clock; default now.
     """
 
     def __init__(
@@ -38,9 +43,13 @@ class Console:
         title: str = "",
         log_path: str | os.PathLike | None = None,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        step: int = 0,
+        activity: Callable[[], tuple[str, float]] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        begun: float | None = None,
     ):
-        self._view = View(total_steps, steps_per_epoch, title, clock, begun=clock())
+        begun = clock() if begun is None else begun
+        self._view = View(total_steps, steps_per_epoch, title, clock, begun, step=step, activity=activity)
         self._stream = _Stream(stream or sys.stdout)
         self._log = None
         if log_path is not None:
@@ -60,30 +69,22 @@ class Console:
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of one optimizer step into the live view. Prints nothing."""
-        if self._view.stage:
-            with self._changing():
-                self._view.stage = ""
         self._view.observe(step, metrics.get("train/loss"))
 
-    def status(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the state after `step`, from whichever of the known metrics are there."""
+    def status(self, step: int, metrics: Mapping[str, Any], *, ago: float = 0.0) -> None:
+        """Shows the state after `step`, which was done `ago` seconds ago, from whichever of the known metrics are there."""
         with self._changing():
-            self._view.update(step, metrics)
-        line = self._view.line()
+            self._view.update(step, metrics, ago=ago)
+        line = self._view.line(ago)
         self._write_log(line)
         if self._live is None:
             self._print(line)
 
-    def note(self, text: str) -> None:
-        """Prints a line of its own, above the live view."""
+    def note(self, text: str, *, whole: bool = False) -> None:
+        """Prints a line of its own, above the live view; broken between words where a terminal is narrower, unless `whole`, for
+        commands to copy."""
         self._write_log(text)
-        self._print(text)
-
-    def stage(self, text: str) -> None:
-        """Prints a line before something that takes a while and shows it in the live view until the next status."""
-        with self._changing():
-            self._view.stage = text
-        self.note(text + " ...")
+        self._print(text, whole=whole)
 
     def mark(self, name: str, step: int) -> None:
         """Remembers the step of the last checkpoint or preview for the live view."""
@@ -93,15 +94,20 @@ class Console:
     def scores(self, step: int, values: Mapping[str, float]) -> None:
         """Remembers the last scores for the live view."""
         with self._changing():
-            self._view.scores, self._view.stage = (step, dict(values)), ""
+            self._view.scores = step, dict(values)
 
     @property
     def elapsed(self) -> float | None:
-        """Seconds since the console was opened."""
+        """Seconds since the run started."""
         return self._view.elapsed
 
-    def close(self, *lines: str) -> None:
-        """Leaves the last view standing, with these lines below it. A second call does nothing."""
+    def end(self) -> None:
+        """The run is over, and does nothing any more."""
+        with self._changing():
+            self._view.end()
+
+    def close(self, *lines: str, commands: Sequence[str] = ()) -> None:
+        """Leaves the last view standing, with these lines and what to do next below it. A second call does nothing."""
         if self._live is not None:
             self._closing.set()
             self._redrawer.join()
@@ -109,6 +115,8 @@ class Console:
             self._live = None
         for line in lines:
             self.note(line)
+        for command in commands:
+            self.note(f"next: {command}", whole=True)
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()
@@ -127,7 +135,8 @@ class Console:
             with self._changing():
                 pass
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, *, whole: bool = False) -> None:
+        text = text if whole else tables.wrap(text, self._stream)
         if self._live is not None:
             with self._lock:
                 self._live.console.print(Text(text), soft_wrap=True)

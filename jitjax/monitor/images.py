@@ -26,24 +26,25 @@ def save_grid(
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Path:
     """Writes images side by side, row by row, as PNG. A reader never sees half a file.
 
-    Captions that fit stand above their images, or once above each column that has a single one. Otherwise each distinct
-    caption gets a number, which stands there instead, and a legend below the grid says what the numbers mean. A name for
-    which this machine has no font, or that is too long, is written to a text file beside the picture (`NAME.txt` for
-    `NAME.png`: number, tab, name), and the legend says so.
+    Captions that fit stand above their images, or once above each column that has a single one. Otherwise the labels stand
+    there instead, and a legend below the grid says what they mean. A name for which this machine has no font, or that is too
+    long, is written to a text file beside the picture (`NAME.txt` for `NAME.png`: label, tab, name), and the legend says so.
 
     Args:
       path: the PNG file; its folder is made when absent.
       images: (N, H, W, 3) uint8.
       columns: images in a row; default about as many as there are rows.
       captions: one for each image, e.g. class names in any script; default none.
+      labels: the class of each caption, by which commands take it; default the distinct captions counted from 0.
 
     Raises:
-      ValueError: no images, another shape or type, or another number of captions.
+      ValueError: no images, another shape or type, or another number of captions or labels.
     """
-    sheet, unreadable = draw_grid(images, columns=columns, captions=captions)
+    sheet, unreadable = draw_grid(images, columns=columns, captions=captions, labels=labels)
     path = Path(path)
     if unreadable:
         lines = "".join(f"{number}\t{name}\n" for number, name in unreadable.items())
@@ -100,13 +101,19 @@ def save_animation(
 
 
 def draw_grid(
-    images: np.ndarray, *, columns: int | None = None, captions: Sequence[str] | None = None
+    images: np.ndarray,
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> tuple[Image.Image, dict[int, str]]:
-    """The picture that `save_grid` writes, and the captions that it could not draw, by number (see there)."""
+    """The picture that `save_grid` writes, and the captions that it could not draw, by label (see there)."""
     if images.ndim != 4 or images.shape[-1] != 3 or not len(images) or images.dtype != np.uint8:
         raise ValueError(f"expected images (N, H, W, 3) uint8, N > 0; got {images.shape} {images.dtype}")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images")
+    if labels is not None and len(labels) != len(captions or ()):
+        raise ValueError(f"{len(labels)} labels for {len(captions or ())} captions")
     count, height, width, _ = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
@@ -118,14 +125,17 @@ def draw_grid(
         # A folder's name may hold bytes that are no text.
         header = [" ".join(caption.encode("utf-8", "backslashreplace").decode().split()) for caption in captions]
         if any(_font(text) is None or _width(text) > width for text in set(header)):
-            numbers = {text: number for number, text in enumerate(dict.fromkeys(header), 1)}
-            for text, number in numbers.items():
-                entry, complete = _legend_entry(f"{number}  ", text)
+            if labels is None:
+                numbers = {text: number for number, text in enumerate(dict.fromkeys(header))}
+                labels = [numbers[text] for text in header]
+            named = {int(label): text for label, text in zip(labels, header, strict=True) if text}
+            for label, text in sorted(named.items()):
+                entry, complete = _legend_entry(f"{label}  ", text)
                 legend.append(entry)
                 if not complete:
-                    unreadable[number] = text
-            header = [str(numbers[text]) for text in header]
-    # An image narrower than the number above it stands in the middle of a wider cell.
+                    unreadable[label] = text
+            header = [str(label) if text else "" for label, text in zip(labels, header, strict=True)]
+    # An image narrower than the label above it stands in the middle of a wider cell.
     cell_width = max([width, *map(_width, header)]) + SEPARATOR
     # One header is enough where each column has one caption.
     headers = 0 if not header else 1 if all(text == header[i % columns] for i, text in enumerate(header)) else rows

@@ -97,12 +97,13 @@ class LateLog:
         self._meter.waited(interval.waited)
         self._meter.paused(interval.paused)
         steps = len(interval.metrics)
-        speed = self._meter.close(steps, steps * self._samples_per_step, interval.end.result())
+        end = interval.end.result()
+        speed = self._meter.close(steps, steps * self._samples_per_step, end)
         if (peak := self._memory()) is not None:
             speed["perf/peak_memory_gib"] = peak / 2**30
-        self._write(interval, speed)
+        self._write(interval, speed, ago=time.perf_counter() - end)
 
-    def _write(self, interval: _Interval, speed: dict[str, float]) -> None:
+    def _write(self, interval: _Interval, speed: dict[str, float], ago: float = 0.0) -> None:
         written = []
         for step, on_device in interval.metrics:
             metrics = {name: float(value) for name, value in on_device.items()}
@@ -115,7 +116,7 @@ class LateLog:
             self._monitor.write(step, metrics, epoch_start=epoch_start)
             written.append((step, metrics))
         if speed:
-            self._monitor.status(*written[-1])
+            self._monitor.status(*written[-1], ago=ago)
         for step, metrics in written:
             for observe in self._observers:
                 observe(step, metrics)

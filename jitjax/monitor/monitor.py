@@ -55,6 +55,8 @@ class Monitor:
       resume_step: the step of the checkpoint that the run continues from; later lines of `metrics.jsonl` are dropped.
       is_main: whether this is the first process (`jax.process_index() == 0`).
       title: the run's name on the console, e.g. the model's.
+      begun: when this start began, by `time.perf_counter`; default now.
+      activity: what the run is doing, for the live view; see `Console`.
       next_commands: what the closing lines of a finished run suggest, e.g. `jitjax sample runs/a`.
       run_config: plain dict of the resolved configuration; stored with the W&B run, not read.
       wandb: whether and how to use W&B.
@@ -73,6 +75,8 @@ class Monitor:
         resume_step: int = 0,
         is_main: bool = True,
         title: str = "",
+        begun: float | None = None,
+        activity: Callable[[], tuple[str, float]] | None = None,
         next_commands: Sequence[str] = (),
         run_config: Mapping[str, Any] | None = None,
         wandb: Wandb = _NO_WANDB,
@@ -100,6 +104,9 @@ class Monitor:
             steps_per_epoch=steps_per_epoch,
             title=title,
             log_path=self._workdir / "log.txt",
+            step=resume_step,
+            activity=activity,
+            begun=begun,
         )
         try:
             if tensorboard:
@@ -145,10 +152,14 @@ class Monitor:
         if self._tensorboard is not None:
             self._tensorboard.log(step, metrics)
 
-    def status(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows progress, loss, speed and time left, as far as `metrics` has them; sends to W&B what was written."""
+    def status(self, step: int, metrics: Mapping[str, Any], *, ago: float = 0.0) -> None:
+        """Shows progress, loss, speed and time left, as far as `metrics` has them; sends to W&B what was written.
+
+        Args:
+          ago: seconds since the step was done.
+        """
         if self._console is not None:
-            self._console.status(step, metrics)
+            self._console.status(step, metrics, ago=ago)
         if self._wandb is not None:
             self._wandb.send()
 
@@ -186,11 +197,6 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.summary(values)
 
-    def stage(self, text: str) -> None:
-        """Announces something that takes a while, e.g. "compiling the training step", before it begins."""
-        if self._console is not None:
-            self._console.stage(text)
-
     def note(self, text: str) -> None:
         """Prints a line of its own and appends it to `log.txt`."""
         if self._console is not None:
@@ -208,11 +214,12 @@ class Monitor:
             return
         self._file.close()
         self._file = None
+        self._console.end()
         if self._wandb is not None:
             self._wandb.finish(exit_code)
         if self._tensorboard is not None:
             self._tensorboard.finish()
-        self._console.close(*self._closing_lines(exit_code))
+        self._console.close(*self._closing_lines(exit_code), commands=() if exit_code else self._next_commands)
 
     def _closing_lines(self, exit_code: int) -> list[str]:
         took = duration(self._console.elapsed)
@@ -220,7 +227,6 @@ class Monitor:
             return [
                 f"finished at step {self._step:,}; this start took {took}",
                 f"in {self._workdir}: checkpoints/, samples/, metrics.jsonl, log.txt",
-                *(f"next: {command}" for command in self._next_commands),
             ]
         what = "stopped as asked" if exit_code > 128 else "failed"
         at = f"; last checkpoint: step {self._checkpoint:,}" if self._checkpoint is not None else ""

@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from jitjax import timing
+from jitjax import tables, timing
 from jitjax.errors import UserError
 from jitjax.monitor.metrics import read_last
-from jitjax.monitor.view import SCORES, View, duration
+from jitjax.monitor.view import ACTIVITIES, SCORES, View, duration
 
 STEPS = 5000  # optimizer steps that are read, from the end
 
@@ -28,7 +28,8 @@ def print_status(
     title: str = "",
     stream: TextIO | None = None,
 ) -> None:
-    """Prints where a run stands that was started elsewhere: the view of its terminal, from the files in its workdir.
+    """Prints where a run stands that was started elsewhere: on a terminal the view of its own terminal, elsewhere plain lines,
+    from the files in its workdir.
 
     Args:
       workdir: the run's folder, on this machine or mounted.
@@ -63,18 +64,26 @@ def print_status(
     scores = workdir / "scores.jsonl"
     if scores.exists() and (last := read_last(scores, 1)):
         view.scores = (last[0]["step"], {name: last[0][name] for name in last[0] if name.startswith(SCORES)})
-    console = Console(file=file, highlight=False)
-    console.print(view)
-    console.print(f"last step written {duration(age)} ago{_spent(workdir)}", style="dim")
+    if (console := Console(file=file, highlight=False)).is_terminal:
+        console.print(view)
+    else:
+        marks, scores = view.last()
+        rest = "".join(f"  {label} {text}" for label, text in (marks | scores).items())
+        tables.say(f"{title}  {view.line()}{rest}".strip(), file)
+    doing, spent = _account(workdir, age)
+    tables.say(f"last step written {duration(age)} ago{doing}{spent}", file)
 
 
-def _spent(workdir: Path) -> str:
-    """How long the run has taken over all its starts, from `time.json`, which lags by half a minute."""
+def _account(workdir: Path, age: float) -> tuple[str, str]:
+    """What the run has been doing since its last step was written `age` seconds ago, where it said so, and how long it has
+    taken over all its starts; from `time.json`, which lags by half a minute but for what is named here."""
     try:
         account = json.loads((workdir / timing.FILE).read_text())
-        seconds, starts = account["seconds"], account["starts"]
+        seconds, starts, kind = account["seconds"], account["starts"], account.get("doing")
         total = sum(seconds.values())
         share = f", {seconds['step'] / total:.0%} of it training steps" if total else ""
+        begun = time.time() - (workdir / timing.FILE).stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):  # a run that has just begun has none
-        return ""
-    return f"; elapsed {duration(total)} in {starts} {'start' if starts == 1 else 'starts'}{share}"
+        return "", ""
+    doing = f", {ACTIVITIES[kind]} since {duration(begun)}" if kind in timing.LONG and begun <= age else ""
+    return doing, f"; elapsed {duration(total)} in {starts} {'start' if starts == 1 else 'starts'}{share}"

@@ -18,6 +18,17 @@ LOSS_MEMORY = 50  # optimizer steps over which the shown loss is smoothed
 CURVE = 16  # points of the loss curve
 BARS = "▁▂▃▄▅▆▇█"
 SCORES = "eval/"  # metrics of this prefix are shown as scores
+# What a run may be at, by the kinds of `jitjax.timing`.
+ACTIVITIES = {
+    "startup": "starting",
+    "compile": "compiling, and reading the first batch",
+    "input_wait": "waiting for input",
+    "step": "training",
+    "save": "saving",
+    "preview": "drawing a preview",
+    "evaluation": "evaluating",
+}
+BRIEF = 2.0  # seconds: a wait for input that is shorter is part of training
 DETAILS = re.compile(r"_std$|/loss_t[\d.]+$")  # spreads, and the held-out loss at each time: not in the view
 
 
@@ -27,29 +38,40 @@ class View:
     The console draws from a thread of its own, too: attributes are replaced, never changed in place.
 
     Args:
-      total_steps, steps_per_epoch, title: see `Console`.
+      total_steps, steps_per_epoch, title, step, activity: see `Console`.
       clock: seconds, for elapsed and remaining time.
       begun: when the run started, by that clock; None leaves the elapsed time out.
     """
 
     def __init__(
-        self, total_steps: int, steps_per_epoch: int | None, title: str, clock: Callable[[], float], begun: float | None
+        self,
+        total_steps: int,
+        steps_per_epoch: int | None,
+        title: str,
+        clock: Callable[[], float],
+        begun: float | None,
+        *,
+        step: int = 0,
+        activity: Callable[[], tuple[str, float]] | None = None,
     ):
         self.total_steps, self.steps_per_epoch, self.title, self._clock = total_steps, steps_per_epoch, title, clock
-        self._begun = begun
+        self._begun, self._activity = begun, activity
         self._first: tuple[int, float] | None = None  # step and time of the first status
         self._loss, self._weight = 0.0, 0.0  # running mean of the loss and the weight that it has gathered
-        self.step: int | None = None
+        self.step = step
+        self._updated = step  # of the last status
         self.metrics: Mapping[str, Any] = {}
         self.curve: tuple[float, ...] = ()
         self.marks: Mapping[str, int] = {}
         self.scores: tuple[int, Mapping[str, float]] | None = None
-        self.stage = ""
-        self._left: tuple[float, float] | None = None  # seconds to go, and when that was computed
+        self._left: tuple[float, float, float] | None = None  # see `update`
 
     @property
     def elapsed(self) -> float | None:
         return None if self._begun is None else self._clock() - self._begun
+
+    def end(self) -> None:
+        self._activity = None
 
     def observe(self, step: int, loss: float | None) -> None:
         self.step = step
@@ -59,24 +81,38 @@ class View:
         self._loss = decay * self._loss + (1 - decay) * loss
         self._weight = decay * self._weight + (1 - decay)
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any], *, ago: float = 0.0) -> None:
         """Time left is by the wall clock since the first status, so that previews and checkpoints count and compilation
-        does not; until there are two, by the measured time of a step."""
-        now = self._clock()
-        self.step, self.metrics, self.stage = step, dict(metrics), ""
+        does not; until there are two, by the measured time of a step.
+
+        Args:
+          ago: seconds since `step` was done.
+        """
+        now = self._clock() - ago
+        steps, self._updated = step - self._updated, step
+        self.step, self.metrics = step, dict(metrics)
         if self._first is None:
             self._first = (step, now)
         first_step, start = self._first
         per_step = (now - start) / (step - first_step) if step > first_step else metrics.get("time/step")
-        self._left = None if per_step is None else ((self.total_steps - step) * per_step, now)
+        # Seconds to go, when that was so, and after how many the next status is due.
+        self._left = None if per_step is None else ((self.total_steps - step) * per_step, now, ago + steps * per_step)
         if self._weight:
             self.curve = (*self.curve, self._loss / self._weight)[-CURVE:]
 
     def seconds_left(self) -> float | None:
+        """Runs down until the next status is due and no further: what comes in between was not in the estimate."""
         if self._left is None:
             return None
-        seconds, at = self._left
-        return max(seconds - (self._clock() - at), 0.0)
+        seconds, at, due = self._left
+        return max(seconds - min(self._clock() - at, due), 0.0)
+
+    def activity(self) -> str:
+        """What the run is doing, and for how long it has been; "" where that is not known, or the run is over."""
+        kind, seconds = self._activity() if self._activity else ("", 0.0)
+        if kind in ("step", "input_wait") and seconds < BRIEF:
+            return ACTIVITIES["step"]
+        return f"{ACTIVITIES[kind]} ...  {duration(seconds)}" if kind in ACTIVITIES else ""
 
     def loss(self) -> float | None:
         """Smoothed; a loss that is not finite is shown as it is."""
@@ -85,15 +121,16 @@ class View:
             return last
         return self.curve[-1] if self.curve else last
 
-    def fields(self) -> dict[str, str]:
-        """What is known, by its label, in the order of the plain line."""
+    def fields(self, ago: float = 0.0) -> dict[str, str]:
+        """What is known, by its label, in the order of the plain line. ago: see `update`."""
         known = self.metrics
-        step = self.step or 0
+        step = self.step
         found: dict[str, str | None] = {
             "step": f"{step:,}/{self.total_steps:,} ({100 * step // self.total_steps if self.total_steps else 100}%)",
             "epoch": f"{step / self.steps_per_epoch:.2f}" if self.steps_per_epoch else None,
-            "elapsed": None if self._begun is None else duration(self.elapsed),
-            "left": duration(self.seconds_left()),
+            "elapsed": None if self._begun is None else duration(self.elapsed - ago),
+            # After the last step there may be a preview and a save to come.
+            "left": duration(self.seconds_left()) if step < self.total_steps else None,
             "loss": _format(self.loss(), "{:.4f}"),
             "lr": _format(known.get("train/learning_rate"), "{:.2e}"),
             "grad norm": _format(known.get("train/grad_norm"), "{:.3g}"),
@@ -105,9 +142,18 @@ class View:
         }
         return {label: text for label, text in found.items() if text is not None}
 
-    def line(self) -> str:
+    def line(self, ago: float = 0.0) -> str:
         """E.g. `step 2,000/10,000 (20%)  epoch 1.60  elapsed 0:12:05  left 0:48:20  loss 0.3125  lr 2.00e-04 ...`."""
-        return "  ".join(f"{label} {text}" for label, text in self.fields().items())
+        return "  ".join(f"{label} {text}" for label, text in self.fields(ago).items())
+
+    def last(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The last checkpoint and preview, and the last scores, as far as there are any."""
+        marks = {f"last {name}": f"step {step:,}" for name, step in self.marks.items()}
+        if self.scores is None:
+            return marks, {}
+        step, values = self.scores
+        main = {name.removeprefix(SCORES): value for name, value in values.items() if not DETAILS.search(name)}
+        return marks, {"last score": ", ".join(f"{name} {value:.4g}" for name, value in main.items()) + f" (step {step:,})"}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         fields = self.fields()
@@ -117,21 +163,17 @@ class View:
         head.add_column(no_wrap=True, overflow="ellipsis")
         head.add_column(ratio=1)
         head.add_column(no_wrap=True)
-        bar = ProgressBar(total=max(self.total_steps, 1), completed=self.step or 0)
+        bar = ProgressBar(total=max(self.total_steps, 1), completed=self.step)
         head.add_row(Text(self.title or "step", style="bold"), bar, fields.pop("step"))
-        stage = [Text(f"{self.stage} ...  {duration(self.elapsed)}", style="yellow")] if self.stage else []
-        if self.stage and not self.metrics:  # compiling: nothing is known yet
-            yield Group(head, *stage)
+        activity = self.activity()
+        now = [Text(activity, style="dim" if activity == ACTIVITIES["step"] else "yellow")] if activity else []
+        if now and not self.metrics:  # nothing is known yet
+            yield Group(head, *now)
             return
-        last = {f"last {name}": f"step {step:,}" for name, step in self.marks.items()}
-        score = {}
-        if self.scores is not None:
-            step, values = self.scores
-            main = {name.removeprefix(SCORES): value for name, value in values.items() if not DETAILS.search(name)}
-            score["last score"] = ", ".join(f"{name} {value:.4g}" for name, value in main.items()) + f" (step {step:,})"
+        last, score = self.last()
         progress = {label: fields.pop(label) for label in ("epoch", "elapsed", "left", "loss") if label in fields}
         groups = (_cells(group) for group in (progress, fields, last, score) if group)
-        yield Group(head, *stage, *groups)
+        yield Group(head, *now, *groups)
 
 
 def _cells(fields: Mapping[str, str]) -> Columns:

@@ -60,8 +60,8 @@ def test_a_life_of_four_starts(tmp_path):
     assert sum(fourth.seconds.values()) == clock.now - 100.0 - 4 * 1000.0
     assert metrics["time/goodput"] == pytest.approx(120 / (clock.now - 4100.0))
     assert str(fourth) == (
-        "goodput 30.5% over 4 starts (lost 0:02:40, step 0:02:00, compile 0:01:20, startup 0:00:28, input wait 0:00:03, "
-        "save 0:00:02)"
+        "goodput (share of the time spent in training steps) 30.5% of 0:06:33 over 4 starts: lost 0:02:40, step 0:02:00, "
+        "compile 0:01:20, startup 0:00:28, input wait 0:00:03, save 0:00:02"
     )
 
 
@@ -75,6 +75,8 @@ def test_nested_kinds_do_not_count_twice(tmp_path):
         with account.measure("input_wait"):
             clock.now += 1.0
         clock.now += 0.5
+        assert json.loads((tmp_path / "time.json").read_text())["doing"] == "evaluation" and account.now == ("evaluation", 0.5)
+    assert json.loads((tmp_path / "time.json").read_text())["doing"] == "step"
     assert account.goodput == 2.0 / 16.5
     assert {kind: s for kind, s in account.seconds.items() if s} == {
         "startup": 10.0, "step": 2.0, "evaluation": 3.5, "input_wait": 1.0
