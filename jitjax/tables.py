@@ -28,10 +28,10 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """Three digits and a binary unit, as memory has them: 2.62 GiB, 512 MiB."""
+    """Three digits and a binary unit, as memory has them: 2.62 GiB, 0.977 GiB, 512 MiB."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.{max(0, 3 - len(str(int(number / size))))}f} {unit}"
+        if (count := number / size) >= 999.5 / 1024:
+            return f"{count:.{max(0, 3 - len(str(int(count)).lstrip('0')))}f} {unit}"
     return f"{number:.0f} B"
 
 

@@ -3,8 +3,8 @@
     jitjax convert --from checkpoint-last.pth --to runs/imported        # any file of weights -> jitjax
     jitjax convert --from runs/a --to a.pth                             # jitjax -> official .pth
     jitjax convert --from runs/a --to a.safetensors --which model_ema1  # one set of weights
-    jitjax convert --from runs/a --to folder --format diffusers         # a folder for Diffusers' JiTPipeline
-    jitjax convert --from runs/a --to folder --format folder            # weights, config.json and a model card
+    jitjax convert --from runs/a --to diffusers --format diffusers      # a folder for Diffusers' JiTPipeline
+    jitjax convert --from runs/a --to exported --format folder          # weights, config.json and a model card
     jitjax convert --from runs/a --to hf://me/shapes                    # the same, uploaded to the Hugging Face Hub
 
 --from takes what `jitjax.interop.weights.read_weights` reads: a .pth (.pt, .pth.tar, .ckpt, .bin), a .safetensors, a hub or
