@@ -42,7 +42,7 @@ def print_status(
     path = workdir / "metrics.jsonl"
     try:
         records = read_last(path, STEPS)
-        age = time.time() - path.stat().st_mtime
+        written = path.stat().st_mtime
     except OSError as error:
         raise UserError(f"{workdir}: cannot read {path.name} ({error.strerror}): give the workdir of a run") from error
     now = 0.0  # by the measured times of steps and pauses
@@ -70,20 +70,22 @@ def print_status(
         marks, scores = view.last()
         rest = "".join(f"  {label} {text}" for label, text in (marks | scores).items())
         tables.say(f"{title}  {view.line()}{rest}".strip(), file)
-    doing, spent = _account(workdir, age)
-    tables.say(f"last step written {duration(age)} ago{doing}{spent}", file)
+    doing, spent = _account(workdir, written)
+    tables.say(f"last step written {duration(time.time() - written)} ago{doing}{spent}", file)
 
 
-def _account(workdir: Path, age: float) -> tuple[str, str]:
-    """What the run has been doing since its last step was written `age` seconds ago, where it said so, and how long it has
-    taken over all its starts; from `time.json`, which lags by half a minute but for what is named here."""
+def _account(workdir: Path, written: float) -> tuple[str, str]:
+    """What the run was doing when last heard of, where that was after its last step was written, and how long it has taken over
+    all its starts; from `time.json`, which lags by half a minute but for what is named here."""
     try:
         account = json.loads((workdir / timing.FILE).read_text())
         seconds, starts, kind = account["seconds"], account["starts"], account.get("doing")
         total = sum(seconds.values())
         share = f", {seconds['step'] / total:.0%} of it training steps" if total else ""
-        begun = time.time() - (workdir / timing.FILE).stat().st_mtime
+        told = (workdir / timing.FILE).stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):  # a run that has just begun has none
         return "", ""
-    doing = f", {ACTIVITIES[kind]} since {duration(begun)}" if kind in timing.LONG and begun <= age else ""
+    doing = ""
+    if kind in timing.LONG and told >= written:  # it may have been killed since
+        doing = f", last heard of {duration(time.time() - told)} ago {ACTIVITIES[kind]}"
     return doing, f"; elapsed {duration(total)} in {starts} {'start' if starts == 1 else 'starts'}{share}"
