@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
+import sys
 import time
 
 import jax
@@ -50,7 +51,7 @@ def verdict(outlook: Outlook, needs: Needs, card: str) -> str:
     usable, size = CARDS[card].usable, outlook.settings.batch_size
     takes = f"{tables.format_bytes(needs.program)} of {tables.format_bytes(usable)} usable on an {card.upper()}"
     if needs.program > usable:
-        return f"it does not fit: {takes}; {what_fits(outlook, CARDS[card])}"
+        return f"it does not fit: {takes}; {what_fits(outlook, needs, CARDS[card])}"
     fixed = needs.program - needs.working
     largest = int((usable - fixed) * size // max(needs.working, 1))
     return f"it fits: {takes}; about {largest:,} images in a micro-batch would, too"
@@ -116,11 +117,12 @@ def memory_table(outlook: Outlook, needs: Needs, card: str) -> str:
     return tables.columns([cells[0], *rows], left=("memory of one device", ""))
 
 
-def what_fits(outlook: Outlook, card: Card) -> str:
+def what_fits(outlook: Outlook, needs: Needs, card: Card) -> str:
     def look(settings: Settings) -> Needs:
+        tables.say(f"does it fit with {memory.flags(settings)}? compiling ...", sys.stderr)
         return memory.needs(settings, outlook.geometry, outlook.plan, outlook.mesh, card)
 
-    fit = memory.fitting(outlook.settings, look, card.usable)
+    fit = memory.fitting(outlook.settings, needs, look, card.usable)
     if fit is None:
         return "not even one image at a time does; use --config.remat=full, a larger --config.mesh.fsdp, or a smaller model"
     return (

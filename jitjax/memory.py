@@ -153,20 +153,27 @@ def smaller(settings: Settings) -> Iterator[Settings]:
             yield dataclasses.replace(settings, batch_size=size, optim=optim)
 
 
-def fitting(settings: Settings, look: Callable[[Settings], Needs], usable: float) -> tuple[Settings, Needs] | None:
+def fitting(
+    settings: Settings, needed: Needs, look: Callable[[Settings], Needs], usable: float
+) -> tuple[Settings, Needs] | None:
     """The first of `smaller` that fits, with what it needs; None: not even one image does.
 
     Args:
-      look: `needs` of such settings; called for a few of them, by bisection.
+      needed: by `settings`. Working memory grows with the images of a micro-batch, so this says about where to look.
+      look: `needs` of such settings, a compilation each. Called for the one that should be the first to fit and for its
+        neighbours, in longer and longer steps.
     """
     cuts, found = list(smaller(settings)), None
-    low, high = 0, len(cuts)  # all before `low` do not fit, all from `high` on do
+    image, fixed = needed.working / settings.batch_size, needed.program - needed.working
+    low, high, step = 0, len(cuts), 1  # all before `low` do not fit, all from `high` on do
+    probe = sum(fixed + cut.batch_size * image > usable for cut in cuts)
     while low < high:
-        middle = (low + high) // 2
-        if (looked := look(cuts[middle])).program <= usable:
-            high, found = middle, (cuts[middle], looked)
+        probe = min(max(probe, low), high - 1)
+        if (looked := look(cuts[probe])).program <= usable:
+            high, found, probe = probe, (cuts[probe], looked), probe - step
         else:
-            low = middle + 1
+            low, probe = probe + 1, probe + step
+        step *= 2
     return found
 
 
@@ -222,7 +229,7 @@ def _answer(question: dict[str, Any]) -> str:
             "may be the reason: try a smaller --config.preview.num_images or --config.eval.batch_size, or the same with "
             f"{flags(next(smaller(settings), settings))}"
         )
-    fit = fitting(settings, look, usable)
+    fit = fitting(settings, now, look, usable)
     text = f"batch_size={settings.batch_size} needs {now.program / GIB:.1f} {room}"
     if fit is not None:
         return (

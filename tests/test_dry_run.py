@@ -137,14 +137,19 @@ def test_the_same_effective_batch_in_smaller_parts():
     assert cuts[:3] == [(32, 3), (24, 4), (16, 6)] and all(a * b == 96 for a, b in cuts) and cuts[-1] == (1, 96)
 
     def look(s):  # 100 an image, 500 whatever the batch, and 300 where gradients are added up
+        looked.append(s.batch_size)
         program = 500 + 100 * s.batch_size + 300 * (s.optim.accumulation_steps > 1)
         return memory.Needs(params=100, optimizer=200, ema=100, batch=0, program=program, kernels="fused", collectives=())
 
-    assert look(settings).working == 5100
-    for usable, size in ((800 + 2500, 24), (800 + 3200, 32), (901, 1), (10_000, 32)):
-        cut, found = memory.fitting(settings, look, usable)
+    looked = []
+    now = look(settings)
+    assert now.working == 5100
+    for usable, size, compilations in ((800 + 2500, 24, 2), (800 + 3200, 32, 1), (901, 1, 3), (10_000, 32, 1)):
+        looked.clear()
+        cut, found = memory.fitting(settings, now, look, usable)
         assert (cut.batch_size, found.program) == (size, 800 + 100 * size)
-    assert memory.fitting(settings, look, usable=899) is None
+        assert len(looked) == len(set(looked)) == compilations
+    assert memory.fitting(settings, now, look, usable=899) is None
 
 
 # ---------------------------------------------------------------- warnings
