@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jitjax import pipeline, tables
+from jitjax import pipeline, processes, tables
 from jitjax.errors import UserError
 from jitjax.monitor import save_animation, save_grid, save_strip
 
@@ -63,7 +63,7 @@ def draw(
         raise UserError(f"--num={len(numbers)} images do not fit into one grid: at most {LARGEST_GRID}, or --out=FOLDER")
     record = describe(pipe, model, seed, numbers, dtype, options or {})
     sink = {".png": Grid, ".npz": Npz}.get(target.suffix.lower(), Folder)(target, pipe, numbers, record)
-    missing = agreed(sink.missing())
+    missing = processes.numbers_of_process_0(sink.missing())  # only process 0 looks at files
     shown = [None if n == pipe.geometry.num_classes else n for n in numbers]
     batches = pipe.sample_batches(
         [shown[i] for i in missing], indices=missing, seed=seed, batch_size=batch_size, dtype=dtype, **(options or {})
@@ -295,18 +295,7 @@ def same_record(saved: dict[str, Any], record: dict[str, Any], path: Path) -> No
         raise UserError(f"--out={path} holds images drawn in another way ({'; '.join(differing)}): name another")
 
 
-# ---------------------------------------------------------------- processes and progress
-
-
-def agreed(missing: list[int]) -> list[int]:
-    """Process 0's list, in every process: only it looks at files."""
-    if jax.process_count() == 1:
-        return missing
-    from jax.experimental import multihost_utils
-
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(missing))))
-    padded = np.resize(np.asarray(missing or [0], np.int32), count)
-    return multihost_utils.broadcast_one_to_all(padded).tolist()
+# ---------------------------------------------------------------- progress
 
 
 def speed(count: int, seconds: float, first: tuple[int, float] | None) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jitjax import checkpoint, ema, host_copy, manifest
+from jitjax import checkpoint, ema, host_copy, manifest, processes
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 from jitjax.workdir import BEST_FILE
@@ -132,7 +132,7 @@ class Checkpoints:
                     reason = f"its {group} are not finite"
             except Exception as error:  # Orbax and TensorStore raise many kinds for files that are not what they were
                 state, reason = None, f"it cannot be read ({checkpoint.reason_of(error)})"
-            if not _any_process(reason is not None):
+            if not processes.any_process(reason is not None):
                 return state, step, meta
             self._whole.discard(step)
             checkpoint.report_skipped(self._folder / str(step), reason or "another process cannot read it")
@@ -161,9 +161,8 @@ class Checkpoints:
             steps = sorted(set.intersection(*seen))
             if hidden := sorted(set.union(*seen) - set(steps)):
                 _log.warning("checkpoints %s are not visible to every process: not considered", ", ".join(map(str, hidden)))
-        lost = not steps and self._is_main and self._lost()
-        if _any_process(bool(lost)):
-            raise UserError(lost or f"--workdir={self._workdir}: the checkpoints that were saved are gone")
+        if lost := processes.text_of_process_0(self._lost() if self._is_main and not steps else None):
+            raise UserError(lost)
         return steps[::-1]
 
     def _verified(self, step: int) -> bool:
@@ -171,7 +170,7 @@ class Checkpoints:
         if step in self._whole:
             return True
         reason = checkpoint.defect(self._folder / str(step), self._run.get("run")) if self._is_main else None
-        if _any_process(reason is not None):
+        if processes.any_process(reason is not None):
             if self._is_main:
                 checkpoint.report_skipped(self._folder / str(step), str(reason))
             return False
@@ -259,8 +258,8 @@ class Checkpoints:
                 "Lower --config.optim.lr, or set --config.optim.clip_norm=1"
             )
         problem = (self._lacks_space(state) or self._lacks_permission()) if self._is_main else None
-        if _any_process(problem is not None):
-            self._failed(step, UserError(problem or "process 0 cannot write"))
+        if problem := processes.text_of_process_0(problem):
+            self._failed(step, UserError(problem))
             return
         copy, alone = state, jax.process_count() == 1
         if alone:
@@ -491,12 +490,6 @@ def _groups(state: TrainState) -> dict[str, Any]:
         **{f"EMA {decay} weights": params for decay, params in state.ema.items()},
         "optimizer moments": state.opt_state,
     }
-
-
-def _any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

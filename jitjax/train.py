@@ -420,8 +420,9 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
         # Of several processes none begins a step before all have their batch: one that waits for ever for its own could not be
         # stopped, nor could the others, whose step never ends.
         with account.measure("input_wait"), dog.phase("the other processes"):
-            stop.request(run.peers.agree(stop.signal))
-        if stop.requested:
+            agreed = run.peers.agree(stop.signal)
+        if agreed:  # not `stop.requested`: a signal that has come since is known to this process alone
+            stop.request(agreed)
             break
         run.peers.doing(f"step {done + 1}")
         state, metrics = run.train_step(state, batch)

@@ -249,9 +249,9 @@ def test_what_does_not_fit_names_a_batch_that_does(monkeypatch):
 
     monkeypatch.setattr(memory, "needs", fake)
     outlook = describe.look(small_settings(batch_size=16), devices=jax.devices()[:1])
-    small = dataclasses.replace(H200, memory=10_000)
-    assert "--config.batch_size=8 --config.optim.accumulation_steps=2" in dry_run.what_fits(outlook, small)
-    assert "not even one image" in dry_run.what_fits(outlook, dataclasses.replace(H200, memory=900))
+    needs, small = fake(outlook.settings), dataclasses.replace(H200, memory=10_000)
+    assert "--config.batch_size=8 --config.optim.accumulation_steps=2" in dry_run.what_fits(outlook, needs, small)
+    assert "not even one image" in dry_run.what_fits(outlook, needs, dataclasses.replace(H200, memory=900))
 
 
 def test_advice_names_what_fits_and_what_it_needs(monkeypatch):

@@ -69,6 +69,7 @@ def test_own_data_trains_and_is_recognised(tmp_path):
         jitjax.train.train(settings, tmp_path / "run", dataset=changed)
 
 
+@pytest.mark.slow
 def test_own_objective_is_what_is_minimised_and_remembered(tmp_path):
     huber = example("own_objective")
     small = SMALL | {"data.image_size": 8}
@@ -84,6 +85,7 @@ def test_own_objective_is_what_is_minimised_and_remembered(tmp_path):
         assert (abs(float(metrics["train/loss"]) / losses(tmp_path / "huber")[0] - 1) < 1e-5) == equal
 
 
+@pytest.mark.slow
 def test_a_regulariser_gets_activations_and_moves_the_weights():
     """Its gradient goes through the activations it asked for, also under rematerialisation; what cannot be had is refused."""
     dispersive = example("own_objective").dispersive

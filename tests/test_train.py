@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
-from jitjax import checkpoint, pipeline, settings
+from jitjax import checkpoint, distributed, pipeline, settings
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
 from jitjax.train import train
@@ -357,6 +357,21 @@ def test_training_learns_the_classes(tmp_path):
 def test_settings_survive_their_json():
     config = small_settings(optim__ema_decays=(0.9, 0.99), preview__interval=(0.1, 0.9))
     assert settings.from_mapping(json.loads(json.dumps(settings.to_dict(config)))) == config
+
+
+def test_a_signal_behind_the_vote_waits_for_the_next_one(tmp_path, monkeypatch):
+    """What one process alone knows must not end its loop: the others are in the next step, which would wait for it for ever."""
+    vote = distributed.Peers.agree
+
+    def vote_then_signal(self, value):
+        agreed = vote(self, value)
+        if self._doing == "step 3, waiting for input":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(distributed.Peers, "agree", vote_then_signal)
+    assert train(small_settings(total_steps=5), tmp_path) == 128 + signal.SIGTERM
+    assert checkpoint.steps_in(tmp_path / checkpoint.DIRECTORY) == [3]
 
 
 @pytest.mark.slow
