@@ -23,6 +23,7 @@ COMPILED = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdte
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # programs that a test starts find the package compiled, too
 
 import json  # noqa: E402
 import sys  # noqa: E402

@@ -91,6 +91,7 @@ def test_bytes_and_shards_are_those_of_the_state(data, zero, fsdp, monkeypatch):
 # ---------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_fused_kernels_are_opaque_and_leave_no_trace():
     """The program for a card has a call for every kernel and keeps less than plain operations; what is traced afterwards for
     this machine is the real thing again."""

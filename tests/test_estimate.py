@@ -283,6 +283,7 @@ def test_measured_on_the_spot(tmp_path, capsys, monkeypatch):
     assert 0 < low < middle < high
 
 
+@pytest.mark.slow
 def test_storage_is_what_a_run_leaves_on_disk(tmp_path):
     config = small_settings(total_steps=6, checkpoint__every_steps=2, checkpoint__keep_last=2, model__width=128)
     assert train(config, tmp_path) == 0

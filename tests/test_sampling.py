@@ -187,6 +187,7 @@ def test_round_trip_on_the_mixture(cfg_scale, least):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_round_trip_of_a_random_jit():
     geometry = model.make_geometry("JiT-nano/4", 8, 3, depth=2, width=32, heads=2, bottleneck=8, context_length=2)
     params = jax.jit(model.init_fn(geometry))(jax.random.key(0))

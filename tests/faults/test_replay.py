@@ -73,6 +73,7 @@ def test_on_fewer_devices_the_same_within_rounding(run, monkeypatch):
     assert record["metrics"]["train/grad_norm"] == pytest.approx(record["logged"]["train/grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_named(tmp_path, capsys):
     """Weights, all finite, with which images of one class overflow in block 1. The run skips and stops, and names its batch;
     the replay names the same files, the block, and the images of that class as those without a loss."""
