@@ -96,6 +96,9 @@ def _group(line: str, devices: int) -> int:
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(counted[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # jax 0.11 and later: along axes of the mesh
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']*)'", named[2]))
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return pairs[1].count("{")
     return devices

@@ -40,6 +40,22 @@ def needs(card=H200, mesh=(None, None, 1), devices=8, **overrides):
 # ---------------------------------------------------------------- collectives
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,2,4,6},{1,3,5,7}}", 4),
+        ("[2,4]<=[8]", 4),
+        ("mesh['a'=4,'b'=2] {'a'}", 4),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("{}", 8),
+    ],
+)
+def test_groups_as_releases_of_jax_write_them(groups, size):
+    line = f"  %x = f32[4,6]{{1,0}} all-reduce(%y), channel_id=1, replica_groups={groups}, to_apply=%add"
+    (found,) = hlo.collectives("ENTRY %main (p: f32[]) -> f32[] {\n" + line + "\n}", 8)
+    assert (found.kind, found.bytes, found.group) == ("all-reduce", 96, size)
+
+
 def test_collectives_of_a_program_whose_communication_is_known():
     """One of each kind, on both axes of a 4 x 2 mesh, one of them in a loop of five."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
