@@ -1,7 +1,7 @@
 """Gradients of one optimizer step: accumulated over micro-batches, and summed over devices under the backward pass.
 
 On one device: `accumulate`, nothing else. On several that hold whole weights (mesh axes `data`, `zero`), gradients cross
-devices once per optimizer step, parameter by parameter during the backward pass of the last micro-batch. With `fsdp` no
+devices once per optimizer step, in groups of blocks during the backward pass of the last micro-batch. With `fsdp` no
 device holds whole gradients, so they cross in every micro-batch.
 """
 

@@ -244,7 +244,7 @@ def test_a_worker_without_memory_ends_the_run_in_one_line(tmp_path):
         run.worker().rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
         assert run.wait(ENDS_WITHIN) == [2], logs(run)
         errors = [line for line in bad_lines(run) if line.startswith("error")]  # behind what the dying worker says itself
-        assert len(errors) == 1 and "memory" in errors[0] and errors[0] in run.log().read_text().splitlines()[-1], logs(run)
+        assert len(errors) == 1 and "memory" in errors[0] and errors[0] == run.log().read_text().splitlines()[-1], logs(run)
 
 
 @slow
