@@ -39,6 +39,19 @@ def test_frechet_distance_equals_torch_fidelity(fidelity):
     assert singular == pytest.approx(scores["fid_rank_deficient_first_half_d_rows_of_1_vs_2"], rel=1e-6)
 
 
+@pytest.mark.parametrize("subsets", [1, 5])  # the pairs of each subset are less work; all pairs at once are
+def test_kid_equals_its_definition_however_pairs_are_formed(subsets):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(1100, 5)), rng.normal(0.3, size=(1300, 5))
+    draw, each = np.random.RandomState(7), []
+    for _ in range(subsets):
+        x, y = a[draw.choice(1100, 700, replace=False)], b[draw.choice(1300, 700, replace=False)]
+        xx, yy, xy = ((left @ right.T / 5 + 1) ** 3 for left, right in ((x, x), (y, y), (x, y)))
+        each.append((xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (700 * 699) - 2 * xy.mean())
+    assert 1 * 3 * 700**2 < 1100**2 + 1300**2 + 1100 * 1300 < 5 * 3 * 700**2
+    np.testing.assert_allclose(metrics.kid(a, b, subsets, 700, 7), (np.mean(each), np.std(each)), rtol=1e-9, atol=1e-15)
+
+
 def test_kid_equals_torch_fidelity(fidelity):
     arrays, scores = fidelity
     compared = 0
