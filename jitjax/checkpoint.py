@@ -287,7 +287,9 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
         raise UserError(f"the checkpoint {folder} cannot be read ({reason_of(error)}): use another") from error
     if not bool(all_finite({"weights": (restored["params"], restored["ema"])})["weights"]):
         raise UserError(f"the checkpoint {folder} holds weights that are not finite: use an earlier one")
-    return Weights(restored["params"], restored["ema"], meta, step)
+    params, *emas = map(jit_model.without_class_head, (restored["params"], *restored["ema"].values()))
+    meta = {**meta, "geometry": {**meta["geometry"], "class_head": False}}
+    return Weights(params, dict(zip(restored["ema"], emas, strict=True)), meta, step)
 
 
 def load_model(path: str | Path, which: str = "") -> jit_model.JiT:
@@ -317,6 +319,8 @@ def check_fits(
     """
     wanted = dataclasses.asdict(geometry)
     differing = [f"{k}: {v} -> {wanted[k]}" for k, v in meta["geometry"].items() if "dropout" not in k and v != wanted[k]]
+    if meta["geometry"].get("class_head", False) != geometry.class_head:
+        differing = ["model.class_loss: " + ("off -> on" if geometry.class_head else "on -> off")]
     names = tuple(names)
     if sorted(meta["ema_decays"]) != sorted(names):
         differing.append(f"optim.ema_decays: ({','.join(meta['ema_decays'])}) -> ({','.join(names)})")

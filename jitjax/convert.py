@@ -56,6 +56,11 @@ def run(args: argparse.Namespace) -> None:
             f"--from={source} predicts {found.prediction}, and whoever reads --to={target} ({kind}) samples it as a prediction "
             "of x: write a .safetensors, which keeps the prediction type"
         )
+    if first := found.geometry.class_start:
+        official = f"the official code conditions every block on the class, this model those from block {first} on"
+        if kind in ("pth", "diffusers"):
+            raise UserError(f"--from={source} cannot be written as {kind}: {official}; write a .safetensors, which says so")
+        found.notes.append(f"for jitjax only: {official}")
     written = list(found.sets)
     if kind == "jitjax":
         workdir.write_run(target, found)

@@ -17,21 +17,25 @@ from jitjax.errors import UserError
 
 # objective(output, x, e, t) -> loss of each image, (B,) float32. `output` is the network's, x the clean images in [-1, 1], e
 # the noise, all (B, H, W, 3); e and the times t (B,) made the network's input z_t. B is one device's part of a micro-batch.
-# With an attribute `activations`, names as `jitjax.model.JiT` observes them, it gets them as a fifth argument, by name.
+# With an attribute `activations`, names as `jitjax.model.JiT` observes them, it gets them as a fifth argument, by name;
+# "labels" among them are the images' labels, (B,), before some are dropped.
 Objective = Callable[..., jax.Array]
+LABELS = "labels"
 
 
 def loss_of(objective: Objective, network: Callable[..., jax.Array], x: jax.Array, e: jax.Array, t: jax.Array, y: jax.Array,
-            **options: Any) -> jax.Array:  # fmt: skip
+            *, labels: jax.Array | None = None, **options: Any) -> jax.Array:  # fmt: skip
     """The loss of each image, (B,) float32: `objective` of what `network` makes of the noised images.
 
     Args:
       network: a `jitjax.model.JiT`; `options` are further arguments of its call.
-      x, e: clean images and noise, (B, H, W, 3). t: times, (B,). y: labels, (B,).
+      x, e: clean images and noise, (B, H, W, 3). t: times, (B,). y: labels for the network, (B,).
+      labels: those for an objective that asks for them, (B,); default y.
     """
     with jax.named_scope("loss"):
         z = noised(x, e, t)
-    wanted, seen, also = getattr(objective, "activations", ()), {}, options.pop("observe", None)
+    wanted, also = getattr(objective, "activations", ()), options.pop("observe", None)
+    seen = {LABELS: y if labels is None else labels} if LABELS in wanted else {}
 
     def observe(name: str, value: jax.Array) -> None:
         if name in wanted:
@@ -125,6 +129,20 @@ def loss_per_image(
 def published_objective(prediction: str, loss: str, t_eps: float) -> Objective:
     """`loss_per_image` with everything but the arrays given."""
     return lambda output, x, e, t_B: loss_per_image(output, x, e, t_B, prediction, loss, t_eps)
+
+
+def with_class_loss(objective: Objective, weight: float) -> Objective:
+    """`objective` plus `weight` times the cross-entropy of the class that the model's first blocks see in the noised image. The
+    auxiliary loss of arXiv 2511.13720, which counts 100 beside the squared error summed over an image's values."""
+    names = getattr(objective, "activations", ())
+
+    def total(output, x, e, t_B, seen):
+        loss = objective(output, x, e, t_B, seen) if names else objective(output, x, e, t_B)
+        log_p = jax.nn.log_softmax(seen["class_logits"], axis=-1)
+        return loss - weight * jnp.take_along_axis(log_p, seen[LABELS][:, None], axis=-1)[:, 0]
+
+    total.activations = (*names, "class_logits", LABELS)
+    return total
 
 
 def sample_times(key: jax.Array, mean: float, std: float) -> jax.Array:

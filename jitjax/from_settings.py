@@ -72,7 +72,9 @@ def first_state(setup: Setup, process: diffusion.Diffusion, class_names: tuple[s
     if not settings.init_from:
         return state, []
     names = class_names if settings.model.class_conditional else ()
-    state, report = transfer.initialise_from(settings.init_from, state, process, names, settings.optim, settings.dtype)
+    state, report = transfer.initialise_from(
+        settings.init_from, state, setup.geometry.class_start, process, names, settings.optim, settings.dtype
+    )
     return state, [f"from {settings.init_from}: {report}"]
 
 
@@ -84,11 +86,15 @@ def published_objective(settings: Settings) -> diffusion.Objective:
 def make_loss(
     settings: Settings, geometry: model.Geometry, ops: kernels.Ops, objective: diffusion.Objective | None = None
 ) -> Any:
-    """The loss of a run; see `step.make_loss`. `objective`: default the published one, by the settings."""
+    """The loss of a run; see `step.make_loss`. `objective`: default the published one, by the settings. An auxiliary class loss
+    comes on top of either."""
+    objective = objective or published_objective(settings)
+    if settings.model.class_loss:
+        objective = diffusion.with_class_loss(objective, settings.model.class_loss / geometry.image_size**2 / model.CHANNELS)
     return step.make_loss(
         geometry,
         settings.diffusion,
-        objective=objective or published_objective(settings),
+        objective=objective,
         class_conditional=settings.model.class_conditional,
         dtype=settings.dtype,
         remat=settings.remat,
@@ -103,8 +109,9 @@ def make_step(setup: Setup, objective: diffusion.Objective | None = None) -> Any
       UserError: an objective on activations with FSDP, whose blocks keep theirs to themselves.
     """
     settings, mesh = setup.settings, setup.mesh
-    if getattr(objective, "activations", ()) and mesh.shape["fsdp"] > 1:
-        raise UserError("an objective on activations needs --config.mesh.fsdp=1; --config.mesh.zero shards the optimizer")
+    inside = [name for name in getattr(objective, "activations", ()) if name.startswith("blocks.")]
+    if inside and mesh.shape["fsdp"] > 1:
+        raise UserError(f"an objective on {inside[0]} needs --config.mesh.fsdp=1; --config.mesh.zero shards the optimizer")
     return step.make_train_step(
         make_loss(settings, setup.geometry, setup.ops, objective),
         abstract_state(settings, setup.geometry, mesh),

@@ -33,6 +33,7 @@ from jitjax.flops import CHANNELS, TIME_FEATURES
 from jitjax.settings import Model
 
 Params = dict[str, jax.Array]  # {"blocks.0.attn.qkv.kernel": array, ...}
+CLASS_HEAD = "class_head."
 LARGEST = 1e10  # depth x width^2, nearly a hundred times JiT-G's
 
 # depth, width, heads, bottleneck, context tokens, first block that sees them. B to G are published (arXiv 2511.13720,
@@ -64,6 +65,8 @@ class Geometry:
     mlp_ratio: float = 4.0
     attn_dropout: float = 0.0
     proj_dropout: float = 0.0
+    class_start: int = 0  # first block that is conditioned on the class; published: 0, with the auxiliary class loss later
+    class_head: bool = False  # what is in front of it tells the class of the image, for that loss: part of a run alone
 
     def __post_init__(self):
         if self.patch_size <= 0 or self.image_size % self.patch_size:
@@ -92,6 +95,10 @@ class Geometry:
             raise UserError(
                 f"--config.model.context_start={self.context_start} must lie in [0, depth={self.depth}): it is the first "
                 "block that sees the in-context class tokens"
+            )
+        if self.context_length and self.context_start < self.class_start:
+            raise UserError(
+                f"class_start={self.class_start}: context tokens show the class from block {self.context_start} on already"
             )
 
     @property
@@ -138,10 +145,27 @@ def make_geometry(name: str, image_size: int, num_classes: int, **overrides: Any
 
 
 def geometry_of(model: Model, image_size: int, num_classes: int) -> Geometry:
-    """The geometry that the model's settings describe, for images of `image_size` pixels and so many classes."""
+    """The geometry that the model's settings describe, for images of `image_size` pixels and so many classes.
+
+    Raises:
+      UserError: see `make_geometry`; a class loss without labels or without a block in front of the class.
+    """
     fields = {field.name for field in dataclasses.fields(Geometry)} - {"num_classes"}
     overrides = {name: value for name, value in dataclasses.asdict(model).items() if name in fields}
-    return make_geometry(model.name, image_size, num_classes, **overrides)
+    geometry = make_geometry(model.name, image_size, num_classes, **overrides)
+    if not model.class_loss:
+        return geometry
+    if not model.class_conditional or not 0 < geometry.context_start < geometry.depth:
+        raise UserError(
+            f"--config.model.class_loss={model.class_loss:g} needs --config.model.class_conditional=True and "
+            f"--config.model.context_start from 1 to {geometry.depth - 1}: the blocks in front of it learn to tell the class"
+        )
+    return dataclasses.replace(geometry, class_start=geometry.context_start, class_head=True)
+
+
+def without_class_head(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that draw images."""
+    return {name: value for name, value in params.items() if not name.startswith(CLASS_HEAD)}
 
 
 # ---------------------------------------------------------------- fixed tables
@@ -364,6 +388,8 @@ class JiT(nnx.Module):
             self.in_context_pos = nnx.Param(normal(rngs.params(), (g.context_length, g.width), jnp.float32))
         self.blocks = nnx.List([Block(g, i, rngs) for i in range(g.depth)])
         self.final = FinalLayer(g, rngs)
+        if g.class_head:
+            self.class_head = linear(g.width, g.num_classes, rngs, init=zeros)
 
     def __call__(
         self,
@@ -388,7 +414,8 @@ class JiT(nnx.Module):
           dropout_keys: one key per image, (B,) key array; None switches dropout off.
           run_blocks: how the blocks are run, with the signature of `in_sequence` (the default).
           observe: called while tracing with ("embed", tokens), then for each block ("blocks.<i>.attn", tokens after the
-            attention's residual) and ("blocks.<i>.mlp", the SwiGLU branch), last ("final", output). For diagnosis.
+            attention's residual) and ("blocks.<i>.mlp", the SwiGLU branch), last ("final", output), and with a class head
+            ("class_logits", (B, num_classes) float32). For diagnosis.
 
         Returns:
           (B, S, S, 3) in `dtype`.
@@ -417,7 +444,9 @@ class JiT(nnx.Module):
 
         with jax.named_scope("embed"):
             y_BD = self.y_embedder(y)
-            c_BD = jax.nn.silu(self.t_embedder(t, dtype).astype(jnp.float32) + y_BD).astype(dtype)
+            t_BD = self.t_embedder(t, dtype).astype(jnp.float32)
+            c_BD = jax.nn.silu(t_BD + y_BD).astype(dtype)
+            c_without_class_BD = jax.nn.silu(t_BD).astype(dtype) if g.class_start else None
             x_BTD = self.patch_embed(patchify(z.astype(dtype), g.patch_size))
             x_BTD = x_BTD + position_table(g.width, g.grid).astype(dtype)
             context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype) if g.context_length else None
@@ -427,7 +456,10 @@ class JiT(nnx.Module):
         apply_block = _apply_block if run_blocks is in_sequence else _apply_block.__wrapped__
 
         def stage(i, block, carry, shared):
-            (x_BTD, pending), (c_BD, context_BTD, keys) = carry, shared
+            (x_BTD, pending, pooled_BD), (c_BD, c_without_class_BD, context_BTD, keys) = carry, shared
+            if g.class_head and i == g.class_start:
+                x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
+                pooled_BD = jnp.mean(x_BTD.astype(jnp.float32), axis=1)
             if g.context_length and i == g.context_start:
                 if pending is not None:
                     x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
@@ -439,18 +471,22 @@ class JiT(nnx.Module):
             if remat != "none":
                 apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
             rope = rope_tables(g.head_dim, g.grid, context)
+            c_BD = c_without_class_BD if i < g.class_start else c_BD
             x_BTD, pending = apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i])
             observe(f"blocks.{i}.attn", x_BTD)
             observe(f"blocks.{i}.mlp", pending[0])
-            return x_BTD, pending
+            return x_BTD, pending, pooled_BD
 
         stages = [functools.partial(stage, i) for i in range(g.depth)]
-        x_BTD, pending = run_blocks(stages, self.blocks, (x_BTD, None), (c_BD, context_BTD, keys))
+        shared = c_BD, c_without_class_BD, context_BTD, keys
+        x_BTD, pending, pooled_BD = run_blocks(stages, self.blocks, (x_BTD, None, None), shared)
 
         shift, scale = jnp.split(affine(self.final.adaln, c_BD), 2, axis=-1)
         _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)
         output_BTV = affine(self.final.linear, h_BTD)
         observe("final", output_BTV)
+        if g.class_head:
+            observe("class_logits", affine(self.class_head, pooled_BD))
         return unpatchify(output_BTV, g.patch_size)
 
 

@@ -156,6 +156,10 @@ class Pipeline:
             raise UserError(f"{len(self.class_names)} class names for a model of {self.geometry.num_classes} classes")
         if self.which not in self.weights:
             raise UserError(f"there are no weights {self.which!r}: {', '.join(self.weights)} are there")
+        if self.geometry.class_head or self.which.startswith(ema.POWER):  # snapshots hold all that was trained
+            weights = {name: jit_model.without_class_head(params) for name, params in self.weights.items()}
+            object.__setattr__(self, "weights", weights)
+            object.__setattr__(self, "geometry", dataclasses.replace(self.geometry, class_head=False))
 
     @property
     def params(self) -> jit_model.Params:

@@ -96,6 +96,10 @@ class Model:
     bottleneck: int | None = setting(None, "Features between the two patch projections; unset: own.", low=1, high=2**15)
     context_length: int | None = setting(None, "In-context class tokens; unset: own.", low=0, high=2**12)
     context_start: int | None = setting(None, "First block that sees the context tokens; unset: own.", low=0, high=511)
+    class_loss: float = setting(
+        0.0, "Auxiliary class loss, beside the summed squared error; published: 100. Block context_start is then the first "
+        "that is conditioned on the class. 0: none.", low=0, high=1e6,
+    )  # fmt: skip
     mlp_ratio: float = setting(4.0, "SwiGLU: hidden width is 2/3 of this times the width.", high=64, **POSITIVE)
     attn_dropout: float = setting(0.0, "Dropout of attention weights, middle blocks.", low=0, high=1, open_high=True)
     proj_dropout: float = setting(0.0, "Dropout of projections, middle blocks.", low=0, high=1, open_high=True)

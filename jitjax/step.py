@@ -110,7 +110,7 @@ def make_loss(
             x = diffusion.to_float(images)
         network = jit_model.merge(graphdef, params)
         how = dict(dtype=jnp.dtype(dtype), ops=ops, remat=remat, dropout_keys=dropout_keys) | options
-        return diffusion.loss_of(objective, network, x, e, t, y, **how)
+        return diffusion.loss_of(objective, network, x, e, t, y, labels=labels, **how)
 
     return loss_of_images
 

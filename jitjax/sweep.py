@@ -257,6 +257,9 @@ def sweep(
             say(f"\nnote: {error}")
     extra = "".join(f" --{name} {value}" for name, value in options.items())
     say(f"best: {metric} {results.get(best)[metric]:.5g} with EMA {best.which}, guidance {best.cfg_scale:g}, {best.interval}")
+    ends = {guidance[0], guidance[-1]} - {1.0}  # below 1 there is nothing to look for
+    if len(guidance) > 1 and best.cfg_scale in ends:
+        say(f"note: that is an end of --cfg_scale={cfg_scale}; a better one may lie beyond")
     say(
         f"again: jitjax evaluate {model} --reference {reference} --num {len(numbers)} --which {best.which} "
         f"--cfg_scale {best.cfg_scale:g} --interval {best.interval[0]:g},{best.interval[1]:g} --seed {seed}{extra}"

@@ -69,12 +69,16 @@ def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
 def initialise_from(
     path: str,
     state: step.TrainState,
+    class_start: int,
     process: diffusion.Diffusion,
     class_names: tuple[str, ...],
     optim: Optimizer,
     dtype: str,
 ) -> tuple[step.TrainState, Report]:
     """A step-0 state with another model's weights and EMAs (its weights for a decay it lacks).
+
+    Args:
+      path: what `jitjax.load` takes. state: of the new run, at step 0. class_start: of the new run's geometry.
 
     Raises:
       UserError: the other model predicts something else, or has no weights.
@@ -91,6 +95,8 @@ def initialise_from(
     ema = {decay: transfer(weights.get(decay, raw), state.params)[0] for decay in state.ema}
     for decay in sorted(set(state.ema) - set(weights)):
         report.fresh.append(f"EMA {decay} (from the weights)")
+    if pipe.geometry.class_start != class_start:
+        report.notes.append(f"conditioned on the class from block {pipe.geometry.class_start} on, now from block {class_start}")
     if pipe.diffusion.noise_scale != process.noise_scale:
         report.notes.append(f"trained with noise_scale {pipe.diffusion.noise_scale}, now {process.noise_scale}")
     if len(pipe.class_names) == len(class_names) and pipe.class_names != class_names:

@@ -125,16 +125,30 @@ def check_command(argv: list[str], where: str, capsys) -> None:
         arguments.load(config, run_length=argv[0] == "train")
 
 
-def test_the_check_on_a_card_has_commands_that_exist(monkeypatch, capsys):
+@pytest.mark.parametrize("broken", ["", "h16"])
+def test_the_check_on_a_card_runs_commands_that_exist(broken, tmp_path, monkeypatch, capsys):
+    """With a `python` that notes its arguments and does nothing else, but for failing where they name `broken`."""
+    (tmp_path / "python").write_text(f"""#!/bin/sh
+[ "$1" = -c ] && exit 0
+echo "$*" >> {tmp_path}/commands
+case "$*" in *"{broken or "nothing"}"*) echo a kernel is wrong; exit 2;; esac
+""")
+    (tmp_path / "python").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / ".ci/gpu"], env=os.environ | path, capture_output=True, text=True)
+    if broken:
+        assert done.returncode == 1 and "a kernel is wrong" in done.stdout and "all checks passed" not in done.stdout
+        assert (
+            done.stderr
+            == f"FAILED: jitjax bench kernels --repeats 1 --config configs/imagenet.py:{broken} --config.batch_size=16\n"
+        )
+    else:
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\nall checks passed\n")
     monkeypatch.chdir(ROOT)
-    script = (ROOT / ".ci/gpu").read_text()
-    words = {"$size": "l16", "$remat": "dots", "$work": "work", '"${run[@]}"': re.search(r"^run=\((.*)\)$", script, re.M)[1]}
-    for name in ('"${run[@]}"', "$work", "$size", "$remat"):
-        script = script.replace(name, words[name])
-    found = [line for line in script.splitlines() if re.match(r" *jitjax [a-z]", line)]
-    assert len(found) >= 8
-    for command in found:
-        check_command(argv_of(command.strip()), command, capsys)
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len(commands) == 12 and all(command.startswith("-m jitjax ") for command in commands)
+    for command in commands:
+        check_command(shlex.split(command)[2:], command, capsys)
 
 
 def test_git_ignores_what_the_commands_write():

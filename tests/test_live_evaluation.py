@@ -120,6 +120,7 @@ def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
     assert cli.main(argv) == 0
     first = capsys.readouterr().out
     assert "again: jitjax evaluate" in first and "best: mind" in first
+    assert ("note: that is an end of --cfg_scale=1,2; a better one may lie beyond" in first) == ("guidance 2," in first)
     text = (tmp_path / "s.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     (tmp_path / "s.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # torn by a kill

@@ -705,6 +705,8 @@ def test_a_run_starts_from_every_form(tmp_path):
     config = small_settings(data__image_size=16, optim__ema_decays=(0.9999, 0.5))
     fresh = step.init_state(G, config.optim, config.dtype, jax.random.key(0))
     process = pipeline.load(tmp_path / "wrapped.pth.tar").diffusion
-    begun, report = transfer.initialise_from(str(tmp_path / "wrapped.pth.tar"), fresh, process, (), config.optim, config.dtype)
+    begun, report = transfer.initialise_from(
+        str(tmp_path / "wrapped.pth.tar"), fresh, 0, process, (), config.optim, config.dtype
+    )
     assert same(begun.params, RAW) and same(begun.ema["0.9999"], EMA) and same(begun.ema["0.5"], RAW)
     assert report.fresh == ["EMA 0.5 (from the weights)"]

@@ -19,6 +19,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from jitjax.from_settings import Setup
 CALLS = 10  # of one measurement, back to back
 
 Function = Callable[..., Any]  # of (ops, *activations, *parameters)
+Program = Callable[[], list[jax.Array]]  # compiled, with its arguments
 # Name, tokens, what to check, what to time (None for the same), activations, parameters.
 Case = tuple[str, int, Function, Function | None, list[jax.Array], list[jax.Array]]
 
@@ -43,12 +45,18 @@ def run(args: argparse.Namespace) -> None:
       UserError: a mistake in the configuration, or a fused operation that is less accurate than the plain one.
     """
     setup = common.prepare(common.load(args))
+    listed = list(cases(setup))
+    common.say(f"compiling the programs of {len(listed)} operations and of the model ...")
+    with ThreadPoolExecutor() as pool:  # all before anything is timed: compiling uses the card too
+        begun = [begin_case(pool, *case, args.check_images) for _, _, *case in listed]
+        of_model = [program.result() for program in begin_models(pool, setup, args.check_images)]
+        compiled = [{name: program.result() for name, program in programs.items()} for programs in begun]
     failed = []
-    for name, tokens, *case in cases(setup):
-        record = compare(setup, *case, args.check_images, args.repeats)
+    for (name, tokens, *_), programs in zip(listed, compiled, strict=True):
+        record = compare(programs, setup.settings.dtype, args.repeats)
         common.emit({"benchmark": "kernels", "operation": name, "tokens": tokens, **record})
         failed += [] if record["as_accurate"] else [f"{name} at {tokens} tokens"]
-    record = compare_models(setup, args.check_images)
+    record = judge(*(program() for program in of_model), setup.settings.dtype)
     common.emit({"benchmark": "kernels", "operation": "model", **record, **common.describe(setup)})
     failed += [] if record["as_accurate"] else ["the model's gradients"]
     if failed:
@@ -148,53 +156,68 @@ def judge(reference: Sequence[jax.Array], plain: Sequence[jax.Array], fused: Seq
     }
 
 
-def compare(
-    setup: Setup,
+def begin(pool: Executor, jitted: Any, *arguments: Any) -> Future[Program]:
+    """A program with its arguments, compiling in `pool`."""
+    lowered = jitted.lower(*arguments)
+    return pool.submit(lambda: functools.partial(lowered.compile(), *arguments))
+
+
+def begin_case(
+    pool: Executor,
     checked: Function,
     timed: Function | None,
     activations: list[jax.Array],
     parameters: list[jax.Array],
     images: int,
-    repeats: int,
-) -> dict[str, Any]:
-    """Errors and times of one operation, fused and plain."""
+) -> dict[str, Future[Program]]:
+    """The programs of one operation: "exact" and, by kind, "plain", "fused" for errors, "plain timed", "fused timed"."""
     few = [x[:images] for x in activations]
     with jax.default_matmul_precision("float32"):
-        exact = with_gradients(checked, kernels.get_ops("plain"))([x.astype(jnp.float32) for x in few] + parameters)
-    results, times = {}, {}
+        exact = begin(
+            pool, with_gradients(checked, kernels.get_ops("plain")), [x.astype(jnp.float32) for x in few] + parameters
+        )
+    programs = {"exact": exact}
     for kind in ("plain", "fused"):
-        results[kind] = with_gradients(checked, kernels.get_ops(kind))(few + parameters)
-        run = with_gradients(timed or checked, kernels.get_ops(kind))
-        arguments = activations + parameters
-        jax.block_until_ready(run(arguments))
+        programs[kind] = begin(pool, with_gradients(checked, kernels.get_ops(kind)), few + parameters)
+        programs[f"{kind} timed"] = begin(
+            pool, with_gradients(timed or checked, kernels.get_ops(kind)), activations + parameters
+        )
+    return programs
+
+
+def compare(programs: dict[str, Program], dtype: str, repeats: int) -> dict[str, Any]:
+    """Errors and times of one operation, fused and plain, from `begin_case`."""
+    times = {}
+    for kind in ("plain", "fused"):
+        run = programs[f"{kind} timed"]
+        jax.block_until_ready(run())
         measured = []
         for _ in range(repeats):
             begun = time.perf_counter()
             for _ in range(CALLS):
-                out = run(arguments)
+                out = run()
             jax.block_until_ready(out)
             measured.append((time.perf_counter() - begun) / CALLS)
         times[f"{kind}_us"] = round(statistics.median(measured) * 1e6, 1)
-    return {**judge(exact, results["plain"], results["fused"], setup.settings.dtype), **times}
+    return {**judge(*(programs[name]() for name in ("exact", "plain", "fused")), dtype), **times}
 
 
-def compare_models(setup: Setup, images: int) -> dict[str, Any]:
-    """Loss and gradient of every parameter of the whole model for a few random images: float32 against both."""
+def begin_models(pool: Executor, setup: Setup, images: int) -> list[Future[Program]]:
+    """Loss and gradient of every parameter of the whole model for a few random images: plain in float32, plain, fused."""
     params = common.random_params(setup.geometry, jax.random.key(setup.settings.seed))
     batch = {name: value[:images] for name, value in common.random_batch(setup).items()}
     keys = jax.random.split(jax.random.key(2), len(batch["label"]))
 
-    def gradients(dtype, kind):
-        settings = dataclasses.replace(setup.settings, dtype=str(dtype))
+    def program(dtype: str, kind: str) -> Future[Program]:
+        settings = dataclasses.replace(setup.settings, dtype=dtype)
         loss = from_settings.make_loss(settings, setup.geometry, kernels.get_ops(kind))
 
-        @jax.jit
         def run(params):
-            return jax.value_and_grad(lambda p: jnp.mean(loss(p, batch["image"], batch["label"], keys)))(params)
+            return jax.tree.leaves(
+                jax.value_and_grad(lambda p: jnp.mean(loss(p, batch["image"], batch["label"], keys)))(params)
+            )
 
-        return jax.tree.leaves(run(params))
+        return begin(pool, jax.jit(run), params)
 
-    exact, plain, fused = (
-        gradients(*which) for which in (("float32", "plain"), (setup.settings.dtype, "plain"), (setup.settings.dtype, "fused"))
-    )
-    return judge(exact, plain, fused, setup.settings.dtype)
+    dtype = setup.settings.dtype
+    return [program(*which) for which in (("float32", "plain"), (dtype, "plain"), (dtype, "fused"))]

@@ -137,7 +137,7 @@ def infer_geometry(
 
     The tensors do not say where context tokens start. That is `context_start` if given, else the start of the published
     size with the same depth and width, else depth // 3 as in the published B, L and H; what was assumed is added to
-    `notes`, or logged without one. The dropout rates are those of `args`, the official arguments.
+    `notes`, or logged without one. The dropout rates are those of `args`, the official arguments; `class_start` in it is ours.
 
     Raises:
       UserError: tensors are missing, or their shapes do not describe a JiT, or `context_start` is beyond the blocks.
@@ -194,6 +194,7 @@ def infer_geometry(
         mlp_ratio=_mlp_ratio(width, hidden),
         attn_dropout=float(args.get("attn_dropout") or 0),
         proj_dropout=float(args.get("proj_dropout") or 0),
+        class_start=int(args.get("class_start") or 0),
     )
     _check_shapes(tensors, geometry)
     return geometry

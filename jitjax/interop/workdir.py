@@ -84,7 +84,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         weights.epoch = _finished_epochs(saved.meta, saved.step, weights.notes) - 1
     if moments and config.optim.name != "adamw":
         weights.notes.append(f"the state of {config.optim.name} has no place in other formats and is left out")
-    elif moments:
+    elif moments and not weights.geometry.class_start:  # such a model has no place in the files that hold moments
         weights.moments = _saved_moments(path, weights.geometry, config)
     return weights
 

@@ -224,8 +224,9 @@ class Monitor:
     def _closing_lines(self, exit_code: int) -> list[str]:
         took = duration(self._console.elapsed)
         if exit_code == 0:
+            what = "finished" if self._step >= self._total_steps else "stopped"  # by stop_after
             return [
-                f"finished at step {self._step:,}; this start took {took}",
+                f"{what} at step {self._step:,}; this start took {took}",
                 f"in {self._workdir}: checkpoints/, samples/, metrics.jsonl, log.txt",
             ]
         what = "stopped as asked" if exit_code > 128 else "failed"
