@@ -88,7 +88,7 @@ def test_lines_that_are_missing_are_reported(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     for resume_step, said in ((2, ""), (5, "metrics.jsonl has no lines of steps 3 to 5\n")):
         Monitor(tmp_path, total_steps=9, resume_step=resume_step).close()
-        assert capsys.readouterr().out.split("finished")[0].endswith(said)
+        assert capsys.readouterr().out.split("stopped")[0].endswith(said)
         assert ("no lines" in (tmp_path / "log.txt").read_text()) == bool(said)
 
 
