@@ -29,7 +29,6 @@ import safetensors.numpy
 from jitjax.errors import UserError
 
 Arrays = Mapping[str, Any]
-POWER = "power:"  # name of a power-function EMA: "power:0.05"
 FOLDER = "ema"  # of snapshots in a workdir
 SIGMA_REL_MAX = 12**-0.5  # gamma = 0, the plain mean of all steps
 

@@ -108,7 +108,7 @@ def _scores(pipe: Pipeline, config: dict) -> list[str]:
     scores, how = pipe.run.get("scores"), config.get("eval")
     if not scores or not how:
         return []
-    decay = how.get("ema_decay") or config["optim"]["ema_decays"][0]
-    about = f"EMA {decay}, {how['num_images']:,} images, {how['method']}, {how['steps']} steps, cfg_scale {how['cfg_scale']:g}"
+    which = how.get("which") or how.get("ema_decay") or settings.from_mapping(config, ignore_unknown=True).optim.emas[0]
+    about = f"EMA {which}, {how['num_images']:,} images, {how['method']}, {how['steps']} steps, cfg_scale {how['cfg_scale']:g}"
     rows = (f"| {name.removeprefix('eval/')} | {value:.4g} |" for name, value in scores.items())
     return [f"Scores during training ({about}):", "", "| | |", "|---|---|", *rows, ""]

@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from jitjax import muon
-from jitjax.ema import POWER, power_ema_rate, warmup_ema_rate
+from jitjax.ema import power_ema_rate, warmup_ema_rate
 from jitjax.plan import Plan
-from jitjax.settings import Optimizer
+from jitjax.settings import POWER, Optimizer
 
 Params = dict[str, jax.Array]
 
@@ -67,11 +67,6 @@ def make_optimizer(
         return muon.make(make_optimizer(dataclasses.replace(optim, name="adamw")), optim, specs, mesh)
     o = optim
     return optax.adamw(1.0, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask)
-
-
-def ema_names(optim: Optimizer) -> tuple[str, ...]:
-    """Names of the EMAs of a run: fixed decays by their decay, e.g. "0.9999", power functions as "power:0.05"."""
-    return (*map(str, optim.ema_decays), *(f"{POWER}{sigma_rel:g}" for sigma_rel in optim.power_emas))
 
 
 def update_ema(ema: dict[str, Params], params: Params, step: jax.Array, *, warmup: bool = False) -> dict[str, Params]:

@@ -156,7 +156,7 @@ class Pipeline:
             raise UserError(f"{len(self.class_names)} class names for a model of {self.geometry.num_classes} classes")
         if self.which not in self.weights:
             raise UserError(f"there are no weights {self.which!r}: {', '.join(self.weights)} are there")
-        if self.geometry.class_head or self.which.startswith(ema.POWER):  # snapshots hold all that was trained
+        if self.geometry.class_head or self.which.startswith(settings.POWER):  # snapshots hold all that was trained
             weights = {name: jit_model.without_class_head(params) for name, params in self.weights.items()}
             object.__setattr__(self, "weights", weights)
             object.__setattr__(self, "geometry", dataclasses.replace(self.geometry, class_head=False))
@@ -171,6 +171,11 @@ class Pipeline:
         return tuple(name for name in self.weights if name != RAW)
 
     @property
+    def scored(self) -> str:
+        """The set that scores are of, unless another is named: the first power-function EMA, where there is one."""
+        return next((name for name in self.weights if name.startswith(settings.POWER)), self.which)
+
+    @property
     def snapshots(self) -> Path | None:
         """Folder of the run's EMA snapshots, where there is one."""
         folder = self.workdir and self.workdir / ema.FOLDER
@@ -183,15 +188,15 @@ class Pipeline:
         Raises:
           UserError: there is no such set; the line names those that are there.
         """
-        if str(which).startswith(ema.POWER) and which not in self.weights and self.snapshots:
+        if str(which).startswith(settings.POWER) and which not in self.weights and self.snapshots:
             return self._rebuilt(str(which))
         return dataclasses.replace(self, which=choose(self.weights, which))
 
     def _rebuilt(self, which: str) -> Pipeline:
         try:
-            target = ema.Target(self.step, sigma_rel=float(which.removeprefix(ema.POWER)))
+            target = ema.Target(self.step, sigma_rel=float(which.removeprefix(settings.POWER)))
         except ValueError:
-            raise UserError(f"EMA {which!r}: give a number after {ema.POWER}, e.g. {ema.POWER}0.07") from None
+            raise UserError(f"EMA {which!r}: give a number after {settings.POWER}, e.g. {settings.POWER}0.07") from None
         params, found = ema.reconstruct(ema.find_snapshots(self.snapshots), target)
         note = f"EMA {which} rebuilt from snapshots in {self.snapshots}: its profile is {found.residual:.1%} off"
         return dataclasses.replace(self, weights=self.weights | {which: params}, which=which, notes=(*self.notes, note))
@@ -365,8 +370,8 @@ class Pipeline:
         from jitjax.interop.weights import write_folder
 
         facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
-        sets = {name: params for name, params in self.weights.items() if not name.startswith(ema.POWER)}
-        sets = {RAW: self.params} if self.which.startswith(ema.POWER) else sets
+        sets = {name: params for name, params in self.weights.items() if not name.startswith(settings.POWER)}
+        sets = {RAW: self.params} if self.which.startswith(settings.POWER) else sets
         # A set at a time: JAX sorts the names of a dictionary, and the first EMA is the one that is used.
         write_folder(folder, {name: jax.device_get(params) for name, params in sets.items()}, self.geometry, facts)
         if (folder / hub.CARD).exists():

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jitjax import checkpoint, ema, host_copy, manifest, processes
+from jitjax import checkpoint, host_copy, manifest, processes, settings
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 from jitjax.workdir import BEST_FILE
@@ -199,7 +199,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # the first save will say it
                 checkpoint.compile_all_finite(_groups(like))
                 if alone and jax.default_backend() != "cpu":
-                    powers = {name: params for name, params in like.ema.items() if name.startswith(ema.POWER)}
+                    powers = {name: params for name, params in like.ema.items() if name.startswith(settings.POWER)}
                     leaves = jax.tree.leaves((like, powers))
                     sizes = [(leaf.shape, leaf.dtype, host_copy.one_replica(leaf.sharding)) for leaf in leaves]
                     jax.block_until_ready([jax.device_put(np.zeros(shape, dtype), place) for shape, dtype, place in sizes])

@@ -25,6 +25,8 @@ from jitjax.signals import StopAfter
 SPACES = ("x", "epsilon", "v")
 HIGH_DEPTH = ("clip", "range", "picture")
 METHODS = ("heun", "euler", "abm2", "abm3", "dpmpp_2m")
+POWER = "power:"  # name of a power-function EMA: "power:0.05"
+FIRST_EMA = "e.g. 0.9999 or power:0.1; '': the first of optim.power_emas, else of optim.ema_decays."
 GRID = r"uniform|power:\d+(\.\d+)?"
 INT32 = 2**31 - 1  # the largest optimizer step that a device counts
 
@@ -138,6 +140,12 @@ class Optimizer:
     ema_warmup: bool = setting(False, "Fixed decays begin shorter: min(decay, (1 + step) / (10 + step)).")
     power_emas: tuple[float, ...] = setting((), "sigma_rel of power-function EMAs, e.g. (0.05,0.1).", **SIGMA_REL)
 
+    @property
+    def emas(self) -> tuple[str, ...]:
+        """Names of a run's EMAs, "power:0.05" and "0.9999"; previews and scores are of the first. Power functions come first:
+        their length grows with the run, where a fixed decay is too long for its beginning."""
+        return (*(f"{POWER}{sigma_rel:g}" for sigma_rel in self.power_emas), *map(str, self.ema_decays))
+
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
@@ -181,7 +189,7 @@ class Preview:
     cfg_scale: float = free(2.9, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
     interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
-    ema_decay: float | None = free(None, "EMA to sample from; unset: the first of optim.ema_decays.", low=0, high=1)
+    which: str = free("", f"EMA to sample from, {FIRST_EMA}")
 
     def sampler(self) -> Sampler:
         return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
@@ -204,7 +212,7 @@ class Eval:
     interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
     batch_size: int = free(64, "Images drawn at once per device.", low=1, high=2**16)
-    ema_decay: float | None = free(None, "EMA to score; unset: the first of optim.ema_decays.", low=0, high=1)
+    which: str = free("", f"EMA to score, {FIRST_EMA}")
 
     def sampler(self) -> Sampler:
         return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
@@ -460,8 +468,8 @@ def check(settings: Settings) -> None:
             if name.startswith("muon_") and (value := getattr(settings.optim, name)) != field.default:
                 raise UserError(f"--config.optim.{name}={value} needs --config.optim.name=muon, which is not set")
     for name, part in (("preview", settings.preview), ("eval", settings.eval)):
-        if part.ema_decay is not None and part.ema_decay not in decays:
-            raise UserError(f"--config.{name}.ema_decay={part.ema_decay}: not among optim.ema_decays {decays}")
+        if part.which and part.which not in settings.optim.emas:
+            raise UserError(f"--config.{name}.which={part.which}: not among the run's EMAs {', '.join(settings.optim.emas)}")
         check_interval(part.interval, f"--config.{name}.interval")
 
 

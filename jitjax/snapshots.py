@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jitjax import ema, host_copy, sharding
+from jitjax import ema, host_copy, settings, sharding
 from jitjax.errors import UserError
 
 _ATTEMPTS, _RETRY_SECONDS = 5, 60.0
@@ -31,11 +31,11 @@ class Snapshots:
         """Begin to copy the power-function ones of `emas` to the host and return; they may be donated at once. One that cannot
         be written is reported in one line and tried again; `check` says when that was of no use."""
         for name, params in emas.items():
-            if not name.startswith(ema.POWER):
+            if not name.startswith(settings.POWER):
                 continue
             whole = host_copy.to_host(params) if jax.process_count() == 1 else sharding.replicated(params)
             if jax.process_index() == 0:
-                self._pending.append(self._pool.submit(self._write, step, float(name.removeprefix(ema.POWER)), whole))
+                self._pending.append(self._pool.submit(self._write, step, float(name.removeprefix(settings.POWER)), whole))
 
     def check(self) -> None:
         """Cheap: for every turn of a loop.

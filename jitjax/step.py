@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jitjax import diffusion, gradients, kernels, sharding
 from jitjax import model as jit_model
-from jitjax.optimizer import ema_names, make_optimizer, update_ema
+from jitjax.optimizer import make_optimizer, update_ema
 from jitjax.settings import Diffusion, Optimizer
 
 Params = dict[str, jax.Array]
@@ -47,7 +47,7 @@ def init_state(geometry: jit_model.Geometry, optim: Optimizer, dtype: str, key: 
       dtype: compute type; float16 starts with a loss scale.
     """
     params = jit_model.init_fn(geometry)(key)
-    return fresh_state(params, {name: jax.tree.map(jnp.copy, params) for name in ema_names(optim)}, optim, dtype)
+    return fresh_state(params, {name: jax.tree.map(jnp.copy, params) for name in optim.emas}, optim, dtype)
 
 
 def fresh_state(params: Params, ema: dict[str, Params], optim: Optimizer, dtype: str) -> TrainState:

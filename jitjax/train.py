@@ -42,7 +42,6 @@ from jitjax.distributed import Peers
 from jitjax.errors import UserError, closing
 from jitjax.evaluation import live
 from jitjax.monitor import LateLog, Monitor, Throughput
-from jitjax.optimizer import ema_names
 from jitjax.plan import Plan, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
@@ -78,6 +77,7 @@ class Run:
     snapshots: Snapshots
     meta: dict[str, Any]  # of every checkpoint
     start: int  # optimizer steps done before this start
+    begun: float  # this start, by time.perf_counter()
     anomalies: Anomalies
     account: TimeAccount
     peers: Peers
@@ -214,7 +214,7 @@ def build(
     def check_saved(meta: dict[str, Any]) -> None:
         if meta.get("data"):  # a checkpoint imported from elsewhere has seen none of ours
             data.check_fingerprint(meta["data"], dataset, allow_changed=settings.data.allow_changed)
-        checkpoint.check_fits(meta, geometry, ema_names(settings.optim), settings.optim, folder.path)
+        checkpoint.check_fits(meta, geometry, settings.optim.emas, settings.optim, folder.path)
 
     start = 0
     if (resumed := saved.resume(like, check_saved)) is not None:
@@ -352,15 +352,16 @@ def build(
         host_batches=host_batches,
         batches=batches,
         preview=preview,
-        preview_ema=str(settings.preview.ema_decay or settings.optim.ema_decays[0]),
+        preview_ema=settings.preview.which or settings.optim.emas[0],
         evaluation=evaluation,
-        eval_ema=str(settings.eval.ema_decay or settings.optim.ema_decays[0]),
+        eval_ema=settings.eval.which or settings.optim.emas[0],
         monitor=monitor,
         log=log,
         checkpoints=saved,
         snapshots=snapshots,
         meta=meta,
         start=start,
+        begun=begun,
         anomalies=anomalies,
         account=account,
         peers=peers,
@@ -476,7 +477,7 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
                 last_save = time.monotonic()
             log.paused(time.perf_counter() - pause)
             quiet.close()
-        if (at_log or alone) and run.peers.agree(stop_after.reached(done - run.start, time.monotonic() - begun)):
+        if (at_log or alone) and run.peers.agree(stop_after.reached(done - run.start, time.perf_counter() - run.begun)):
             break
     dog.__exit__()  # the grace period takes over
     log.flush()

@@ -1,4 +1,5 @@
-"""The auxiliary class loss: what the blocks in front of the class know, on every mesh, and that it leaves with the training."""
+"""The auxiliary class loss: what the blocks in front of the class know, and that its head leaves with the training. On every
+mesh: `test_step.test_same_curve_on_any_mesh`."""
 
 import dataclasses
 
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.special
 from conftest import DEEPER, small_settings
-from test_step import FSDP, HYBRID, run, split_small  # noqa: F401
 
 import jitjax
 from jitjax import cli, convert, diffusion, from_settings, kernels, model, pipeline, sharding, step
@@ -86,20 +86,6 @@ def test_beside_a_loss_of_ones_own_on_activations():
         for w in (50.0, 0.0)
     )
     assert bool(jnp.all(with_it > alone))  # a cross-entropy is above 0
-
-
-@pytest.mark.parametrize(
-    "axes, micro_batches", [((1, 1, 4), 2), *(pytest.param(mesh, 1, marks=pytest.mark.slow) for mesh in (FSDP, HYBRID))]
-)
-def test_the_same_curve_on_any_mesh(split_small, axes, micro_batches):  # noqa: F811
-    deeper = ON | dict(model__depth=3)
-    reference, whole = run(small_settings(**deeper, batch_size=32), (1, 1, 1))
-    size = 32 // int(np.prod(axes)) // micro_batches
-    losses, state = run(small_settings(**deeper, batch_size=size, optim__accumulation_steps=micro_batches), axes)
-    np.testing.assert_allclose(losses, reference, rtol=2e-6)
-    for name, value in whole.params.items():
-        np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
-    assert float(np.abs(whole.params["class_head.kernel"]).max()) > 1e-4  # began as 0
 
 
 def test_what_is_saved_has_no_head_and_knows_where_the_class_begins(tmp_path):

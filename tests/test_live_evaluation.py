@@ -10,6 +10,7 @@ from conftest import small_settings
 
 import jitjax
 from jitjax import cli, ema, sweep
+from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.train import train
@@ -48,7 +49,7 @@ def test_evaluation_does_not_touch_the_run(scored, unscored):
 
 def test_scores_are_written_and_the_best_checkpoint_stays(scored):
     lines = [json.loads(line) for line in (scored / "scores.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [(line["step"], line["ema"]) for line in lines] == [(2, "power:0.05"), (4, "power:0.05"), (6, "power:0.05")]
     assert all({"eval/mind", "eval/kid", "eval/seam_index", "eval/loss"} <= line.keys() for line in lines)
     buckets = [value for name, value in lines[-1].items() if name.startswith("eval/loss_t")]
     assert len(buckets) == 5 and np.mean(buckets) == pytest.approx(lines[-1]["eval/loss"])
@@ -61,6 +62,20 @@ def test_scores_are_written_and_the_best_checkpoint_stays(scored):
     steps = {int(path.name) for path in (scored / "checkpoints").iterdir()}
     assert steps == {best["step"], 6}  # keep_last is 1
     assert jitjax.load(scored / "checkpoints/best").step == jitjax.load(scored / "best").step == best["step"]
+
+
+def test_scores_are_of_the_first_power_function_ema_unless_another_is_named(scored, tmp_path, capsys):
+    argv = ["evaluate", str(scored), f"--reference={scored / 'shapes/train'}", "--num=8", "--steps=1"]
+    argv.append(f"--extractor={EXTRACTOR}")
+    for flags, which in (([], "power:0.05"), (["--which=0.5"], "0.5"), (["--which=model"], "model")):
+        assert cli.main([*argv, *flags, f"--json={tmp_path / 'scores.json'}"]) == 0
+        assert json.loads((tmp_path / "scores.json").read_text())["weights"] == which
+    capsys.readouterr()
+    assert jitjax.load(scored).which == "0.9"  # what is drawn and saved
+    named = small_settings(optim__power_emas=(0.1,), eval__which="0.5")
+    settings_lib.check(named)
+    with pytest.raises(UserError, match="eval.which=0.7: not among the run's EMAs power:0.1, 0.9, 0.5"):
+        settings_lib.check(small_settings(optim__power_emas=(0.1,), eval__which="0.7"))
 
 
 def test_any_ema_length_is_rebuilt_from_a_runs_snapshots(scored):

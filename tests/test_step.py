@@ -64,9 +64,10 @@ def split_small(monkeypatch):
 @pytest.fixture(scope="module")
 def reference():
     """32 images a step on one device, in one piece."""
-    return run(small_settings(**DEEPER, batch_size=32, model__proj_dropout=0.2), (1, 1, 1))
+    return run(small_settings(**EVERYTHING, batch_size=32), (1, 1, 1))
 
 
+EVERYTHING = DEEPER | {"model__proj_dropout": 0.2, "model__class_loss": 100.0}
 SLOW_MESHES = (((2, 2, 1), 2), (ZERO, 4), (DATA, 1), (DATA, 2), (FSDP, 1), ((2, 1, 4), 2), ((1, 2, 1), 4), ((1, 1, 1), 2))
 
 
@@ -76,13 +77,15 @@ SLOW_MESHES = (((2, 2, 1), 2), (ZERO, 4), (DATA, 1), (DATA, 2), (FSDP, 1), ((2, 
 )
 def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, axes, micro_batches):
     """The same 32 images a step give the same losses and weights, however they are spread: k micro-batches on d devices
-    equal one batch. Noise, times, dropped labels and dropout depend on the image's place in the global batch only."""
+    equal one batch. Noise, times, dropped labels and dropout depend on the image's place in the global batch only. With the
+    auxiliary class loss, whose head begins as zeros."""
     size = 32 // int(np.prod(axes)) // micro_batches
-    config = small_settings(**DEEPER, batch_size=size, optim__accumulation_steps=micro_batches, model__proj_dropout=0.2)
+    config = small_settings(**EVERYTHING, batch_size=size, optim__accumulation_steps=micro_batches)
     losses, state = run(config, axes)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
     for name, value in reference[1].params.items():
         np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
+    assert np.abs(reference[1].params["class_head.kernel"]).mean() > 1e-4
     assert int(state.step) == 3 and int(state.opt_state[0].count) == 3  # optimizer steps, not micro-steps
 
 
@@ -317,7 +320,7 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale():
 
 @pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), pytest.param("float16", 4e-3, marks=pytest.mark.slow)])
 def test_half_precision_follows_float32(reference, dtype, rtol):
-    config = small_settings(**DEEPER, batch_size=4, dtype=dtype, model__proj_dropout=0.2)
+    config = small_settings(**EVERYTHING, batch_size=4, dtype=dtype)
     losses, state = run(config, ZERO)
     np.testing.assert_allclose(losses, reference[0], rtol=rtol)
     assert all(value.dtype == np.float32 for value in state.params.values())
@@ -335,7 +338,7 @@ def test_clipping_bounds_the_update():
 
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_memory_not_numbers(reference, remat):
-    losses, state = run(small_settings(**DEEPER, batch_size=4, remat=remat, model__proj_dropout=0.2), ZERO)
+    losses, state = run(small_settings(**EVERYTHING, batch_size=4, remat=remat), ZERO)
     np.testing.assert_allclose(losses, reference[0], rtol=2e-6)
     for name, value in reference[1].params.items():  # of so few steps losses hardly depend on the blocks; weights do
         np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)

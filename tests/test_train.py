@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import chex
 import jax
@@ -20,6 +21,7 @@ from PIL import Image
 from jitjax import checkpoint, distributed, pipeline, settings
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
+from jitjax.signals import StopAfter
 from jitjax.train import train
 
 
@@ -51,7 +53,12 @@ def get_config():
 def uninterrupted(tmp_path_factory):
     """20 steps on 8 devices, 2 micro-batches: 16 steps an epoch of 512 images, checkpoints every 4."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    assert train(small_settings(**RUN), workdir) == 0
+    asked, reached = [], StopAfter.reached
+    with mock.patch.object(StopAfter, "reached", lambda *args: asked.append(args[1:]) or reached(*args)):
+        assert train(small_settings(**RUN), workdir) == 0
+    assert [steps for steps, _ in asked] == list(range(1, 21))
+    seconds = json.loads((workdir / "time.json").read_text())["seconds"]
+    assert asked[0][1] > seconds["startup"] + seconds["compile"]  # `stop_after` counts them
     return workdir
 
 

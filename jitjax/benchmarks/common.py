@@ -20,7 +20,6 @@ from jitjax import checkpoint, from_settings, model, runtime, sharding, step, wo
 from jitjax.cli import arguments
 from jitjax.flops import IMAGENET_IMAGES
 from jitjax.from_settings import Setup
-from jitjax.optimizer import ema_names
 from jitjax.settings import Settings
 
 CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
@@ -71,7 +70,7 @@ def random_state(setup: Setup) -> step.TrainState:
     def init(key):
         params = random_params(setup.geometry, key)
         optim = setup.settings.optim
-        return step.fresh_state(params, dict.fromkeys(ema_names(optim), params), optim, setup.settings.dtype)
+        return step.fresh_state(params, dict.fromkeys(optim.emas, params), optim, setup.settings.dtype)
 
     key = jax.random.key(setup.settings.seed)
     placed = sharding.shardings(jax.eval_shape(init, key), setup.mesh)
