@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         if kind in ("pth", "diffusers"):
             raise UserError(f"--from={source} cannot be written as {kind}: {official}; write a .safetensors, which says so")
         found.notes.append(f"for jitjax only: {official}")
+    if not one_set:
+        found.leave_out_power_functions()
     written = list(found.sets)
     if kind == "jitjax":
         workdir.write_run(target, found)

@@ -79,7 +79,7 @@ def model_card(pipe: Pipeline, *, name: str = "hf://OWNER/NAME", picture: str = 
 def _facts(pipe: Pipeline, config: dict) -> dict[str, str]:
     geometry, process = pipe.geometry, pipe.diffusion
     shapes = f"{geometry.depth} blocks of width {geometry.width}, {geometry.heads} heads, patches of {geometry.patch_size} px"
-    sets = ["raw weights" if name == "model" else f"EMA {name}" for name in pipe.weights if not name.startswith("power:")]
+    sets = ["raw weights" if name == "model" else f"EMA {name}" for name in pipe.weights]
     used = "raw weights" if pipe.which == "model" else f"EMA {pipe.which}"
     facts = {
         "network": f"{shapes}; {sum(value.size for value in pipe.params.values()):,} parameters",

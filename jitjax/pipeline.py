@@ -171,11 +171,6 @@ class Pipeline:
         return tuple(name for name in self.weights if name != RAW)
 
     @property
-    def scored(self) -> str:
-        """The set that scores are of, unless another is named: the first power-function EMA, where there is one."""
-        return next((name for name in self.weights if name.startswith(settings.POWER)), self.which)
-
-    @property
     def snapshots(self) -> Path | None:
         """Folder of the run's EMA snapshots, where there is one."""
         folder = self.workdir and self.workdir / ema.FOLDER
@@ -183,7 +178,8 @@ class Pipeline:
 
     def using(self, which: str | None) -> Pipeline:
         """The same pipeline with another set of weights in use: "model" (or "params"), an EMA's decay, "model_ema1" or
-        "model_ema2" (first and second EMA); None: the EMA that is first. "power:0.07" is rebuilt from the run's snapshots.
+        "model_ema2" (first and second of fixed decay); None: the EMA that is first. "power:0.07" is rebuilt from the run's
+        snapshots.
 
         Raises:
           UserError: there is no such set; the line names those that are there.
@@ -333,9 +329,9 @@ class Pipeline:
     # ------------------------------------------------------------ storage
 
     def save(self, folder: str | Path, *, samples: int | None = None) -> Path:
-        """Write `model.safetensors` (all sets of weights) and `config.json`, which `jitjax.load` reads, and for people a model
-        card, `README.md`, with a grid, `samples.png`. Power-function EMAs are left out, unless one is in use: then it is
-        the only set, as "model". A `README.md` that is there already stays, with its grid; the log says so.
+        """Write `model.safetensors` (all sets of weights, the one in use first) and `config.json`, which `jitjax.load` reads,
+        and for people a model card, `README.md`, with a grid, `samples.png`. A `README.md` that is there already stays, with
+        its grid; the log says so.
 
         Args:
           samples: images to draw for the grid; default: the run's last preview up to this step, if it has one; 0: no grid.
@@ -370,10 +366,9 @@ class Pipeline:
         from jitjax.interop.weights import write_folder
 
         facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
-        sets = {name: params for name, params in self.weights.items() if not name.startswith(settings.POWER)}
-        sets = {RAW: self.params} if self.which.startswith(settings.POWER) else sets
-        # A set at a time: JAX sorts the names of a dictionary, and the first EMA is the one that is used.
-        write_folder(folder, {name: jax.device_get(params) for name, params in sets.items()}, self.geometry, facts)
+        # A set at a time, as JAX sorts the names of a dictionary: the set in use goes first, and is what `load` takes.
+        order = dict.fromkeys((self.which, *self.weights))
+        write_folder(folder, {name: jax.device_get(self.weights[name]) for name in order}, self.geometry, facts)
         if (folder / hub.CARD).exists():
             _log.warning("%s stays as it is; delete it to have it written again", folder / hub.CARD)
             return folder
@@ -416,7 +411,8 @@ def choose(sets: Mapping[str, Any], which: str | None) -> str:
     emas = [name for name in sets if name != RAW]
     if which is None:
         return emas[0] if emas else RAW
-    aliases = {"params": RAW, "raw": RAW, **{f"model_ema{i + 1}": name for i, name in enumerate(emas)}}
+    fixed = [name for name in emas if not name.startswith(settings.POWER)]
+    aliases = {"params": RAW, "raw": RAW, **{f"model_ema{i + 1}": name for i, name in enumerate(fixed)}}
     name = aliases.get(str(which), str(which))
     if name not in sets:
         raise UserError(f"there are no weights {which!r}: use one of {', '.join(sets)}")
@@ -508,13 +504,16 @@ def from_weights(found: Any) -> Pipeline:
 def from_checkpoint(saved: Any, workdir: Path | None = None) -> Pipeline:
     """A pipeline from `checkpoint.load_weights`. EMAs come in the order of the run's configuration."""
     meta, config = saved.meta, saved.meta.get("config") or {}
-    order = [str(decay) for decay in (config.get("optim") or {}).get("ema_decays") or ()]
+    optim = config.get("optim") or {}
+    order = [f"{settings.POWER}{sigma_rel:g}" for sigma_rel in optim.get("power_emas") or ()]
+    order += [str(decay) for decay in optim.get("ema_decays") or ()]
     emas = sorted(saved.ema, key=lambda name: (order.index(name) if name in order else len(order), name))
+    weights = {RAW: saved.params, **{name: saved.ema[name] for name in emas}}
     return Pipeline(
         geometry=saved.geometry,
         diffusion=Diffusion(**meta["diffusion"]) if "diffusion" in meta else diffusion.from_config(config),
-        weights={RAW: saved.params, **{name: saved.ema[name] for name in emas}},
-        which=emas[0] if emas else RAW,
+        weights=weights,
+        which=choose(weights, None),
         class_names=_names(meta.get("class_names"), saved.geometry.num_classes),
         step=saved.step,
         workdir=workdir,

@@ -105,6 +105,7 @@ class Trainer:
     def pipeline(self, state: step.TrainState) -> pipeline.Pipeline:
         """A copy of the weights and EMAs with all that is needed to draw from them and to save them; the first EMA is used."""
         weights = sharding.replicated({pipeline.RAW: state.params, **state.ema})
+        weights = {name: weights[name] for name in (pipeline.RAW, *self.settings.optim.emas)}
         process = diffusion.from_config(settings_lib.to_dict(self.settings))
         which = pipeline.choose(weights, None)
         return pipeline.Pipeline(self.geometry, process, weights, which, self.class_names, step=int(state.step))

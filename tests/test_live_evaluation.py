@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 from conftest import small_settings
@@ -71,9 +72,8 @@ def test_scores_are_of_the_first_power_function_ema_unless_another_is_named(scor
         assert cli.main([*argv, *flags, f"--json={tmp_path / 'scores.json'}"]) == 0
         assert json.loads((tmp_path / "scores.json").read_text())["weights"] == which
     capsys.readouterr()
-    assert jitjax.load(scored).which == "0.9"  # what is drawn and saved
-    named = small_settings(optim__power_emas=(0.1,), eval__which="0.5")
-    settings_lib.check(named)
+    assert list(jitjax.load(scored).weights) == ["model", "power:0.05", "power:0.1", "0.9", "0.5"]
+    settings_lib.check(small_settings(optim__power_emas=(0.1,), eval__which="0.5"))
     with pytest.raises(UserError, match="eval.which=0.7: not among the run's EMAs power:0.1, 0.9, 0.5"):
         settings_lib.check(small_settings(optim__power_emas=(0.1,), eval__which="0.7"))
 
@@ -89,6 +89,24 @@ def test_any_ema_length_is_rebuilt_from_a_runs_snapshots(scored):
     raw = np.asarray(pipe.weights["model"][name])
     assert np.linalg.norm(low - raw) < np.linalg.norm(mid - raw) < np.linalg.norm(high - raw)
     assert rebuilt.sample([0], steps=1, batch_size=8).shape == (1, 8, 8, 3)
+
+
+def test_power_function_emas_are_saved_too_and_left_out_where_a_format_has_no_place(scored, tmp_path, capsys):
+    run = jitjax.load(scored, "power:0.08")
+    back = jitjax.load(run.save(tmp_path / "exported"))
+    assert list(back.weights) == ["model", "power:0.08", "power:0.05", "power:0.1", "0.9", "0.5"] and back.which == "power:0.08"
+    for name, params in run.weights.items():
+        chex.assert_trees_all_equal(back.weights[name], jax.device_get(params))
+    assert "EMA power:0.08 unless another is asked for" in (tmp_path / "exported/README.md").read_text()
+    assert back.using("model_ema1").which == "0.9"
+    for target, sets in ((tmp_path / "whole.pth", "model, model_ema1, model_ema2"), (tmp_path / "run", "model, model_ema1")):
+        assert cli.main(["convert", "--from", str(tmp_path / "exported"), "--to", str(target)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"-> {target}: {sets}" in said and "power:0.08, power:0.05, power:0.1 left out" in said
+    chex.assert_trees_all_equal(jitjax.load(tmp_path / "whole.pth", "0.5").params, back.weights["0.5"])
+    one = tmp_path / "one.safetensors"
+    assert cli.main(["convert", "--from", str(tmp_path / "exported"), "--to", str(one), "--which", "power:0.1"]) == 0
+    chex.assert_trees_all_equal(jitjax.load(one).params, back.weights["power:0.1"])
 
 
 def test_no_score_no_best(unscored):

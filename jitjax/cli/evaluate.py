@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.npz", help="with stats: the file to write")
     parser.add_argument("--image_size", type=at_least(1), help="with stats: size to which folders are cropped")
     add_extractor(parser)
-    add_sampling(parser, which="the first power-function EMA, else the first")
+    add_sampling(parser)
 
 
 def add_extractor(parser: argparse.ArgumentParser) -> None:

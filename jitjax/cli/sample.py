@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
 
 
-def add_sampling(parser: argparse.ArgumentParser, which: str = "the first EMA") -> None:
-    """The flags of every verb that draws images. `which`: the weights that are used by default."""
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The flags of every verb that draws images."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--labels", default="all", help="all (class-balanced), none, or numbers and names: 1,7,cat")
-    group.add_argument("--which", help=f"weights: an EMA's decay, power:0.1, model_ema1, or model (raw); default {which}")
+    group.add_argument("--which", help="weights: an EMA's decay, power:0.1, model_ema1, or model (raw); default the first EMA")
     group.add_argument("--cfg_scale", type=float, default=1.0, help="guidance scale; 1 (the default) is off")
     group.add_argument("--interval", type=arguments.interval, default=(0.0, 1.0), help="times of guidance, e.g. 0.1,1.0")
     group.add_argument("--steps", type=int, default=50, help="steps of the time grid (default 50)")

@@ -54,7 +54,6 @@ def evaluate(
             )
     else:
         pipe = pipeline.load(target, which)
-        pipe = pipe if which else pipe.using(pipe.scored)
         notes = list(pipe.notes)
         found, more = open_reference(reference, chosen, pipe.geometry.image_size)
         notes += more

@@ -29,10 +29,12 @@ from jitjax.errors import UserError
 from jitjax.interop import adamw, diffusers, names, official
 from jitjax.interop.sources import Source, is_workdir, open_source
 from jitjax.model import SIZES, Geometry, JiT, graphdef_of, merge, position_table
+from jitjax.settings import POWER
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_DECAYS = (0.9999, 0.9996)  # the official defaults
+NO_POWER_FUNCTIONS = "power-function EMAs have no place in other formats: {} left out"
 Params = dict[str, np.ndarray]
 FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names")
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
@@ -46,7 +48,7 @@ class Weights:
     Attributes:
       geometry: the model's shapes.
       sets: "model" and the EMAs "model_ema1", "model_ema2", ...: our flat parameters, float32.
-      decays: of the EMAs, in that order.
+      decays: of the EMAs, in that order; "power:0.1" is one of a power function.
       prediction: what the network outputs: "x", "epsilon" or "v".
       noise_scale, t_eps, sample_t_eps: standard deviation of the noise; lower clip of 1 - t in training and in sampling.
       class_names: by label.
@@ -61,7 +63,7 @@ class Weights:
 
     geometry: Geometry
     sets: dict[str, Params]
-    decays: tuple[float, ...] = ()
+    decays: tuple[float | str, ...] = ()
     prediction: str | None = None
     noise_scale: float | None = None
     t_eps: float | None = None
@@ -75,6 +77,17 @@ class Weights:
     positions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     moments: dict[str, Params] | None = None
     config: dict[str, Any] | None = None
+
+    def leave_out_power_functions(self) -> None:
+        """For formats that know fixed decays alone: without the EMAs of power functions, which `notes` names."""
+        emas = [name for name in self.sets if name != "model"]
+        fixed = [name for name, decay in zip(emas, self.decays, strict=True) if not isinstance(decay, str)]
+        if left := [decay for decay in self.decays if isinstance(decay, str)]:
+            self.notes.append(NO_POWER_FUNCTIONS.format(", ".join(left)))
+            names = {"model": "model", **{name: f"model_ema{i}" for i, name in enumerate(fixed, 1)}}
+            self.decays = tuple(decay for decay in self.decays if not isinstance(decay, str))
+            for kept in ("sets", "origins", "positions"):
+                setattr(self, kept, {names[name]: value for name, value in getattr(self, kept).items() if name in names})
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -143,7 +156,7 @@ def published_noise_scale(image_size: int) -> float:
 
 def select(
     origins: Mapping[str, str],
-    decays: tuple[float, ...],
+    decays: tuple[float | str, ...],
     which: str,
     path: Any,
     notes: list[str],
@@ -248,7 +261,7 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
 
 def _name_sets(
     found: list[names.Found], args: Mapping[str, Any], source: Source, which: str | None, notes: list[str], unread: list[str]
-) -> tuple[dict[str, names.Tensors], dict[str, str], tuple[float, ...]]:
+) -> tuple[dict[str, names.Tensors], dict[str, str], tuple[float | str, ...]]:
     """Sets by our names, what the file calls them, and the decays of the EMAs in order."""
     for one in found:  # the official code's own attribute says nothing
         one.origin = re.sub(r"(^|\.)net$", "", one.origin)
@@ -261,7 +274,7 @@ def _name_sets(
     ours = source.metadata.get("sets") or []  # of a file that we wrote, which lists names by the alphabet
 
     def order(ema: names.Found) -> tuple[int, int]:
-        decay = str(names.decay_in(ema.origin))
+        decay = str(_decay_in(ema.origin))
         return names.order_in(ema.origin) or 0, ours.index(decay) if decay in ours else 0
 
     emas = sorted((f for f in found if f.is_ema), key=order)
@@ -286,7 +299,7 @@ def _name_sets(
             ema.tensors = listed
             notes.append(f"{ema.origin} is a list: its tensors were named in the order of the model's parameters")
         number = len(decays) + 1
-        decay = names.decay_in(ema.origin) or ema.decay or _decay_of(args, number, len(emas))
+        decay = _decay_in(ema.origin) or ema.decay or _decay_of(args, number, len(emas))
         if decay is None and number <= len(DEFAULT_DECAYS):
             decay = DEFAULT_DECAYS[number - 1]
             if args or ema.origin.split(".")[0] not in official.SETS:
@@ -305,6 +318,11 @@ def _name_sets(
         if constant is not None:
             tensors.setdefault(official.POSITIONS, constant)
     return sets, origins, tuple(decays)
+
+
+def _decay_in(origin: str) -> float | str | None:
+    power = re.search(rf"{POWER}\d+(\.\d+)?", origin)
+    return power[0] if power else names.decay_in(origin)
 
 
 def _decay_of(args: Mapping[str, Any], number: int, count: int) -> float | None:
@@ -486,8 +504,8 @@ def write_folder(
 
     Args:
       folder: made if it does not exist; files of these two names in it are replaced.
-      sets: "model" and EMAs by decay, e.g. {"model": params, "0.9999": params}. In the file the names begin with
-        `model.net.` and `ema_0.9999.net.`; `read_weights` gives them back as "model", "model_ema1", ... with decays.
+      sets: "model" and EMAs by decay, e.g. {"model": params, "0.9999": params, "power:0.1": params}. In the file the names
+        begin with `model.net.` and `ema_0.9999.net.`; `read_weights` gives them back as "model", "model_ema1", ... with decays.
       facts: see `Weights.facts`.
 
     Raises:
@@ -495,7 +513,7 @@ def write_folder(
     """
     folder, tensors, facts = Path(folder).expanduser(), {}, dict(facts or {})
     for name, params in sets.items():
-        if name != "model" and not (re.fullmatch(r"0\.\d+", name) and math.isfinite(float(name))):
+        if name != "model" and not re.fullmatch(rf"({POWER})?0\.\d+", name):
             raise UserError(f"{folder}: a set of weights is called 'model' or by its decay, e.g. '0.9999', not {name!r}")
         prefix = "model.net." if name == "model" else f"ema_{name}.net."
         tensors |= official.to_state_dict(params, geometry, prefix=prefix)

@@ -25,7 +25,7 @@ from jitjax.config import default_config
 from jitjax.errors import UserError
 from jitjax.interop import adamw, official
 from jitjax.interop.pth import write_pth
-from jitjax.interop.weights import DEFAULT_DECAYS, Weights, published_noise_scale, select
+from jitjax.interop.weights import DEFAULT_DECAYS, NO_POWER_FUNCTIONS, Weights, published_noise_scale, select
 from jitjax.model import SIZES, Geometry
 from jitjax.optimizer import make_optimizer
 
@@ -51,7 +51,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
     saved = checkpoint.load_weights(path)
     config = settings.from_mapping(saved.meta.get("config", {}), ignore_unknown=True)
     decays = [d for d in map(str, config.optim.ema_decays) if d in saved.ema]  # the configured order is ema1, ema2
-    power = [name for name in saved.ema if name.startswith("power:")]
+    power = [name for name in saved.ema if name.startswith(settings.POWER)]
     decays += [d for d in sorted(saved.ema) if d not in decays and d not in power]
     trees = {"model": saved.params, **{f"model_ema{i}": saved.ema[d] for i, d in enumerate(decays, 1)}}
     imported = saved.meta.get("official") or {}
@@ -70,7 +70,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         config=saved.meta.get("config", {}),
     )
     if power:
-        weights.notes.append(f"power-function EMAs have no place in other formats: {', '.join(power)} left out")
+        weights.notes.append(NO_POWER_FUNCTIONS.format(", ".join(power)))
     if which is not None:
         name = select(weights.origins, weights.decays, which, path, weights.notes)
         weights.decays = tuple(d for i, d in enumerate(weights.decays, 1) if name == f"model_ema{i}")
