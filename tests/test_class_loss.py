@@ -102,9 +102,9 @@ def test_what_is_saved_has_no_head_and_knows_where_the_class_begins(tmp_path):
 
 
 def test_a_run_with_it(tmp_path, capsys):
-    on = ON | {"model__num_classes": None, "optim__power_emas": (0.1,), "checkpoint__ema_every_steps": 1, "total_steps": 2}
+    on = ON | {"model__num_classes": None, "optim__power_emas": (0.1,), "checkpoint__ema_every_steps": 1, "total_steps": 1}
     source = tmp_path / "run"
-    assert train(small_settings(**on, preview__every_steps=2), source) == 0
+    assert train(small_settings(**on), source) == 0
     pipe = jitjax.load(source)
     assert pipe.geometry.class_start == 1
     names = set(model.init_fn(pipe.geometry)(jax.random.key(0)))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import ROOT, small_settings
 from test_train import CONFIG_FILE, metrics
 
@@ -51,6 +52,7 @@ def test_on_8_devices(tmp_path):
     assert_golden(columns(tmp_path))
 
 
+@pytest.mark.slow
 def test_on_1_device(tmp_path):
     config, workdir = tmp_path / "config.py", tmp_path / "run"
     config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=ON_1))

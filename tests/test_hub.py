@@ -169,7 +169,7 @@ def python(server, tmp_path):
 
 def test_a_run_is_pushed_and_loaded_by_name_with_and_without_the_server(server, python, tmp_path):
     workdir = tmp_path / "run"
-    assert train(small_settings(total_steps=4, preview__every_steps=2, preview__cfg_scale=2.0), workdir) == 0
+    assert train(small_settings(total_steps=4, preview__every_steps=4, preview__cfg_scale=2.0), workdir) == 0
     pushed = python(f"from jitjax import cli; cli.main(['convert', '--from', {str(workdir)!r}, '--to', {NAME!r}])")
     assert pushed.stdout == f"{workdir} -> {server.address}/me/shapes: model, 0.9, 0.5\n", pushed.stderr
     assert server.commits == ["Weights of step 4"] and server.tokens >= {"Bearer hf_secret"}

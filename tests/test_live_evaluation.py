@@ -68,7 +68,7 @@ def test_scores_are_written_and_the_best_checkpoint_stays(scored):
 def test_scores_are_of_the_first_power_function_ema_unless_another_is_named(scored, tmp_path, capsys):
     argv = ["evaluate", str(scored), f"--reference={scored / 'shapes/train'}", "--num=8", "--steps=1"]
     argv.append(f"--extractor={EXTRACTOR}")
-    for flags, which in (([], "power:0.05"), (["--which=0.5"], "0.5"), (["--which=model"], "model")):
+    for flags, which in (([], "power:0.05"), (["--which=0.5"], "0.5")):
         assert cli.main([*argv, *flags, f"--json={tmp_path / 'scores.json'}"]) == 0
         assert json.loads((tmp_path / "scores.json").read_text())["weights"] == which
     capsys.readouterr()
