@@ -225,8 +225,9 @@ def _answer(question: dict[str, Any]) -> str:
     room = f"of {usable / GIB:.1f} GiB usable"
     if now.program <= usable:
         return (
-            f"the training step should take {now.program / GIB:.1f} {room}, so previews, scores or other programs on the card "
-            "may be the reason: try a smaller --config.preview.num_images or --config.eval.batch_size, or the same with "
+            f"the training step should take {now.program / GIB:.1f} {room}, most of it in one piece. If previews, scores or "
+            "another program ran beside it: try a smaller --config.preview.num_images or --config.eval.batch_size. If not, "
+            "what is free is in pieces: set XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async, or use the same with "
             f"{flags(next(smaller(settings), settings))}"
         )
     fit = fitting(settings, now, look, usable)

@@ -156,10 +156,9 @@ class Pipeline:
             raise UserError(f"{len(self.class_names)} class names for a model of {self.geometry.num_classes} classes")
         if self.which not in self.weights:
             raise UserError(f"there are no weights {self.which!r}: {', '.join(self.weights)} are there")
-        if self.geometry.class_head or self.which.startswith(settings.POWER):  # snapshots hold all that was trained
-            weights = {name: jit_model.without_class_head(params) for name, params in self.weights.items()}
-            object.__setattr__(self, "weights", weights)
-            object.__setattr__(self, "geometry", dataclasses.replace(self.geometry, class_head=False))
+        weights = {name: jit_model.without_class_head(params) for name, params in self.weights.items()}
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "geometry", dataclasses.replace(self.geometry, class_head=False))
 
     @property
     def params(self) -> jit_model.Params:
@@ -329,9 +328,9 @@ class Pipeline:
     # ------------------------------------------------------------ storage
 
     def save(self, folder: str | Path, *, samples: int | None = None) -> Path:
-        """Write `model.safetensors` (all sets of weights, the one in use first) and `config.json`, which `jitjax.load` reads,
-        and for people a model card, `README.md`, with a grid, `samples.png`. A `README.md` that is there already stays, with
-        its grid; the log says so.
+        """Write `model.safetensors` (all sets of weights) and `config.json`, and for people a model card, `README.md`, with a
+        grid, `samples.png`. A `README.md` that is there already stays, with its grid; the log says so. `jitjax.load` of the
+        folder uses the EMA that is in use here; the first one where the raw weights are.
 
         Args:
           samples: images to draw for the grid; default: the run's last preview up to this step, if it has one; 0: no grid.
@@ -366,7 +365,7 @@ class Pipeline:
         from jitjax.interop.weights import write_folder
 
         facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
-        # A set at a time, as JAX sorts the names of a dictionary: the set in use goes first, and is what `load` takes.
+        # A set at a time, as JAX sorts the names of a dictionary. The one in use goes first: `load` takes the first EMA.
         order = dict.fromkeys((self.which, *self.weights))
         write_folder(folder, {name: jax.device_get(self.weights[name]) for name in order}, self.geometry, facts)
         if (folder / hub.CARD).exists():
@@ -505,8 +504,7 @@ def from_checkpoint(saved: Any, workdir: Path | None = None) -> Pipeline:
     """A pipeline from `checkpoint.load_weights`. EMAs come in the order of the run's configuration."""
     meta, config = saved.meta, saved.meta.get("config") or {}
     optim = config.get("optim") or {}
-    order = [f"{settings.POWER}{sigma_rel:g}" for sigma_rel in optim.get("power_emas") or ()]
-    order += [str(decay) for decay in optim.get("ema_decays") or ()]
+    order = settings.Optimizer(**{name: tuple(optim.get(name) or ()) for name in ("power_emas", "ema_decays")}).emas
     emas = sorted(saved.ema, key=lambda name: (order.index(name) if name in order else len(order), name))
     weights = {RAW: saved.params, **{name: saved.ema[name] for name in emas}}
     return Pipeline(

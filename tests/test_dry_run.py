@@ -283,7 +283,7 @@ def test_advice_names_what_fits_and_what_it_needs(monkeypatch):
     for usable, says in (
         (20, r"batch_size=24 needs 24.0 of 20.0 GiB usable; --config.batch_size=12 --config.optim.accumulation_steps=2 is"),
         (0.5, "one image is too much: use --config.remat=full"),
-        (30, "previews, scores or other programs on the card may be the reason"),
+        (30, "what is free is in pieces: set XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async"),
     ):
         assert re.search(says, memory._answer(question | {"usable": int(usable * memory.GIB)}))
 

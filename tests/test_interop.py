@@ -178,6 +178,22 @@ def test_other_weights_are_refused_by_name(change, message):
         official.infer_geometry(tensors, context_start=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(args={"attn_dropout": "much"}), "attn_dropout='much' in the arguments of the file: must be a number in"),
+        (dict(args={"proj_dropout": 1.5}), "proj_dropout=1.5 in the arguments"),
+        (dict(class_start=9), r"class_start=9: must lie in \[0, "),
+    ],
+)
+def test_what_the_tensors_do_not_say_is_checked(given, message):
+    geometry = model.make_geometry("JiT-nano/4", 8, 2)
+    tensors = {key: Shaped(shape) for key, shape in official.official_shapes(geometry).items()}
+    with pytest.raises(UserError, match=message):
+        official.infer_geometry(tensors, context_start=1, **given)
+    assert official.infer_geometry(tensors, {"class_start": "text"}, context_start=1).class_start == 0  # no official argument
+
+
 def test_a_learned_position_table_is_refused():
     geometry = model.make_geometry("JiT-nano/4", 8, 2)
     tensors = {key: np.zeros(shape, np.float32) for key, shape in official.official_shapes(geometry).items()}

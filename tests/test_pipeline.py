@@ -68,6 +68,9 @@ def test_a_run_becomes_a_pipeline_with_everything(tmp_path):
     with pytest.raises(UserError, match=r"init_from=.* predicts v, this run predicts x: set --config.prediction=v"):
         train(small_settings(total_steps=1, init_from=str(tmp_path / "run")), tmp_path / "other")
     pipe.save(tmp_path / "exported")  # an exported folder starts a run as its workdir does
+    assert jitjax.load(tmp_path / "exported").which == "0.9"
+    assert jitjax.load(same.save(tmp_path / "second", samples=0)).which == "0.5"  # the EMA in use comes first
+    assert jitjax.load(pipe.using("model").save(tmp_path / "raw", samples=0)).which == "0.9"
     settings = dataclasses.replace(settings, init_from=str(tmp_path / "exported"))
     assert train(settings, tmp_path / "b") == 0
 

@@ -131,16 +131,19 @@ def infer_geometry(
     args: Mapping[str, Any] | None = None,
     *,
     context_start: int | None = None,
+    class_start: int = 0,
     notes: list[str] | None = None,
 ) -> Geometry:
     """The geometry that the tensors' shapes imply.
 
     The tensors do not say where context tokens start. That is `context_start` if given, else the start of the published
     size with the same depth and width, else depth // 3 as in the published B, L and H; what was assumed is added to
-    `notes`, or logged without one. The dropout rates are those of `args`, the official arguments; `class_start` in it is ours.
+    `notes`, or logged without one. Nor do they say which blocks know the class: `class_start`. The dropout rates are those of
+    `args`, the official arguments.
 
     Raises:
-      UserError: tensors are missing, or their shapes do not describe a JiT, or `context_start` is beyond the blocks.
+      UserError: tensors are missing, or their shapes do not describe a JiT, `context_start` or `class_start` is beyond the
+        blocks, or a dropout rate is none.
     """
     tensors = strip_prefix(state_dict)
 
@@ -180,7 +183,8 @@ def infer_geometry(
                 _log.warning("%s", text)
     if context_length and not 0 <= context_start < depth:
         raise UserError(f"--context_start={context_start}: must lie in [0, {depth}), the file has {depth} blocks")
-    args = args or {}
+    if not 0 <= class_start < depth:
+        raise UserError(f"class_start={class_start}: must lie in [0, {depth}), the file has {depth} blocks")
     geometry = Geometry(
         image_size=grid * patch,
         patch_size=patch,
@@ -192,9 +196,9 @@ def infer_geometry(
         context_start=context_start,
         num_classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
         mlp_ratio=_mlp_ratio(width, hidden),
-        attn_dropout=float(args.get("attn_dropout") or 0),
-        proj_dropout=float(args.get("proj_dropout") or 0),
-        class_start=int(args.get("class_start") or 0),
+        attn_dropout=_dropout(args or {}, "attn_dropout"),
+        proj_dropout=_dropout(args or {}, "proj_dropout"),
+        class_start=class_start,
     )
     _check_shapes(tensors, geometry)
     return geometry
@@ -278,6 +282,15 @@ def optimizer_order(geometry: Geometry) -> tuple[list[str], list[str]]:
 def _float32(value: Any) -> np.ndarray:
     array = value.numpy() if hasattr(value, "numpy") else np.asarray(value)
     return array.astype(np.float32, copy=False)
+
+
+def _dropout(args: Mapping[str, Any], name: str) -> float:
+    rate = args.get(name)
+    if rate is None:
+        return 0.0
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise UserError(f"{name}={rate!r} in the arguments of the file: must be a number in [0, 1)")
+    return float(rate)
 
 
 def _mlp_ratio(width: int, hidden: int) -> float:

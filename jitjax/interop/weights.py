@@ -226,7 +226,9 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
     for name, tensors in sets.items():
         _complete(tensors, known, args or {}, name, notes)
     first = next(iter(sets.values()))
-    geometry = official.infer_geometry(first, {**(args or {}), **known}, context_start=context_start, notes=notes)
+    start = known.get("class_start", 0)  # ours: not among the official arguments
+    about = {**(args or {}), **known}
+    geometry = official.infer_geometry(first, about, context_start=context_start, class_start=start, notes=notes)
     _compare(geometry, known, args or {}, path, notes)
     if _same_hidden(known.get("mlp_ratio"), geometry):
         geometry = dataclasses.replace(geometry, mlp_ratio=float(known["mlp_ratio"]))
