@@ -58,7 +58,7 @@ def fresh_state(params: Params, ema: dict[str, Params], optim: Optimizer, dtype:
         opt_state=make_optimizer(optim).init(params),
         ema=ema,
         loss_scale={
-            "scale": jnp.float32(FIRST_LOSS_SCALE if dtype == "float16" else 1.0),
+            "scale": jnp.float32(first_loss_scale(dtype)),
             "finite_steps": jnp.zeros((), jnp.int32),
         },
     )
@@ -113,6 +113,10 @@ def make_loss(
         return diffusion.loss_of(objective, network, x, e, t, y, labels=labels, **how)
 
     return loss_of_images
+
+
+def first_loss_scale(dtype: str) -> float:
+    return FIRST_LOSS_SCALE if dtype == "float16" else 1.0
 
 
 def next_loss_scale(loss_scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:

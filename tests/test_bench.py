@@ -64,6 +64,7 @@ def test_kernels_notices_an_inaccurate_operation():
     plain, coarse = exact.astype(jnp.bfloat16), exact.astype(jnp.float8_e4m3fn)
     assert kernels_bench.judge([exact], [plain], [plain], "bfloat16")["as_accurate"]
     assert not kernels_bench.judge([exact, exact], [plain, plain], [plain, coarse], "bfloat16")["as_accurate"]
+    assert not kernels_bench.judge([exact], [0 * exact], [0 * exact], "float16")["as_accurate"]  # both lost, as by underflow
 
 
 # ---------------------------------------------------------------- step
