@@ -1,5 +1,6 @@
 """The program: verbs, overrides, help, and mistakes that cost one line and exit code 2 before JAX starts."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -128,12 +129,31 @@ def test_workers_never_start_jax():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize(
-    "config", ["h200.py", "h200.py:finetune", "quickstart.py"] + [f"imagenet.py:{s}{p}" for s in "blhg" for p in (16, 32)]
-)
+H200 = ["h200.py", "h200.py:finetune", "h200_fast.py", "h200_fast.py:finetune"]
+
+
+@pytest.mark.parametrize("config", [*H200, "quickstart.py", *(f"imagenet.py:{s}{p}" for s in "blhg" for p in (16, 32))])
 def test_shipped_configs_are_valid(config, monkeypatch):
     from jitjax.model import geometry_of
 
     monkeypatch.chdir(ROOT)
     loaded = load(f"--config=configs/{config}").settings
     assert geometry_of(loaded.model, loaded.data.image_size, 10).tokens in (64, 256)
+
+
+def test_the_fast_recipe_differs_in_what_it_says(monkeypatch):
+    """`configs/h200_fast.py` is `h200.py` but for the fields that its docstring and docs/fast.md name."""
+    monkeypatch.chdir(ROOT)
+    for stage in ("pretrain", "finetune"):
+        fast, slow = (
+            dict(settings.flatten(dataclasses.asdict(load(f"--config=configs/{name}:{stage}").settings)))
+            for name in ("h200_fast.py", "h200.py")
+        )
+        changed = {name: value for name, value in fast.items() if value != slow[name]}
+        assert changed == {
+            "optim.lr": 7e-4,
+            "optim.warmup_epochs": 0.0,
+            "optim.warmup_steps": 300,
+            "optim.power_emas": (0.1, 0.05),
+            "diffusion.p_mean": 0.6,
+        }
