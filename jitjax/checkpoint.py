@@ -236,6 +236,8 @@ def find(path: str | Path) -> tuple[Path, int]:
     for candidate in reversed(steps) if step is None else [step]:
         reason = defect(folder / str(candidate), run)
         if reason is None:
+            if candidate != (step or steps[-1]):
+                _log.warning("step %d is used instead", candidate)
             return workdir, candidate
         if step is not None:
             others = [str(other) for other in steps if other != step]

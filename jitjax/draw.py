@@ -17,11 +17,12 @@ from PIL import Image
 
 from jitjax import pipeline, processes, tables
 from jitjax.errors import UserError
-from jitjax.monitor import save_animation, save_grid, save_strip
+from jitjax.monitor import drawn_here, save_animation, save_grid, save_strip
 
 RECORD = "samples.json"  # in a folder of PNGs: what they were drawn with
 LARGEST_GRID = 1024  # images
 PATH_IMAGES = 8  # whose way from noise is shown
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def draw(
@@ -50,24 +51,33 @@ def draw(
       UserError: a mistake in the arguments, or a target that cannot be written or holds something else.
     """
     target = Path(out).expanduser()
-    if target.suffix.lower() not in (".png", ".npz") and target.suffix and not target.is_dir():
+    ending = "" if target.is_dir() else target.suffix.lower()
+    if ending not in ("", ".png", ".npz"):
         raise UserError(f"--out={out}: use FILE.png, FILE.npz, or a folder (a name without an ending)")
-    if path is not None and not path.lower().endswith((".png", ".gif")):
-        raise UserError(f"--path={path}: use FILE.png for strips or FILE.gif for a film")
+    if path is not None:
+        film = Path(path).expanduser()
+        if film.suffix.lower() not in (".png", ".gif") or film.is_dir():
+            raise UserError(f"--path={path}: use FILE.png for strips or FILE.gif for a film")
+        if film.absolute() == target.absolute():
+            raise UserError(f"--path={path} is --out too: name another file")
+        writable_folder(film.absolute().parent, "--path")
+        _check_replaceable(film, "--path")
+    if ending == ".png":
+        _check_replaceable(target, "--out")
     pipe = pipeline.load(model, which)
     if jax.process_index() == 0:
         for note in pipe.notes:
             tables.say(f"note: {note}")
     numbers = label_numbers(pipe, labels, num)
-    if target.suffix.lower() == ".png" and len(numbers) > LARGEST_GRID:
+    if ending == ".png" and len(numbers) > LARGEST_GRID:
         raise UserError(f"--num={len(numbers)} images do not fit into one grid: at most {LARGEST_GRID}, or --out=FOLDER")
-    record = describe(pipe, model, seed, numbers, dtype, options or {})
-    sink = {".png": Grid, ".npz": Npz}.get(target.suffix.lower(), Folder)(target, pipe, numbers, record)
-    missing = processes.numbers_of_process_0(sink.missing())  # only process 0 looks at files
     shown = [None if n == pipe.geometry.num_classes else n for n in numbers]
-    batches = pipe.sample_batches(
-        [shown[i] for i in missing], indices=missing, seed=seed, batch_size=batch_size, dtype=dtype, **(options or {})
-    )
+    how = dict(seed=seed, batch_size=batch_size, dtype=dtype, **(options or {}))
+    pipe.sample_batches(shown, **how)  # refuses what cannot be drawn before anything is written
+    record = describe(pipe, model, seed, numbers, dtype, options or {})
+    sink = {".png": Grid, ".npz": Npz, "": Folder}[ending](target, pipe, numbers, record)
+    missing = processes.numbers_of_process_0(sink.missing())  # only process 0 looks at files
+    batches = pipe.sample_batches([shown[i] for i in missing], indices=missing, **how)
     begun, first = time.perf_counter(), None
     with progress(len(missing), f"sampling {pipe.which}") as advance:
         for indices, images in batches:
@@ -84,6 +94,11 @@ def draw(
     return 0
 
 
+def _check_replaceable(file: Path, flag: str) -> None:
+    if file.exists() and not drawn_here(file):
+        raise UserError(f"{flag}={file} exists and is no picture of jitjax's: name another file")
+
+
 def write_path(
     pipe: pipeline.Pipeline, labels: Sequence[int | None], file: Path, *, seed: int, dtype: str | None, options: dict[str, Any]
 ) -> None:
@@ -94,7 +109,6 @@ def write_path(
     (_, (images, states, predictions)), *_ = batches
     if jax.process_index():
         return
-    writable_folder(file.absolute().parent)
     frames = [np.concatenate([states[k], predictions[k]]) for k in range(moments)] + [np.concatenate([images, images])]
     if file.suffix.lower() == ".png":
         save_strip(file, frames)
@@ -130,12 +144,9 @@ def describe(
     pipe: pipeline.Pipeline, model: str, seed: int, numbers: Sequence[int], dtype: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the images: two calls with the same record draw the same."""
-    digest = hashlib.sha256()
-    for name in ("final.linear.kernel", "patch_embed.proj1.kernel"):
-        digest.update(np.ascontiguousarray(jax.device_get(pipe.params[name])).tobytes())
     return {
         "model": str(model),
-        "weights": digest.hexdigest()[:16],
+        "weights": weights_digest(pipe.params),
         "which": pipe.which,
         "step": pipe.step,
         "seed": seed,
@@ -144,6 +155,15 @@ def describe(
         "dtype": pipeline.compute_dtype(dtype),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
     }
+
+
+def weights_digest(params: dict[str, jax.Array]) -> str:
+    """A checksum of evenly spaced numbers of every parameter, up to 4,096 of each."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        flat = np.asarray(jax.device_get(params[name])).reshape(-1)
+        digest.update(np.ascontiguousarray(flat[:: max(1, flat.size // 4096)]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- files
@@ -196,7 +216,7 @@ class Folder:
         return self._path / f"{index:0{self._digits}d}.png"
 
     def missing(self) -> list[int]:
-        return [i for i in range(len(self._numbers)) if not self._file(i).exists()]
+        return [i for i in range(len(self._numbers)) if not _is_whole_png(self._file(i))]
 
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
         if jax.process_index():
@@ -209,6 +229,16 @@ class Folder:
     def finish(self) -> None:
         for partial in self._path.glob(".*.partial"):
             partial.unlink()
+
+
+def _is_whole_png(file: Path) -> bool:
+    """Whether the file is there and ends as a PNG does."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(-len(PNG_END), os.SEEK_END)
+            return opened.read() == PNG_END
+    except OSError:  # none, or shorter than that
+        return False
 
 
 class Npz:
@@ -229,10 +259,19 @@ class Npz:
         shape = (len(numbers), size, size, 3)
         if self._log.exists() and self._partial.exists():
             saved = read_record(self._log)
-            done = saved.pop("done")
-            same_record(saved, record, path)
-            self._done[done] = True
-            self._images = np.lib.format.open_memmap(self._partial, mode="r+")
+            try:
+                done = saved.pop("done")
+                same_record(saved, record, path)
+                self._done[done] = True
+                there = np.lib.format.open_memmap(self._partial, mode="r")  # "r+" would fill up what is cut off with zeros
+                if (there.shape, there.dtype) != (shape, np.uint8):
+                    raise ValueError(f"its shape is {there.shape}")
+                self._images = np.lib.format.open_memmap(self._partial, mode="r+")
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(
+                    f"--out={path}: what an interrupted call left in {self._partial} and {self._log} is damaged "
+                    f"({type(error).__name__}: {error}): delete both, or name another file"
+                ) from None
         else:
             self._images = np.lib.format.open_memmap(self._partial, mode="w+", dtype=np.uint8, shape=shape)
 
@@ -258,18 +297,18 @@ class Npz:
         self._log.unlink(missing_ok=True)
 
 
-def writable_folder(path: Path) -> None:
+def writable_folder(path: Path, flag: str = "--out") -> None:
     """Raises:
-    UserError: the folder cannot be made or written.
+    UserError: the folder cannot be made or written; names the flag that asked for it.
     """
     if jax.process_index():
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: the folder {path} cannot be made ({error.strerror}): name another") from error
+        raise UserError(f"{flag}: the folder {path} cannot be made ({error.strerror}): name another") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"--out: the folder {path} cannot be written (Permission denied): name another")
+        raise UserError(f"{flag}: the folder {path} cannot be written (Permission denied): name another")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -280,7 +319,10 @@ def write_text(path: Path, text: str) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("not a record")
+        return record
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is unreadable ({error}): delete it, or name another --out") from None
 

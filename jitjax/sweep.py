@@ -1,7 +1,7 @@
 """The best guidance scale, guidance interval and EMA of a model, found by a search rather than a grid.
 
 For each EMA the score is assumed to have one valley over the guidance scale, which golden-section search finds with a few
-evaluations (about 7 of 31 values); the intervals are compared at the best scale, and the scale is searched again around the
+evaluations (6 to 10 of 31 values); the intervals are compared at the best scale, and the scale is searched again around the
 winner. All evaluations share noise, labels and the reference; each is written to a file, so that an interrupted sweep goes on.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,37 +105,46 @@ def golden_section(count: int, value: Callable[[int], float]) -> int:
 class Results:
     """One JSON line per evaluation, after a first line that says what was evaluated."""
 
-    def __init__(self, path: Path, setup: dict[str, Any]):
-        """Raises:
-        UserError: the file holds another sweep; names what differs.
+    def __init__(self, path: Path, setup: dict[str, Any], *, write: bool = True):
+        """Nothing is written before the file is known to be of this sweep; one of several processes does so.
+
+        Raises:
+          UserError: the file or the plot's place holds something else, e.g. another sweep; names what differs.
         """
-        self.path, self._known = path, {}
+        self.path, self.picture, self._known, self._write = path, path.with_suffix(".png"), {}, write
+        if path.suffix != ".jsonl":
+            raise UserError(f"--out={path}: use FILE.jsonl; the plot is written beside it, as FILE.png")
         if not path.exists():
-            path.write_text(json.dumps({"setup": setup}) + "\n")
+            if self.picture.exists():
+                raise UserError(f"--out={path}: the plot would replace {self.picture}: name another file")
+            if write:
+                new = path.with_name(f".{path.name}.new")
+                new.write_text(json.dumps({"setup": setup}) + "\n")
+                new.replace(path)
             return
-        texts = path.read_text().splitlines()
-        if texts and not texts[-1].endswith("}"):  # torn by a kill
-            texts.pop()
-            path.write_text("".join(f"{text}\n" for text in texts))
         try:
-            lines = [json.loads(text) for text in texts]
-        except ValueError as error:
-            raise UserError(f"--out={path} is no file of a sweep ({error}): name another") from None
-        before = lines[0].get("setup", {}) if lines else {}
+            texts = path.read_text().splitlines()
+            torn = bool(texts) and not texts[-1].endswith("}")  # by a kill
+            lines = [json.loads(text) for text in (texts[:-1] if torn else texts)]
+            before = lines[0]["setup"]
+            known = {Point(x["which"], x["cfg_scale"], tuple(x["interval"])): dict(x["scores"]) for x in lines[1:]}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"--out={path} is no file of a sweep ({type(error).__name__}: {error}): name another") from None
         differing = [f"{k}: {before.get(k)} -> {setup.get(k)}" for k in {**before, **setup} if before.get(k) != setup.get(k)]
         if differing:
             raise UserError(f"--out={path} holds another sweep ({'; '.join(differing)}): name another file")
-        for line in lines[1:]:
-            point = Point(line["which"], line["cfg_scale"], tuple(line["interval"]))
-            self._known[point] = line["scores"]
+        if torn and write:
+            path.write_text("".join(f"{text}\n" for text in texts[:-1]))
+        self._known = known
 
     def get(self, point: Point) -> dict[str, float] | None:
         return self._known.get(point)
 
     def add(self, point: Point, scores: dict[str, float]) -> None:
         self._known[point] = scores
-        with self.path.open("a") as file:
-            file.write(json.dumps({**dataclasses.asdict(point), "scores": scores}) + "\n")
+        if self._write:
+            with self.path.open("a") as file:
+                file.write(json.dumps({**dataclasses.asdict(point), "scores": scores}) + "\n")
 
     def table(self, metric: str) -> list[str]:
         rows = sorted(self._known.items(), key=lambda item: (item[0].which, item[0].interval, item[0].cfg_scale))
@@ -215,20 +225,30 @@ def sweep(
     numbers = draw.label_numbers(pipe, labels, num)
     null = pipe.geometry.num_classes
     metric = metric or slug(chosen.distance)
-    setup = draw.describe(pipe, model, seed, numbers, dtype, options) | {"reference": reference, "extractor": chosen.name}
-    del setup["which"], setup["weights"]
+    shown = [None if n == null else n for n in numbers]
+    for interval in intervals:  # refuses settings that no sampler can run with before anything is written
+        pipe.sample_batches(shown, seed=seed, batch_size=batch_size, dtype=dtype, **options, interval=interval)
+    setup = draw.describe(pipe, model, seed, numbers, dtype, options) | {
+        "reference": reference,
+        "reference_images": found.count,
+        "reference_mean": f"{abs(found.mu).mean():.3g}",  # coarse: features made again differ in their last bits
+        "extractor": chosen.name,
+        "weights": {name: draw.weights_digest(pipe.using(name).params) for name in emas},
+    }
+    del setup["which"]
     path = Path(out).expanduser()
     draw.writable_folder(path.absolute().parent)
-    results = Results(path, setup)
+    results = Results(path, setup, write=main)
     for note in dict.fromkeys([*pipe.notes, *notes, *chosen.notices]):
         say(f"note: {note}")
 
     def score(point: Point) -> float:
         scores = results.get(point)
-        if scores is None:
+        fresh = scores is None
+        if fresh:
             result = evaluate_pipeline(
                 pipe.using(point.which),
-                [None if n == null else n for n in numbers],
+                shown,
                 found,
                 chosen,
                 seed=seed,
@@ -237,10 +257,10 @@ def sweep(
                 options=options | {"cfg_scale": point.cfg_scale, "interval": point.interval},
             )
             scores = result.values
-            if metric not in scores:
-                raise UserError(f"--metric={metric} is not computed here: use one of {', '.join(scores)}")
-            if main:
-                results.add(point, scores)
+            results.add(point, scores)
+        if metric not in scores:
+            raise UserError(f"--metric={metric} is not computed here: use one of {', '.join(scores)}")
+        if fresh:
             say(f"{point.which}  guidance {point.cfg_scale:g}  interval {point.interval}: {metric} {scores[metric]:.5g}")
         return -scores[metric] if higher_is_better(metric) else scores[metric]
 
@@ -249,19 +269,29 @@ def sweep(
     for line in results.table(metric):
         say(line)
     if main:
-        picture = path.with_suffix(".png")
         try:
-            results.plot(picture, metric)
-            say(f"\n{path}, {picture}")
+            results.plot(results.picture, metric)
+            say(f"\n{path}, {results.picture}")
         except UserError as error:
             say(f"\nnote: {error}")
-    extra = "".join(f" --{name} {value}" for name, value in options.items())
     say(f"best: {metric} {results.get(best)[metric]:.5g} with EMA {best.which}, guidance {best.cfg_scale:g}, {best.interval}")
     ends = {guidance[0], guidance[-1]} - {1.0}  # below 1 there is nothing to look for
     if len(guidance) > 1 and best.cfg_scale in ends:
         say(f"note: that is an end of --cfg_scale={cfg_scale}; a better one may lie beyond")
-    say(
-        f"again: jitjax evaluate {model} --reference {reference} --num {len(numbers)} --which {best.which} "
-        f"--cfg_scale {best.cfg_scale:g} --interval {best.interval[0]:g},{best.interval[1]:g} --seed {seed}{extra}"
-    )
+    flags = {
+        "reference": reference,
+        "num": len(numbers),
+        "labels": labels,
+        "which": best.which,
+        "cfg_scale": f"{best.cfg_scale:g}",
+        "interval": "{:g},{:g}".format(*best.interval),
+        "seed": seed,
+        **options,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "extractor": extractor["which"],
+        "inception": extractor["weights"],
+    }
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    say("again: " + shlex.join(["jitjax", "evaluate", model, *words]))
     return 0

@@ -13,8 +13,9 @@ from jitjax import metrics
 from jitjax.data.dataset import open_dataset
 from jitjax.errors import UserError
 from jitjax.evaluation import extractor as extractors
+from jitjax.evaluation import images as image_sets
 from jitjax.evaluation.images import open_images
-from jitjax.evaluation.score import class_balanced_labels, open_reference, score
+from jitjax.evaluation.score import class_balanced_labels, make_statistics, open_reference, score
 from jitjax.evaluation.seams import seam_index
 from jitjax.evaluation.statistics import FID_EXTRACTOR, read_statistics, write_statistics
 
@@ -130,6 +131,37 @@ def test_statistics_of_a_data_set_are_cached_under_its_fingerprint(tmp_path):
     write_folder(tmp_path / "set", pictures(31, 1))
     changed, notes_changed = open_reference(folder, toy, SIZE)
     assert not notes_changed and changed.count == 31
+
+
+def test_statistics_of_rewritten_files_are_made_anew(tmp_path):
+    """The same names and file sizes with other contents."""
+    toy, folder = made(), tmp_path / "set"
+    folder.mkdir()
+    for i, image in enumerate(pictures(30, 0)):
+        Image.fromarray(image).save(folder / f"{i}.bmp")
+    before, _ = open_reference(folder, toy, SIZE)
+    for i, image in enumerate(pictures(30, 0)):
+        Image.fromarray(255 - image).save(folder / f"{i}.bmp")
+    after, notes = open_reference(folder, toy, SIZE)
+    assert not notes and not np.allclose(before.mu, after.mu)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 256, 257, 320, 576, 1000])
+def test_every_image_is_read_in_order(threads, count, monkeypatch):
+    """However many images are read ahead."""
+    monkeypatch.setattr(image_sets, "_THREADS", threads)
+    read = list(image_sets._read_in_threads(lambda i: None if i == 3 else np.full((1, 1, 3), i, np.int32), count))
+    assert [int(image.flat[0]) for batch in read for image in batch] == [i for i in range(count) if i != 3]
+
+
+def test_images_that_vanish_without_a_reason_are_no_statistics(tmp_path):
+    class Short(list):
+        def __len__(self):
+            return 40
+
+    with pytest.raises(RuntimeError, match="30 of 40 images were read"):
+        make_statistics(Short([pictures(30, 0)]), made(), source="x", image_size=SIZE)
 
 
 def test_a_folder_is_read_at_the_size_of_the_samples_and_skipped_images_are_reported(tmp_path):

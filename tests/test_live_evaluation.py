@@ -1,6 +1,7 @@
 """Scores during training, the best checkpoint, power-function EMAs in a run, and the sweep's search."""
 
 import json
+import shlex
 from pathlib import Path
 
 import chex
@@ -162,3 +163,44 @@ def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
     assert capsys.readouterr().out.split("best: ")[1] == first.split("best: ")[1]
     assert cli.main([*argv, "--seed=1"]) == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("notes.txt", b"my notes\nline two\nlast line", "use FILE.jsonl"),
+        ("notes.jsonl", b"my notes\nline two\nlast line", "is no file of a sweep"),
+        ("list.jsonl", b"[]\nlast line", "is no file of a sweep"),
+        ("other.jsonl", b'{"setup": {}}\n{"a": 1}\n', "is no file of a sweep"),
+        ("picture.jsonl", b"\x89PNG\r\n\x1a\n\xff", "is no file of a sweep"),
+        ("elsewhere.jsonl", b'{"setup": {"seed": 3}}\n{"whic', "seed: 3 -> 0"),
+    ],
+)
+def test_a_sweep_touches_no_file_of_another_kind(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        sweep.Results(tmp_path / name, {"seed": 0})
+    assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "mine.png").write_bytes(b"a picture")
+    with pytest.raises(UserError, match=r"would replace .*mine.png"):
+        sweep.Results(tmp_path / "mine.jsonl", {"seed": 0})
+    assert not (tmp_path / "mine.jsonl").exists()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match="is no file of a sweep"):
+        sweep.Results(tmp_path / "folder.jsonl", {"seed": 0})
+
+
+def test_another_models_scores_are_not_taken(scored, tmp_path, capsys):
+    """The same file name and step, with other weights."""
+    model = tmp_path / "w.safetensors"
+    argv = ["sweep", str(model), "--reference", str(scored / "shapes/train"), "--num=16", "--cfg_scale=1", "--steps=1"]
+    argv += ["--labels=1,2", "--which=model", f"--extractor={EXTRACTOR}", "--metric=mind", f"--out={tmp_path / 's.jsonl'}"]
+    assert cli.main(["convert", "--from", str(scored), "--to", str(model), "--which", "0.9"]) == 0
+    assert cli.main([*argv, "--steps=0"]) == 2 and not (tmp_path / "s.jsonl").exists()  # a mistake leaves nothing behind
+    assert cli.main(argv) == 0
+    again = shlex.split(capsys.readouterr().out.split("again: jitjax ")[1])
+    assert again[again.index("--labels") + 1] == "1,2" and again[again.index("--extractor") + 1] == str(EXTRACTOR)
+    model.unlink()
+    assert cli.main(["convert", "--from", str(scored), "--to", str(model), "--which", "model"]) == 0
+    assert cli.main(argv) == 2
+    assert "weights: {'model': " in capsys.readouterr().err

@@ -207,9 +207,49 @@ def test_an_interrupted_sample_continues(exported, tmp_path, capsys, monkeypatch
     assert record["num"] == 20 and record["class_names"] == list(NAMES)
 
 
+def test_sample_replaces_its_own_files_only(exported, tmp_path, capsys):
+    """Pictures of others stay; a folder's PNGs that are empty or cut are drawn again; a mistake leaves nothing behind."""
+    common, folder = ["sample", exported, "--steps=1", "--num=3"], tmp_path / "folder"
+    for mistake in ("--seed=-1", "--cfg_scale=nan", "--method=x", "--batch_size=0"):
+        for out in (folder, tmp_path / "x.npz"):
+            assert cli.main([*common, mistake, f"--out={out}"]) == 2
+    assert not list(tmp_path.iterdir())
+    assert cli.main([*common, f"--out={folder}"]) == 0
+    whole = [(folder / f"{i:05d}.png").read_bytes() for i in range(3)]
+    (folder / "00000.png").write_bytes(b"")
+    (folder / "00002.png").write_bytes(whole[2][:100])
+    assert cli.main([*common, f"--out={folder}"]) == 0
+    assert "2 images (1 were there)" in capsys.readouterr().out
+    assert [(folder / f"{i:05d}.png").read_bytes() for i in range(3)] == whole
+    for name in ("grid.png", "film.gif"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+        mine, flags = (tmp_path / name).read_bytes(), [f"--out={tmp_path / 'g2.png'}", f"--path={tmp_path / name}"]
+        assert cli.main([*common, *(flags if name == "film.gif" else [f"--out={tmp_path / name}"])]) == 2
+        assert f"{name} exists and is no picture of jitjax's" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == mine
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        assert cli.main([*common, f"--out={tmp_path / 'grid.png'}", f"--path={tmp_path / 'film.gif'}"]) == 0
+
+
+def test_what_an_interrupted_npz_left_may_be_damaged(exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(draw, "describe", lambda *_: {"a": 1})
+    argv = ["sample", exported, "--steps=1", "--num=3", f"--out={tmp_path / 'a.npz'}"]
+    array, log = tmp_path / ".a.npz.partial.npy", tmp_path / ".a.npz.partial.json"
+    good = '{"a": 1, "done": [0]}'
+    for content, size in (("{}", 9999), ("[]", 9999), ('{"a": 1, "done": [7]}', 9999), (good, 300), (good, 20), ("[", 9999)):
+        np.save(array, np.zeros((3, 8, 8, 3), np.uint8))
+        array.write_bytes(array.read_bytes()[:size])
+        log.write_text(content)
+        assert cli.main(argv) == 2
+        assert "delete" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["--path=x.png", "--out=x.png"], "--path=x.png is --out too"),
+        (["--path=/proc/x.gif", "--out=x.png"], "--path: the folder /proc cannot be written"),
         (["--labels=9", "--out=x.png"], "label 9 is out of range"),
         (["--labels=catt", "--out=x.png"], "near: cat"),
         (["--which=0.5", "--out=x.png"], "no weights '0.5'"),

@@ -18,14 +18,14 @@ from pathlib import Path
 from jitjax import runtime
 from jitjax.cli import arguments
 from jitjax.cli.arguments import at_least
-from jitjax.cli.sample import add_sampling, sampling_options
+from jitjax.cli.sample import add_sampling, sampling_given, sampling_options
 from jitjax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="model, folder of images or .npz; or the word stats")
     parser.add_argument("data", metavar="DATA", nargs="?", help="with stats: the images whose statistics are made")
-    parser.add_argument("--num", type=at_least(2), default=50_000, help="images to draw from a model (default 50000)")
+    parser.add_argument("--num", type=at_least(2), help="images to draw from a model (default 50000)")
     parser.add_argument("--json", metavar="FILE", help="also write the scores there")
     parser.add_argument("--out", metavar="FILE.npz", help="with stats: the file to write")
     parser.add_argument("--image_size", type=at_least(1), help="with stats: size to which folders are cropped")
@@ -53,19 +53,28 @@ def run(args: argparse.Namespace) -> int:
         if args.reference is None:
             raise UserError("--reference is missing: name a folder of images, a prepared set or a file of statistics")
         arguments.existing(args.reference, "--reference")
-    elif Path(args.out).exists():
-        raise UserError(f"--out={args.out} exists already: name another file")
+    else:
+        if Path(args.out).exists():
+            raise UserError(f"--out={args.out} exists already: name another file")
+        if Path(args.out).suffix != ".npz":
+            raise UserError(f"--out={args.out}: statistics are written as FILE.npz")
+        arguments.existing(args.data, "DATA")
+        refuse(args, "statistics are of images", reference=args.reference, num=args.num, json=args.json)
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json={args.json} is a folder: name a file")
     runtime.set_environment()
     runtime.start_distributed()
     from jitjax.evaluation import report  # only now: it imports JAX, which reads the environment
 
+    if not stats and report.is_images(Path(args.target).expanduser()):
+        refuse(args, f"{args.target} is a set of images, scored as it is", num=args.num)
     extractor = dict(which=args.extractor, weights=args.inception)
     if stats:
         return report.make(args.data, args.out, image_size=args.image_size, extractor=extractor)
     return report.evaluate(
         args.target,
         args.reference,
-        num=args.num,
+        num=args.num or 50_000,
         labels=args.labels,
         which=args.which,
         seed=args.seed,
@@ -75,3 +84,12 @@ def run(args: argparse.Namespace) -> int:
         options=sampling_options(args),
         json_file=args.json,
     )
+
+
+def refuse(args: argparse.Namespace, why: str, **others: object) -> None:
+    """Raises:
+    UserError: a flag was given that has no meaning here; names it.
+    """
+    given = [f"--{name}" for name, value in others.items() if value is not None] + sampling_given(args)
+    if given:
+        raise UserError(f"{', '.join(given)}: for drawing images from a model, but {why}: leave it out")

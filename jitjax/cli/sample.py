@@ -5,8 +5,7 @@
     jitjax sample runs/a --labels all --num 50000 --out samples.npz
 
 MODEL is a workdir, a checkpoint, an exported folder, an official .pth, a .safetensors file, or hf://OWNER/NAME on the Hugging
-Face Hub. Image i depends on (seed, i, its
-label) alone. Interrupted, the same command continues.
+Face Hub. Image i depends on (seed, i, its label) alone. Interrupted, the same command continues.
 """
 
 from __future__ import annotations
@@ -33,7 +32,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--labels", default="all", help="all (class-balanced), none, or numbers and names: 1,7,cat")
     group.add_argument("--which", help="weights: an EMA's decay, power:0.1, model_ema1, or model (raw); default the first EMA")
     group.add_argument("--cfg_scale", type=float, default=1.0, help="guidance scale; 1 (the default) is off")
-    group.add_argument("--interval", type=arguments.interval, default=(0.0, 1.0), help="times of guidance, e.g. 0.1,1.0")
+    group.add_argument(
+        "--interval", type=arguments.interval, default=(0.0, 1.0), help="times of guidance, e.g. 0.1,1 (default 0,1)"
+    )
     group.add_argument("--steps", type=int, default=50, help="steps of the time grid (default 50)")
     group.add_argument("--method", default="heun", help="solver: heun (default), euler, ...; docs/sampling.md compares them")
     group.add_argument("--grid", default="uniform", help="time grid, see docs/sampling.md")
@@ -46,6 +47,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def sampling_options(args: argparse.Namespace) -> dict:
     names = ("cfg_scale", "interval", "steps", "method", "grid", "t_eps")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def sampling_given(args: argparse.Namespace) -> list[str]:
+    """The flags of `add_sampling` that were given another value than their default."""
+    parser = argparse.ArgumentParser()
+    add_sampling(parser)
+    return [f"--{name}" for name, value in vars(parser.parse_args([])).items() if getattr(args, name) != value]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps of the time grid (default 50)")
     parser.add_argument("--method", default="heun", help="solver (default heun)")
     parser.add_argument("--grid", default="uniform", help="time grid, see docs/sampling.md")
+    parser.add_argument("--t_eps", type=float, help="lower clip of 1 - t; default the model's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     parser.add_argument("--batch_size", type=int, help="images at once, over all devices")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default bfloat16 on a GPU, else float32")
@@ -62,5 +63,10 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dtype=args.dtype,
         extractor=dict(which=args.extractor, weights=args.inception),
-        options={"steps": args.steps, "method": args.method, "grid": args.grid},
+        options={
+            "steps": args.steps,
+            "method": args.method,
+            "grid": args.grid,
+            **({} if args.t_eps is None else {"t_eps": args.t_eps}),
+        },
     )

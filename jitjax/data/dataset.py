@@ -124,6 +124,7 @@ def open_dataset(
     labels: str = "",
     all_formats: bool = False,
     high_depth: str = "clip",
+    flag: str = _FLAG,
 ) -> DataSet:
     """Opens a folder of images or a directory written by `jitjax prepare`; which one is found out here.
 
@@ -133,16 +134,16 @@ def open_dataset(
       image_size: edge in pixels. exif_rotate: turn photographs as their EXIF orientation says (the official loader does
         not). split: which split is read, by name or role; "" for training, "." for all below `path`. labels: "" finds them;
         "folders", "none", "cls", "json", a label file's name or FILE:COLUMN. all_formats: JPEG 2000 and other formats that
-        the official loader passes over. high_depth: one of `image.HIGH_DEPTH`.
+        the official loader passes over. high_depth: one of `image.HIGH_DEPTH`. flag: what messages call the path.
 
     Raises:
       UserError: nothing usable at `path`, it was prepared for another size, or there is more than one way to read it.
     """
     path = os.path.expanduser(os.fspath(path))
-    where = f"{_FLAG}={path}"
+    where = f"{flag}={path}"
     ask = Ask(where, "--config.data.split", "--config.data.labels")
     if not path:
-        raise UserError(f"{_FLAG} is not set; give it a folder of images or a prepared directory")
+        raise UserError(f"{flag} is not set; give it a folder of images or a prepared directory")
     require(path, where, "a folder of images or a prepared directory")
     if not os.path.isdir(path):
         raise UserError(f"{where} is a file; unpack it, or turn it into a prepared directory with jitjax prepare")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def _read_in_threads(read: Callable[[int], np.ndarray | None], count: int) -> It
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         starts = iter(range(0, count, _BATCH))
-        ahead = collections.deque(pool.submit(batch, start) for start, _ in zip(starts, range(2 * _THREADS), strict=False))
+        ahead = collections.deque(pool.submit(batch, start) for start in itertools.islice(starts, 2 * _THREADS))
         try:
             while ahead:
                 images = ahead.popleft().result()
@@ -111,7 +112,7 @@ def open_images(path: str | os.PathLike) -> NpzImages | FileImages:
     if not path.is_dir():
         state = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise UserError(f"{path}: {state}; images to score are a folder of image files, or an .npz with arr_0")
-    dataset = open_dataset(path, 8)  # for its list of files only
+    dataset = open_dataset(path, 8, flag="TARGET")  # for its list of files only
     if dataset.kind != "folder":
         raise UserError(f"{path}: a prepared directory is a reference; images to score are a folder of files, or an .npz")
     paths = tuple(dataset.source.name(index) for index in range(len(dataset)))

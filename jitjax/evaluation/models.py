@@ -23,12 +23,13 @@ SEAM_IMAGES = 2048  # images whose seam index is measured
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """scores: of `evaluation.score`. seam_index: of the samples, None where it is undefined. seconds: by stage, "sampling"
-    and "extraction". count: images."""
+    and "extraction". count: images. patch: side of the patches whose borders the seam index is about, in pixels."""
 
     scores: Scores
     seam_index: float | None
     seconds: dict[str, float]
     count: int
+    patch: int
 
     @property
     def values(self) -> dict[str, float]:
@@ -76,11 +77,12 @@ def evaluate_batches(
     extractor: Extractor,
     *,
     patch: int,
-    seed: int = 0,
+    seed: int | None = 0,
     about: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """As `evaluate_pipeline`, for batches of uint8 images that every process has whole."""
+    """As `evaluate_pipeline`, for batches of uint8 images that every process has whole. seed: with which they were drawn, None
+    where that is not known."""
     seconds, kept, count = {"sampling": 0.0}, [], 0
 
     def own_part() -> Iterator[np.ndarray]:
@@ -97,13 +99,14 @@ def evaluate_batches(
             yield images[jax.process_index() :: jax.process_count()]
 
     begun = time.perf_counter()
-    scores = score(
-        own_part(), reference, extractor, seed=2020, about={"sampling seed": seed, **(about or {})}, progress=progress
-    )
+    drawn = {} if seed is None else {"sampling seed": seed}
+    scores = score(own_part(), reference, extractor, seed=2020, about={**drawn, **(about or {})}, progress=progress)
     seconds["extraction"] = time.perf_counter() - begun - seconds["sampling"]
+    if seed is None:  # what went before was reading files
+        seconds = {"reading": seconds["sampling"], "extraction": seconds["extraction"]}
     try:
         seams = seam_index(np.concatenate(kept)[:SEAM_IMAGES], patch)
     except UserError as error:  # e.g. flat images of a model that has hardly begun
         seams = None
         scores = dataclasses.replace(scores, notes=(*scores.notes, f"{error} (left out)"))
-    return Evaluation(scores, seams, seconds, count)
+    return Evaluation(scores, seams, seconds, count, patch)

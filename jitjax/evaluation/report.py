@@ -39,6 +39,8 @@ def evaluate(
     """
     say = print if jax.process_index() == 0 else lambda *_: None
     path = Path(target).expanduser()
+    if json_file:
+        draw.writable_folder(Path(json_file).expanduser().absolute().parent, "--json")
     chosen = open_extractor(**extractor)
     if is_images(path):
         images = open_images(path)
@@ -49,6 +51,7 @@ def evaluate(
                 found,
                 chosen,
                 patch=_patch_of(images.image_size),
+                seed=None,
                 about={"images": target},
                 progress=_steps(advance),
             )
@@ -78,7 +81,7 @@ def evaluate(
     for line in report_lines(result):
         say(line)
     if json_file and jax.process_index() == 0:
-        draw.write_text(Path(json_file), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
+        draw.write_text(Path(json_file).expanduser(), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
     return 0
 
 
@@ -88,8 +91,10 @@ def report_lines(result: Evaluation) -> list[str]:
     share = "; ".join(
         f"{stage} {took:.1f} s ({took / total:.0%}, {result.count / max(took, 1e-9):,.0f} images/s)"
         for stage, took in seconds.items()
+        if took
     )
-    seams = [] if result.seam_index is None else [f"seam index {result.seam_index:.3f}  (1 where patch borders do not show)"]
+    borders = f"(between patches of {result.patch} px; 1 where their borders do not show)"
+    seams = [] if result.seam_index is None else [f"seam index {result.seam_index:.3f}  {borders}"]
     return [*result.scores.lines, *seams, share]
 
 
@@ -99,6 +104,7 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
     Raises:
       UserError: nothing usable at `data`, or `out` cannot be written.
     """
+    draw.writable_folder(Path(out).expanduser().absolute().parent)
     chosen = open_extractor(**extractor)
     path = Path(data).expanduser()
     if path.suffix == ".npz":
@@ -106,14 +112,13 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
         if image_size not in (None, images.image_size):
             raise UserError(f"--image_size={image_size}: the images of {data} have {images.image_size} px")
     else:
-        dataset = open_dataset(path, image_size)
+        dataset = open_dataset(path, image_size, flag="DATA")
         tables.say(dataset.summary)
         images = DataImages(dataset)
     with draw.progress(len(images), "extracting") as advance:
         made = make_statistics(images, chosen, source=data, image_size=images.image_size, progress=_steps(advance))
     if jax.process_index() == 0:
-        draw.writable_folder(Path(out).absolute().parent)
-        write_statistics(out, made)
+        write_statistics(Path(out).expanduser(), made)
         print(f"{out}: {chosen.name}, {made.count} images of {made.image_size} px, {chosen.dim} features")
         for notice in [*chosen.notices, *(getattr(images, "skipped", None) or [])[:5]]:
             tables.say(f"note: {notice}")

@@ -40,6 +40,7 @@ PUBLISHED_CFG_SCALE = {
     "JiT-H/32": 2.3,
     "JiT-G/16": 2.2,
 }
+CACHE_VERSION = 2  # of cached statistics: those of version 1 can lack 64 images
 REFERENCE_FEATURES = 10_000  # ADM's number of reference images for precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
 _UPDATE = 2048  # images whose covariance is added at once: adding D x D matrices costs as much as multiplying 256 rows
@@ -85,7 +86,7 @@ def open_reference(
     if isinstance(reference, str | os.PathLike):
         path = Path(reference).expanduser()
         if path.is_dir():
-            reference = open_dataset(path, image_size)
+            reference = open_dataset(path, image_size, flag="--reference")
         elif path.suffix == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)
@@ -120,9 +121,8 @@ def dataset_statistics(
     dataset: DataSet, extractor: Extractor, *, cache: bool = True, progress: Callable[[int], None] | None = None
 ) -> tuple[Statistics, list[str]]:
     """Statistics of a data set, from the cache where it has them, and notes about skipped images and the cache."""
-    key = json.dumps(
-        [dataset.fingerprint, dataset.image_size, extractor.name, extractor.resize, REFERENCE_FEATURES], sort_keys=True
-    )
+    made_of = [dataset.fingerprint, _written(dataset), dataset.image_size, extractor.name, extractor.resize]
+    key = json.dumps([*made_of, REFERENCE_FEATURES, CACHE_VERSION], sort_keys=True)
     file = cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     if cache and file.is_file():
         try:
@@ -144,6 +144,16 @@ def dataset_statistics(
         except UserError as error:
             notes.append(f"statistics were not cached: {error}")
     return made, notes
+
+
+def _written(dataset: DataSet) -> str:
+    """When each file of a folder was last written, as one checksum: a fingerprint has names and sizes only."""
+    if dataset.kind != "folder":
+        return ""
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        digest.update(b"%d " % os.stat(dataset.source.name(index)).st_mtime_ns)
+    return digest.hexdigest()
 
 
 def make_statistics(
@@ -173,6 +183,8 @@ def make_statistics(
         done += count
         if progress:
             progress(done)
+    if done + len(getattr(images, "skipped", ())) != len(images):
+        raise RuntimeError(f"{source}: {done} of {len(images)} images were read and no reason was given for the rest")
     found = moments.finish()
     pooled, spatial = found["features"], found.get("spatial")
     if pooled.count < 2:

@@ -1,6 +1,6 @@
 """How a run reports: console and `log.txt`, `metrics.jsonl`, W&B, TensorBoard, grids. Imports neither jax nor wandb."""
 
-from jitjax.monitor.images import draw_grid, save_animation, save_grid, save_strip
+from jitjax.monitor.images import draw_grid, drawn_here, save_animation, save_grid, save_strip
 from jitjax.monitor.late import LateLog
 from jitjax.monitor.monitor import Monitor
 from jitjax.monitor.status import print_status
@@ -11,6 +11,7 @@ __all__ = [
     "Monitor",
     "Throughput",
     "draw_grid",
+    "drawn_here",
     "print_status",
     "save_animation",
     "save_grid",

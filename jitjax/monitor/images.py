@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SEPARATOR = 2  # pixels between images
 FONT_SIZE = 12
@@ -18,6 +18,7 @@ LINE, BASELINE = 16, 12  # pixels of one line of text, and from its top to the f
 GAP = 12  # pixels between the columns of the legend
 LONGEST_ENTRY = 480  # pixels of a name in the legend; what is longer is cut and written to the text file, too
 PAPER, INK = (255, 255, 255), (0, 0, 0)
+MAKER = "jitjax"  # in the files, so that a picture of someone else's is not overwritten
 
 
 def save_grid(
@@ -49,7 +50,18 @@ def save_grid(
     if unreadable:
         lines = "".join(f"{number}\t{name}\n" for number, name in unreadable.items())
         _write(path.with_suffix(".txt"), lambda partial: partial.write_text(lines, encoding="utf-8"))
-    return _write(path, lambda partial: sheet.save(partial, format="PNG"))
+    signed = PngImagePlugin.PngInfo()
+    signed.add_text("Software", MAKER)
+    return _write(path, lambda partial: sheet.save(partial, format="PNG", pnginfo=signed))
+
+
+def drawn_here(path: str | os.PathLike) -> bool:
+    """Whether a file is a grid, strip or film (.gif) that this module wrote."""
+    try:
+        with Image.open(path) as image:
+            return MAKER in (image.info.get("Software"), image.info.get("comment", b"").decode("latin-1"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def save_strip(path: str | os.PathLike, states: Sequence[np.ndarray], *, captions: Sequence[str] | None = None) -> Path:
@@ -97,6 +109,8 @@ def save_animation(
     options = dict(save_all=True, append_images=frames[1:], duration=times, loop=0)
     if path.suffix.lower() == ".webp":
         options["lossless"] = True
+    elif path.suffix.lower() == ".gif":
+        options["comment"] = MAKER.encode()
     return _write(path, lambda partial: frames[0].save(partial, format=formats[path.suffix.lower()], **options))
 
 
