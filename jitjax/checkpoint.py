@@ -236,7 +236,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     for candidate in reversed(steps) if step is None else [step]:
         reason = defect(folder / str(candidate), run)
         if reason is None:
-            if candidate != (step or steps[-1]):
+            if step is None and candidate != steps[-1]:
                 _log.warning("step %d is used instead", candidate)
             return workdir, candidate
         if step is not None:

@@ -79,19 +79,29 @@ def draw(
     missing = processes.numbers_of_process_0(sink.missing())  # only process 0 looks at files
     batches = pipe.sample_batches([shown[i] for i in missing], indices=missing, **how)
     begun, first = time.perf_counter(), None
-    with progress(len(missing), f"sampling {pipe.which}") as advance:
+    with _writing(f"--out={out}"), progress(len(missing), f"sampling {pipe.which}") as advance:
         for indices, images in batches:
             sink.write(indices, images)
             advance(len(indices))
             first = first or (len(indices), time.perf_counter() - begun)
-    sink.finish()
+        sink.finish()
     if jax.process_index() == 0:
         skipped = len(numbers) - len(missing)
         resumed = f" ({skipped} were there)" if skipped else ""
         tables.say(f"{len(missing)} images{resumed} in {speed(len(missing), time.perf_counter() - begun, first)} -> {target}")
     if path is not None:
-        write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
+        with _writing(f"--path={path}"):
+            write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
     return 0
+
+
+@contextlib.contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """What keeps files from being written, e.g. a full disk, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written ({error.strerror or error}): the same command continues") from error
 
 
 def _check_replaceable(file: Path, flag: str) -> None:
@@ -254,7 +264,12 @@ class Npz:
         if not self._main:
             return
         if path.exists():
-            raise UserError(f"--out={path} exists already: name another file")
+            saved = read_record(self._log) if self._log.exists() else {}
+            if len(saved.pop("done", [])) < len(numbers):
+                raise UserError(f"--out={path} exists already: name another file")
+            same_record(saved, record, path)  # written whole, then killed before the rest of `finish`
+            self._done[:] = True
+            return
         size = pipe.geometry.image_size
         shape = (len(numbers), size, size, 3)
         if self._log.exists() and self._partial.exists():
@@ -289,11 +304,12 @@ class Npz:
     def finish(self) -> None:
         if not self._main:
             return
-        partial = self._path.with_name(f".{self._path.name}.partial.npz")
-        np.savez(partial, arr_0=self._images, arr_1=np.asarray(self._numbers, np.int64))
-        partial.replace(self._path)
-        self._images = None
-        self._partial.unlink()
+        if self._images is not None:
+            partial = self._path.with_name(f".{self._path.name}.partial.npz")
+            np.savez(partial, arr_0=self._images, arr_1=np.asarray(self._numbers, np.int64))
+            partial.replace(self._path)
+            self._images = None
+        self._partial.unlink(missing_ok=True)
         self._log.unlink(missing_ok=True)
 
 

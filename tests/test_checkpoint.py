@@ -135,6 +135,7 @@ def test_the_one_before_is_taken(copy, damage, caplog):
     DAMAGES[damage](copy / "checkpoints" / "20")
     assert resumed(copy) == 10
     assert checkpoint.find(copy) == (copy, 10)
+    assert caplog.messages[-1] == "step 10 is used instead"
     with pytest.raises(UserError, match=r"checkpoints/20 cannot be used: .*; other steps: 10, 30"):
         checkpoint.find(copy / "checkpoints" / "20")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import jax
@@ -232,6 +233,29 @@ def test_sample_replaces_its_own_files_only(exported, tmp_path, capsys):
         assert cli.main([*common, f"--out={tmp_path / 'grid.png'}", f"--path={tmp_path / 'film.gif'}"]) == 0
 
 
+def test_a_disk_that_is_full_costs_one_line(exported, tmp_path, capsys):
+    """/dev/full takes no byte."""
+    for name, flags in (("grid.png", []), ("film.gif", [f"--out={tmp_path / 'g.png'}"])):
+        flag = "--path" if flags else "--out"
+        (tmp_path / f".{name}.{os.getpid()}.partial").symlink_to("/dev/full")
+        assert cli.main(["sample", exported, "--steps=1", "--num=3", *flags, f"{flag}={tmp_path / name}"]) == 2
+        said = capsys.readouterr().err
+        assert f"{name} cannot be written (No space left on device)" in said and said.count("\n") == 1
+
+
+def test_an_npz_that_was_killed_while_it_tidied_up(exported, tmp_path, capsys, monkeypatch):
+    argv = ["sample", exported, "--steps=1", "--num=3", f"--out={tmp_path / 'a.npz'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.main(argv) == 130
+    whole = (tmp_path / "a.npz").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert cli.main([*argv, "--seed=1"]) == 2 and "seed: 0 -> 1" in capsys.readouterr().err
+    assert cli.main(argv) == 0 and "0 images (3 were there)" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"] and (tmp_path / "a.npz").read_bytes() == whole
+    assert cli.main(argv) == 2 and "a.npz exists already" in capsys.readouterr().err
+
+
 def test_what_an_interrupted_npz_left_may_be_damaged(exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(draw, "describe", lambda *_: {"a": 1})
     argv = ["sample", exported, "--steps=1", "--num=3", f"--out={tmp_path / 'a.npz'}"]
@@ -249,7 +273,9 @@ def test_what_an_interrupted_npz_left_may_be_damaged(exported, tmp_path, capsys,
     "argv, message",
     [
         (["--path=x.png", "--out=x.png"], "--path=x.png is --out too"),
-        (["--path=/proc/x.gif", "--out=x.png"], "--path: the folder /proc cannot be written"),
+        (["--steps=0", "--out=x.png"], "argument --steps: 0 must be 1 or more"),
+        (["--seed=-1", "--out=x.png"], "argument --seed: -1 must be 0 or more"),
+        (["--path=/dev/null/x.gif", "--out=x.png"], "--path: the folder /dev/null cannot be made"),
         (["--labels=9", "--out=x.png"], "label 9 is out of range"),
         (["--labels=catt", "--out=x.png"], "near: cat"),
         (["--which=0.5", "--out=x.png"], "no weights '0.5'"),

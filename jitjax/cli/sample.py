@@ -14,6 +14,7 @@ import argparse
 
 from jitjax import runtime
 from jitjax.cli import arguments
+from jitjax.cli.arguments import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +36,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--interval", type=arguments.interval, default=(0.0, 1.0), help="times of guidance, e.g. 0.1,1 (default 0,1)"
     )
-    group.add_argument("--steps", type=int, default=50, help="steps of the time grid (default 50)")
+    group.add_argument("--steps", type=at_least(1), default=50, help="steps of the time grid (default 50)")
     group.add_argument("--method", default="heun", help="solver: heun (default), euler, ...; docs/sampling.md compares them")
     group.add_argument("--grid", default="uniform", help="time grid, see docs/sampling.md")
     group.add_argument("--t_eps", type=float, help="lower clip of 1 - t; default the model's")
-    group.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
-    group.add_argument("--batch_size", type=int, help="images at once, over all devices")
+    group.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
+    group.add_argument("--batch_size", type=at_least(1), help="images at once, over all devices")
     group.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default bfloat16 on a GPU, else float32")
 
 
