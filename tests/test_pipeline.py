@@ -221,6 +221,10 @@ def test_sample_replaces_its_own_files_only(exported, tmp_path, capsys):
     (folder / "00002.png").write_bytes(whole[2][:100])
     assert cli.main([*common, f"--out={folder}"]) == 0
     assert "2 images (1 were there)" in capsys.readouterr().out
+    middle = len(whole[1]) // 2
+    (folder / "00001.png").write_bytes(whole[1][:middle] + bytes([255 - whole[1][middle]]) + whole[1][middle + 1 :])
+    assert cli.main([*common, f"--out={folder}"]) == 0
+    assert "1 images (2 were there)" in capsys.readouterr().out
     assert [(folder / f"{i:05d}.png").read_bytes() for i in range(3)] == whole
     for name in ("grid.png", "film.gif"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)

@@ -92,4 +92,4 @@ def refuse(args: argparse.Namespace, why: str, **others: object) -> None:
     """
     given = [f"--{name}" for name, value in others.items() if value is not None] + sampling_given(args)
     if given:
-        raise UserError(f"{', '.join(given)}: for drawing images from a model, but {why}: leave it out")
+        raise UserError(f"{', '.join(given)}: for drawing images from a model, but {why}: leave out")

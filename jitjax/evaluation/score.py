@@ -152,7 +152,8 @@ def _written(dataset: DataSet) -> str:
         return ""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
-        digest.update(b"%d " % os.stat(dataset.source.name(index)).st_mtime_ns)
+        found = os.stat(dataset.source.name(index))
+        digest.update(b"%d %d " % (found.st_mtime_ns, found.st_ctime_ns))
     return digest.hexdigest()
 
 
