@@ -111,6 +111,8 @@ class Results:
         Raises:
           UserError: the file or the plot's place holds something else, e.g. another sweep; names what differs.
         """
+        from jitjax import draw  # only now: it imports JAX
+
         self.path, self.picture, self._known, self._write = path, path.with_suffix(".png"), {}, write
         if path.suffix != ".jsonl":
             raise UserError(f"--out={path}: use FILE.jsonl; the plot is written beside it, as FILE.png")
@@ -118,9 +120,7 @@ class Results:
             if self.picture.exists():
                 raise UserError(f"--out={path}: the plot would replace {self.picture}: name another file")
             if write:
-                new = path.with_name(f".{path.name}.new")
-                new.write_text(json.dumps({"setup": setup}) + "\n")
-                new.replace(path)
+                draw.write_text(path, json.dumps({"setup": setup}) + "\n")
             return
         try:
             texts = path.read_text().splitlines()
@@ -134,7 +134,7 @@ class Results:
         if differing:
             raise UserError(f"--out={path} holds another sweep ({'; '.join(differing)}): name another file")
         if torn and write:
-            path.write_text("".join(f"{text}\n" for text in texts[:-1]))
+            draw.write_text(path, "".join(f"{text}\n" for text in texts[:-1]))
         self._known = known
 
     def get(self, point: Point) -> dict[str, float] | None:

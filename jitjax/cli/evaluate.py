@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{flag} is missing: jitjax evaluate stats DATA --image_size 64 --out stats64.npz")
         if not stats and value is not None:
             raise UserError(f"{flag}={value} is for `jitjax evaluate stats DATA`")
+    for flag, value in (("--reference", args.reference), ("--json", args.json)):
+        if stats and value is not None:
+            raise UserError(f"{flag}={value} is for scores, `jitjax evaluate stats` makes statistics: leave it out")
     if not stats:
         arguments.existing_model(args.target, "TARGET")
         if args.reference is None:
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if Path(args.out).suffix != ".npz":
             raise UserError(f"--out={args.out}: statistics are written as FILE.npz")
         arguments.existing(args.data, "DATA")
-        refuse(args, "statistics are of images", reference=args.reference, num=args.num, json=args.json)
+        refuse_drawing(args, "statistics are of images")
     if args.json and Path(args.json).is_dir():
         raise UserError(f"--json={args.json} is a folder: name a file")
     runtime.set_environment()
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from jitjax.evaluation import report  # only now: it imports JAX, which reads the environment
 
     if not stats and report.is_images(Path(args.target).expanduser()):
-        refuse(args, f"{args.target} is a set of images, scored as it is", num=args.num)
+        refuse_drawing(args, f"{args.target} is a set of images, scored as it is")
     extractor = dict(which=args.extractor, weights=args.inception)
     if stats:
         return report.make(args.data, args.out, image_size=args.image_size, extractor=extractor)
@@ -86,10 +89,10 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def refuse(args: argparse.Namespace, why: str, **others: object) -> None:
+def refuse_drawing(args: argparse.Namespace, why: str) -> None:
     """Raises:
-    UserError: a flag was given that has no meaning here; names it.
+    UserError: flags were given that say how images are drawn, where none are; names them.
     """
-    given = [f"--{name}" for name, value in others.items() if value is not None] + sampling_given(args)
+    given = [*(["--num"] if args.num is not None else []), *sampling_given(args)]
     if given:
-        raise UserError(f"{', '.join(given)}: for drawing images from a model, but {why}: leave out")
+        raise UserError(f"{', '.join(given)}: for drawing images from a model, but {why}: leave out what is named")

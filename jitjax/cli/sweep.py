@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from jitjax import sweep
 
     sweep.scales(args.cfg_scale)
+    options = {name: getattr(args, name) for name in ("steps", "method", "grid", "t_eps")}
     runtime.set_environment()
     runtime.start_distributed()
     return sweep.sweep(
@@ -63,10 +64,5 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dtype=args.dtype,
         extractor=dict(which=args.extractor, weights=args.inception),
-        options={
-            "steps": args.steps,
-            "method": args.method,
-            "grid": args.grid,
-            **({} if args.t_eps is None else {"t_eps": args.t_eps}),
-        },
+        options={name: value for name, value in options.items() if value is not None},
     )

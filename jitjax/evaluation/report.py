@@ -91,7 +91,6 @@ def report_lines(result: Evaluation) -> list[str]:
     share = "; ".join(
         f"{stage} {took:.1f} s ({took / total:.0%}, {result.count / max(took, 1e-9):,.0f} images/s)"
         for stage, took in seconds.items()
-        if took
     )
     borders = f"(between patches of {result.patch} px; 1 where their borders do not show)"
     seams = [] if result.seam_index is None else [f"seam index {result.seam_index:.3f}  {borders}"]
