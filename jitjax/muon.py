@@ -11,7 +11,8 @@ from Optax is the momentum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +26,14 @@ from jitjax.settings import Optimizer
 
 Params = dict[str, jax.Array]
 KERNEL, ADALN = ".kernel", ".adaln.kernel"
-# Columns of one kernel that are maps of their own: q, k, v; gate and value; shift, scale and gate of attention and of the MLP.
-PARTS = {".attn.qkv.kernel": 3, ".mlp.w12.kernel": 2, ADALN: 6}
+# Columns of one kernel that are maps of their own: gate and value; shift, scale and gate of attention and of the MLP. Of qkv
+# each head's q, k and v are maps of their own (GLM-5, arXiv 2602.15763; Kimi K3, arXiv 2607.24653).
+PARTS = {".mlp.w12.kernel": 2, ADALN: 6}
+QKV, HEAD = ".attn.qkv.kernel", ".attn.q_norm.weight"  # the latter is as long as a head is wide
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steepest at 0, singular values end between 0.68 and 1.21
 RMS = 0.2  # of an update: about AdamW's (arXiv 2502.16982, section 2.2)
-SMALLEST_NORM = 1e-12  # a matrix of zeros has no direction and stays 0
-WIDE = 1.5  # columns / rows from which several steps on the Gram matrix cost less than on the matrix
-GRAM_STEPS = 3  # on one Gram matrix; five in a row diverge in bfloat16 (tests/test_muon.py)
+SMALLEST_NORM = 1e-9  # shorter directions count as this long: a matrix of zeros stays 0
+GRAM_STEPS = 3  # on one Gram matrix, which loses the small singular values (tests/test_muon.py)
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
@@ -47,8 +49,10 @@ def is_matrix(name: str, optim: Optimizer) -> bool:
     return name.startswith(BLOCKS) and name.endswith(KERNEL) and (optim.muon_adaln or not name.endswith(ADALN))
 
 
-def parts_of(name: str) -> int:
-    """Into how many equal parts the columns of a matrix are cut."""
+def parts_of(name: str, columns: int, params: Params) -> int:
+    """Into how many equal parts the columns of a matrix are cut. `params` have the width of a head."""
+    if name.endswith(QKV):
+        return columns // len(params[name.removesuffix(QKV) + HEAD])
     return next((count for ending, count in PARTS.items() if name.endswith(ending)), 1)
 
 
@@ -76,62 +80,53 @@ def make(
         moved, adamw_state = adamw.update(rest_grads, state.adamw, rest)
         directions, trace = momentum.update(matrix_grads, state.momentum)
         with jax.named_scope("muon"):
-            directions = orthogonalised(directions, specs, mesh, optim.muon_steps)
+            directions = orthogonalised(directions, params, specs, mesh, optim.muon_steps)
         decayed = {name: -(value + optim.weight_decay * matrices[name]) for name, value in directions.items()}
         return moved | decayed, State(adamw_state, trace)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalised(matrices: Params, specs: Mapping[str, Any], mesh: Mesh, steps: int) -> Params:
+def orthogonalised(matrices: Params, params: Params, specs: Mapping[str, Any], mesh: Mesh, steps: int) -> Params:
     """The direction of every matrix with singular values near 1, times 0.2 sqrt(max(rows, columns)), so that its root mean
     square is about 0.2. Inside `jax.shard_map`; shards in, shards of the same out, float32.
 
     Args:
       matrices: this device's shards, (rows, columns).
+      params: of `parts_of`.
       specs: partition specs by name.
       steps: of `newton_schulz`.
     """
     over = sharding.split_over(mesh)
     axes = {name: next((axis for axis, used in enumerate(specs[name]) if used), None) for name in matrices}
-    stacks: dict[tuple[int, int, bool], dict[tuple[str, int], jax.Array]] = {}  # by shape and whether rows are split
-    sizes: dict[str, tuple[int, int]] = {}  # of a whole piece
+    stacks: dict[tuple[int, int, bool], dict[str, jax.Array]] = {}  # by shape of a piece and whether rows are split
     for name, value in matrices.items():
         value = value.astype(bf16)
         if axes[name] == 1:  # rare, of rows that do not divide: the parts would not end where the shards do
             value = jax.lax.all_gather(value, over, axis=1, tiled=True)
-        for part, piece in enumerate(jnp.split(value, parts_of(name), axis=1)):
-            stacks.setdefault((*piece.shape, axes[name] == 0), {})[name, part] = piece
-            sizes[name] = len(piece) * (mesh.shape[over] if axes[name] == 0 else 1), piece.shape[1]
+        pieces = jnp.swapaxes(value.reshape(len(value), parts_of(name, value.shape[1], params), -1), 0, 1)
+        stacks.setdefault((*pieces.shape[1:], axes[name] == 0), {})[name] = pieces
 
-    shares = {key: _spread(jnp.stack(list(pieces.values())), key[-1], mesh) for key, pieces in stacks.items()}
-    batches: dict[tuple[int, int], list[Any]] = {}
+    shares = {key: _spread(jnp.concatenate(list(pieces.values())), key[-1], mesh) for key, pieces in stacks.items()}
+    by_side: dict[int, list[Any]] = {}
     for key, share in shares.items():
-        batches.setdefault(tuple(sorted(share.shape[1:])), []).append(key)
+        by_side.setdefault(min(share.shape[1:]), []).append(key)
     done = {}
-    for shape, keys in batches.items():
-        batch = jnp.concatenate([_lying(shares[key], shape) for key in keys])
-        batch, start = newton_schulz(batch, steps), 0
-        for key in keys:
-            count = len(shares[key])
-            share = _lying(batch[start : start + count], shares[key].shape[1:])
-            done |= zip(stacks[key], _collect(share, len(stacks[key]), key[-1], mesh), strict=False)
-            start += count
+    for keys in by_side.values():
+        for key, share in zip(keys, newton_schulz([shares[key] for key in keys], steps), strict=True):
+            share = _collect(share, sum(map(len, stacks[key].values())), key[-1], mesh)
+            scale, start = RMS * max(shares[key].shape[1:]) ** 0.5, 0
+            for name, pieces in stacks[key].items():
+                value = jnp.swapaxes(share[start : start + len(pieces)], 0, 1).reshape(pieces.shape[1], -1)
+                done[name], start = value.astype(f32) * scale, start + len(pieces)
 
-    def whole(name: str) -> jax.Array:
-        pieces = [done[name, part] for part in range(parts_of(name))]
-        value = jnp.concatenate(pieces, axis=1).astype(f32) * (RMS * max(sizes[name]) ** 0.5)
+    def shard(name):
+        width = matrices[name].shape[1]
         if axes[name] == 1:
-            width = matrices[name].shape[1]
-            return jax.lax.dynamic_slice_in_dim(value, jax.lax.axis_index(over) * width, width, axis=1)
-        return value
+            return jax.lax.dynamic_slice_in_dim(done[name], jax.lax.axis_index(over) * width, width, axis=1)
+        return done[name]
 
-    return {name: whole(name) for name in matrices}
-
-
-def _lying(stack: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """(L, rows, columns) as it is or transposed, whichever has `shape`."""
-    return stack if stack.shape[1:] == tuple(shape) else jnp.swapaxes(stack, 1, 2)
+    return {name: shard(name) for name in matrices}
 
 
 def _sharing(split: bool, mesh: Mesh) -> tuple[str | None, tuple[str, ...]]:
@@ -146,6 +141,7 @@ def _spread(stack: jax.Array, split: bool, mesh: Mesh) -> jax.Array:
     over, copies = _sharing(split, mesh)
     stack = jnp.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0)))
     if over:
+        stack = jax.lax.optimization_barrier(stack)  # XLA for CPUs refuses parts of which one is transposed and one is padding
         stack = jax.lax.all_to_all(stack, over, split_axis=0, concat_axis=1, tiled=True)
     if copies:
         count = len(stack) * (mesh.shape[over] if over else 1) // mesh.size
@@ -163,33 +159,51 @@ def _collect(stack: jax.Array, count: int, split: bool, mesh: Mesh) -> jax.Array
     return stack[:count]
 
 
-def newton_schulz(stack: jax.Array, steps: int) -> jax.Array:
-    """x <- (a + b x x' + c (x x')^2) x, `steps` times, of x / |x|: the singular vectors stay, the singular values come near 1.
+def newton_schulz(stacks: Sequence[jax.Array], steps: int) -> list[jax.Array]:
+    """x <- (a + b x x' + c (x x')^2) x, `steps` times, of every matrix: the singular vectors stay, the singular values come
+    near 1.
 
-    Those above a hundredth of the norm reach 0.68 to 1.21 in 5 steps; smaller ones grow by 3.44 a step. Of wide matrices up to
-    `GRAM_STEPS` steps are made on the Gram matrix x x' and applied as one product. Matmuls take and give bfloat16 and add up in
-    float32.
+    The first step divides x by its Schatten 4-norm, the fourth root of the sum of the fourth powers of its singular values:
+    at least the largest of them, at most the Frobenius norm, which others divide by. Singular values above a hundredth of it
+    reach 0.68 to 1.21 in 5 steps; smaller ones grow by 3.44 a step.
+
+    Up to `GRAM_STEPS` steps are made on the Gram matrix g = x x' (x' x of a tall matrix), and then applied as one product.
+    Matmuls take and give bfloat16 and add up in float32. g is raised by what rounding can take from its eigenvalues: one that
+    became negative would grow 12 times a step, and its singular value past 1; raised ones stay short of it.
 
     Args:
-      stack: (L, rows, columns), rows <= columns.
+      stacks: (L, rows, columns) each, with equal shorter sides.
 
     Returns:
-      bfloat16, same shape.
+      bfloat16, same shapes.
     """
     a, b, c = COEFFICIENTS
-    rows, columns = stack.shape[1:]
-    most = GRAM_STEPS if columns > WIDE * rows else 1
-    x = stack.astype(f32)
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True))
-    x = (x / jnp.maximum(norm, SMALLEST_NORM)).astype(bf16)
-    for start in range(0, steps, most):
-        gram, product = x @ jnp.swapaxes(x, 1, 2), None
-        last = min(most, steps - start) - 1
-        for step in range(last + 1):
-            square = gram @ gram
-            factor = (a * jnp.eye(rows) + b * gram.astype(f32) + c * square.astype(f32)).astype(bf16)
-            product = factor if product is None else factor @ product
+    short = min(stacks[0].shape[1:])
+    one, rounding = jnp.eye(short), jnp.finfo(bf16).eps / 2
+    for first in range(0, steps, GRAM_STEPS):
+        g = jnp.concatenate([x @ _turned(x) if _wide(x) else _turned(x) @ x for x in stacks])
+        product, scale, level = None, 1.0, 1.0
+        if first == 0:  # g and the product with x are divided instead of x itself, which is longer
+            norm = jnp.sqrt(jnp.sum(jnp.square(g.astype(f32)), axis=(1, 2), keepdims=True))
+            norm = jnp.maximum(norm, SMALLEST_NORM**2)
+            g, scale, level = g / norm, 1 / jnp.sqrt(norm), short**-0.5
+        g = (g + rounding * level * one).astype(bf16)
+        last = min(first + GRAM_STEPS, steps) - 1
+        for step in range(first, last + 1):
+            value = a * one + b * g.astype(f32) + c * (g @ g).astype(f32)
+            factor = value.astype(bf16)
+            product = (scale * value).astype(bf16) if product is None else factor @ product
             if step < last:
-                gram = factor @ (factor @ gram)
-        x = product @ x
-    return x
+                g = factor @ (factor @ g)
+        ends = itertools.accumulate(map(len, stacks), initial=0)
+        parts = [product[start:end] for start, end in itertools.pairwise(ends)]
+        stacks = [part @ x if _wide(x) else x @ part for part, x in zip(parts, stacks, strict=True)]
+    return list(stacks)
+
+
+def _wide(stack: jax.Array) -> bool:
+    return stack.shape[1] <= stack.shape[2]
+
+
+def _turned(stack: jax.Array) -> jax.Array:
+    return jnp.swapaxes(stack, 1, 2)

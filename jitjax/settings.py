@@ -132,7 +132,7 @@ class Optimizer:
     eps: float = setting(1e-8, "AdamW's epsilon; Muon has none.", high=1, **POSITIVE)
     muon_momentum: float = setting(0.95, "Muon's decay of its Nesterov momentum.", low=0, high=1, open_high=True)
     muon_steps: int = setting(
-        5, "Newton-Schulz steps of Muon: fewer cost less and leave singular values further from 1.", low=1, high=10
+        3, "Newton-Schulz steps of Muon: more cost more and bring smaller singular values to 1.", low=1, high=10
     )
     muon_adaln: bool = setting(False, "Muon for the blocks' adaLN matrices too, not AdamW.")
     clip_norm: float = setting(0.0, "Clip the gradient's global norm; 0: no clipping.", low=0, high=1e9)

@@ -160,4 +160,6 @@ def test_the_fast_recipe_differs_in_what_it_says(monkeypatch):
             "optim.warmup_steps": 300,
             "optim.power_emas": (0.1, 0.05),
             "diffusion.p_mean": 0.6,
+            "preview.t_eps": 0.005,
+            "eval.t_eps": 0.005,
         }
