@@ -1,4 +1,4 @@
-"""Muon: momentum with all its singular values brought near 1, for the matrices of the blocks; AdamW moves the rest.
+"""Muon: momentum with its larger singular values brought near 1, for the matrices of the blocks; AdamW moves the rest.
 
 Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon, 2024); the
 scale that lets AdamW's learning rate serve: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982).
@@ -31,7 +31,7 @@ KERNEL, ADALN = ".kernel", ".adaln.kernel"
 PARTS = {".mlp.w12.kernel": 2, ADALN: 6}
 QKV, HEAD = ".attn.qkv.kernel", ".attn.q_norm.weight"  # the latter is as long as a head is wide
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steepest at 0, singular values end between 0.68 and 1.21
-RMS = 0.2  # of an update: about AdamW's (arXiv 2502.16982, section 2.2)
+RMS = 0.2  # of an update whose singular values are all 1: about AdamW's (arXiv 2502.16982, section 2.2)
 SMALLEST_NORM = 1e-9  # shorter directions count as this long: a matrix of zeros stays 0
 GRAM_STEPS = 3  # on one Gram matrix, which loses the small singular values (tests/test_muon.py)
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -88,8 +88,8 @@ def make(
 
 
 def orthogonalised(matrices: Params, params: Params, specs: Mapping[str, Any], mesh: Mesh, steps: int) -> Params:
-    """The direction of every matrix with singular values near 1, times 0.2 sqrt(max(rows, columns)), so that its root mean
-    square is about 0.2. Inside `jax.shard_map`; shards in, shards of the same out, float32.
+    """`newton_schulz` of every matrix times 0.2 sqrt(max(rows, columns)): where all singular values have come near 1, the root
+    mean square is about 0.2. Inside `jax.shard_map`; shards in, shards of the same out, float32.
 
     Args:
       matrices: this device's shards, (rows, columns).
@@ -179,15 +179,15 @@ def newton_schulz(stacks: Sequence[jax.Array], steps: int) -> list[jax.Array]:
     """
     a, b, c = COEFFICIENTS
     short = min(stacks[0].shape[1:])
-    one, rounding = jnp.eye(short), jnp.finfo(bf16).eps / 2
+    one, rounding = jnp.eye(short), jnp.finfo(bf16).eps / 2 / short**0.5  # of eigenvalues, for a Frobenius norm of 1
     for first in range(0, steps, GRAM_STEPS):
         g = jnp.concatenate([x @ _turned(x) if _wide(x) else _turned(x) @ x for x in stacks])
-        product, scale, level = None, 1.0, 1.0
+        norm = jnp.sqrt(jnp.sum(jnp.square(g.astype(f32)), axis=(1, 2), keepdims=True))
+        product, scale = None, 1.0
         if first == 0:  # g and the product with x are divided instead of x itself, which is longer
-            norm = jnp.sqrt(jnp.sum(jnp.square(g.astype(f32)), axis=(1, 2), keepdims=True))
             norm = jnp.maximum(norm, SMALLEST_NORM**2)
-            g, scale, level = g / norm, 1 / jnp.sqrt(norm), short**-0.5
-        g = (g + rounding * level * one).astype(bf16)
+            g, scale, norm = g / norm, 1 / jnp.sqrt(norm), 1.0
+        g = (g + rounding * norm * one).astype(bf16)
         last = min(first + GRAM_STEPS, steps) - 1
         for step in range(first, last + 1):
             value = a * one + b * g.astype(f32) + c * (g @ g).astype(f32)

@@ -27,7 +27,7 @@ HIGH_DEPTH = ("clip", "range", "picture")
 METHODS = ("heun", "euler", "abm2", "abm3", "dpmpp_2m")
 POWER = "power:"  # name of a power-function EMA: "power:0.05"
 FIRST_EMA = "e.g. 0.9999 or power:0.1; '': the first of optim.power_emas, else of optim.ema_decays."
-GRID = r"uniform|power:\d+(\.\d+)?"
+GRID = dict(pattern=r"uniform|power:\d+(\.\d+)?", form="uniform or power:RHO, e.g. power:1.6")
 INT32 = 2**31 - 1  # the largest optimizer step that a device counts
 
 
@@ -43,6 +43,7 @@ class Rule:
     open_high: bool = False
     choices: tuple[str, ...] = ()
     pattern: str = ""  # of text, a regular expression
+    form: str = ""  # the pattern in words
     length: int | None = None  # of a tuple
     free: bool = False  # may differ between the starts of one run: changes where, how fast and how loudly it runs
 
@@ -172,7 +173,7 @@ class Sampler:
 
     steps: int = setting(50, "Steps of the time grid on [0, 1].", low=1, high=10**5)
     method: str = setting("heun", "Solver; docs/sampling.md compares them.", choices=METHODS)
-    grid: str = setting("uniform", "Time grid: uniform or power:RHO, e.g. power:1.6.", pattern=GRID)
+    grid: str = setting("uniform", "Time grid; docs/sampling.md compares them.", **GRID)
     cfg_scale: float = setting(1.0, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
     interval: tuple[float, ...] = setting((0.0, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = setting(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
@@ -185,7 +186,7 @@ class Preview:
     num_images: int = free(64, "Images of a grid.", low=1, high=10**6)
     steps: int = free(50, "Steps of the time grid.", low=1, high=10**5)
     method: str = free("heun", "Solver; docs/sampling.md compares them.", choices=METHODS)
-    grid: str = free("uniform", "Time grid: uniform or power:RHO, e.g. power:1.6.", pattern=GRID)
+    grid: str = free("uniform", "Time grid; docs/sampling.md compares them.", **GRID)
     cfg_scale: float = free(2.9, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
     interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
@@ -207,7 +208,7 @@ class Eval:
     metric: str = free("", "Score that decides which checkpoint is the best; '': the Fréchet distance.")
     steps: int = free(20, "Steps of the time grid.", low=1, high=10**5)
     method: str = free("abm2", "Solver.", choices=METHODS)
-    grid: str = free("power:1.6", "Time grid.", pattern=GRID)
+    grid: str = free("power:1.6", "Time grid; docs/sampling.md compares them.", **GRID)
     cfg_scale: float = free(1.0, "Guidance scale; 1 switches guidance off.", low=-1e3, high=1e3)
     interval: tuple[float, ...] = free((0.1, 1.0), "Times between which guidance acts.", low=-1, high=2, length=2)
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
@@ -295,7 +296,7 @@ class Field:
         if self.rule.choices:
             return "one of " + ", ".join(choice or "''" for choice in self.rule.choices)
         if self.rule.pattern:
-            return f"text like {self.rule.pattern}"
+            return self.rule.form
         words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "numbers"}[self.type]
         if self.type is tuple and self.rule.length:
             words = f"{self.rule.length} numbers"
@@ -507,14 +508,16 @@ def differing_fields(old: Mapping[str, Any], new: Settings) -> list[str]:
 
     Fields that only change where, how fast and how loudly a run computes are free to differ. So is the run length while the
     learning rate is constant: a longer run then begins as the shorter one did. A field that the version which saved did not
-    have yet counts as its default, which does what that version did.
+    have yet counts as its default, which does what that version did. What only Muon reads is free where it is not used.
     """
     before, found = dict(flatten(old)), []
     if not before:
         return []
     constant = new.optim.schedule == "constant" and before.get("optim.schedule", "constant") == "constant"
+    adamw = new.optim.name == before.get("optim.name", "adamw") == "adamw"
     for name, field in fields().items():
-        if field.rule.free or (constant and name in RUN_LENGTHS):
+        unused = (constant and name in RUN_LENGTHS) or (adamw and name.startswith("optim.muon_"))
+        if field.rule.free or unused:
             continue
         a, b = before.get(name, field.default), get(new, name)
         a = tuple(a) if isinstance(a, list) else a

@@ -130,19 +130,19 @@ def test_update_is_that_of_float64_arithmetic(monkeypatch, dtype, tolerance):
 
 @functools.cache
 def alone(dtype):
-    """One update on one device, of two steps, which have both ways to make them."""
-    return updates(dataclasses.replace(OPTIM, muon_steps=2), ONE, [drawn(1)], drawn(0))[0][0]
+    """One update on one device, of four steps, which need two Gram matrices."""
+    return updates(dataclasses.replace(OPTIM, muon_steps=4), ONE, [drawn(1)], drawn(0))[0][0]
 
 
 @pytest.mark.parametrize(
     "axes, dtype, tolerance",
-    [*((axes, "float32", 1e-5) for axes in (DATA, ZERO, FSDP, HYBRID, (2, 1, 3))), (HYBRID, "bfloat16", 0.03)],
+    [*((axes, "float32", 1e-5) for axes in (DATA, ZERO, FSDP, HYBRID, (2, 1, 3))), (HYBRID, "bfloat16", 0.1)],
 )
 def test_update_is_the_same_on_any_mesh(monkeypatch, axes, dtype, tolerance):
     """(In bfloat16 it is up to rounding, which differs with the number of matrices that a device has to multiply.)"""
     monkeypatch.setattr(muon, "bf16", jnp.dtype(dtype))
     expected = alone(dtype)
-    (moved,), _ = updates(dataclasses.replace(OPTIM, muon_steps=2), axes, [drawn(1)], drawn(0))
+    (moved,), _ = updates(dataclasses.replace(OPTIM, muon_steps=4), axes, [drawn(1)], drawn(0))
     for name, value in expected.items():
         assert distance(moved[name], value) < tolerance, name
 
@@ -174,13 +174,23 @@ def test_more_steps_on_one_gram_matrix_would_diverge(monkeypatch):
     assert largest[3] < 1.25 and largest[5] > 2
 
 
-@pytest.mark.parametrize("steps", [3, 5])
+@pytest.mark.parametrize("steps", [3, 5, 6, 8])
 def test_no_singular_value_runs_away(steps):
     """However small the others are. Without room for what rounding takes from the Gram matrix some reach 2 and more."""
     rng = np.random.default_rng(0)
     u, _, v = np.linalg.svd(rng.normal(size=(40, 33, 66)), full_matrices=False)
     (found,) = muon.newton_schulz([jnp.asarray((u * np.logspace(0, -4, 33)) @ v, jnp.bfloat16)], steps)
     assert np.linalg.norm(np.asarray(found, np.float32), 2, axis=(1, 2)).max() < 1.25
+
+
+def test_the_length_of_a_direction_does_not_matter():
+    """Down to a norm of a billionth, and a matrix of zeros (the first gradient of blocks behind adaLN's zeros) stays zeros."""
+    matrix = np.random.default_rng(0).normal(size=(24, 40)) / 30
+    lengths = np.array([1e6, 1, 1e-7, 0])
+    (found,) = muon.newton_schulz([jnp.asarray(lengths[:, None, None] * matrix, jnp.bfloat16)], 3)
+    found = np.asarray(found, np.float32)
+    assert distance(found[0], found[1]) < 0.05 and distance(found[2], found[1]) < 0.05
+    assert 0.6 < np.linalg.norm(found[1], 2) < 1.25 and not found[3].any()
 
 
 def test_parts_of_a_matrix_move_apart():
@@ -239,6 +249,7 @@ def test_step_is_the_same_on_any_mesh(monkeypatch, one_device, axes, micro_batch
     monkeypatch.setattr(muon, "bf16", jnp.float32)
     config = small_settings(**SMALL, batch_size=2 // micro_batches, optim__accumulation_steps=micro_batches)
     losses, state = run(config, axes)
+    assert np.isfinite(losses).all()
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     for name, value in one_device[1].params.items():
         np.testing.assert_allclose(state.params[name], value, atol=5e-5, err_msg=name)
@@ -276,6 +287,15 @@ def test_an_adamw_run_is_not_continued_as_muon(tmp_path):
     train(settings, tmp_path)
     with pytest.raises(UserError, match=r"another optimizer \(optim.name: adamw -> muon\)"):
         train(small_settings(optim__name="muon"), tmp_path, accept_config_changes=True)
+
+
+def test_settings_of_muon_do_not_stop_a_run_of_adamw():
+    """A run that was saved when the default was another one."""
+    old = settings_lib.to_dict(small_settings())
+    old["optim"]["muon_steps"] = 5
+    assert settings_lib.differing_fields(old, small_settings()) == []
+    old["optim"]["name"] = "muon"
+    assert settings_lib.differing_fields(old, small_settings(optim__name="muon")) == ["optim.muon_steps: 5 -> 3"]
 
 
 def test_settings_of_muon_need_muon():
