@@ -28,6 +28,30 @@ class Stopped(Exception):
     """Raised in `StopRequest.interruptible` when a signal arrives."""
 
 
+def keep_interrupts() -> None:
+    """From now on a Ctrl-C is heeded whatever it meets. While JAX is being imported it ends the process: nothing has begun, and
+    native modules abort if their import is interrupted. It comes a second time if it is lost in a callback of the interpreter,
+    whose exceptions Python reports and forgets; JAX has one for garbage collection."""
+    before = sys.unraisablehook
+
+    def handle(number, frame):
+        if getattr(getattr(sys.modules.get("jax"), "__spec__", None), "_initializing", False):
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    def hook(lost):
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            main = threading.main_thread().ident
+            threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handle)
+
+
 class StopRequest:
     """Remembers a signal that asks for a stop, so that the loop can save and leave. A context manager.
 

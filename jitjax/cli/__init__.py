@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program(argv: Sequence[str] | None = None) -> None:
     """`main` as a process: ends it, whatever threads are still doing. Never returns."""
+    signals.keep_interrupts()
     signals.end(main(argv))
 
 

@@ -96,6 +96,31 @@ def test_any_moment(tmp_path, number):
     assert checkpoint.find(workdir)[1] == max(saved(workdir))
 
 
+LOST = """
+import gc, signal, time
+from jitjax import signals
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+
+def callback(*_):
+    gc.callbacks.remove(callback)
+    raise KeyboardInterrupt
+
+signals.keep_interrupts()
+gc.callbacks.append(callback)
+try:
+    gc.collect()
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("arrived")
+"""
+
+
+def test_a_ctrl_c_is_not_lost_in_a_callback_of_the_interpreter():
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("arrived\n", "")
+
+
 # ---------------------------------------------------------------- input does not come
 
 
