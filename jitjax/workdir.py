@@ -73,9 +73,14 @@ class Workdir:
             raise UserError(
                 f"--workdir={self.path} is in use by a live run ({lock.read().strip()}): stop that one or choose another"
             ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        except OSError:  # a full disk: without closing, the lock would be held as long as the error is
+            with contextlib.suppress(OSError):
+                lock.close()
+            raise
         self._lock = lock
 
     def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool, objective: str = "") -> None:
