@@ -315,8 +315,7 @@ def test_ema_with_warmup_forgets_the_first_weights():
 
 @pytest.mark.slow
 def test_loss_falls_at_least_as_fast_as_with_adamw(tmp_path):
-    """On drawn shapes, at a rate that suits both, within what a seed makes of it. (At a tenth of it AdamW is ahead:
-    docs/method.md.)"""
+    """On drawn shapes, at a rate that suits both, within what a seed makes of it."""
     found = {}
     for name in ("adamw", "muon"):
         train(small_settings(batch_size=4, total_steps=60, optim__name=name, optim__lr=1e-2), tmp_path / name)

@@ -121,6 +121,29 @@ def test_a_ctrl_c_is_not_lost_in_a_callback_of_the_interpreter():
     assert (done.stdout, done.stderr) == ("arrived\n", "")
 
 
+IMPORTING = """
+import signal
+from jitjax import signals
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signals.keep_interrupts()
+try:
+    import jax
+except KeyboardInterrupt:
+    print("raised in the import")
+"""
+
+
+def test_a_ctrl_c_while_jax_is_imported_ends_the_process(tmp_path):
+    """Of a JAX that is interrupted by its own import."""
+    (tmp_path / "jax.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 # ---------------------------------------------------------------- input does not come
 
 
