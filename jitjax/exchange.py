@@ -2,7 +2,8 @@
 
 Gradients are on their way as soon as the backward pass has them: `leave` and `block_by_block` put the transfers into the
 backward pass itself, a few blocks at a time, and nothing waits for them before the optimizer. When exactly one starts is up to
-XLA's scheduler (docs/speed.md shows what it does on two cards).
+XLA's scheduler, which left to itself puts all of them at the end. So they go in turn: each takes along a few numbers that the
+one before it has brought (`turn`), and has to wait for them.
 
 A reduce-scatter is written as an all-to-all and a sum in float32, whatever the type of the transfer: each device sends every
 other the part that the other one owns. That moves the same bytes, adds up in the same order on every run, and inside one
@@ -16,45 +17,79 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.sharding import Mesh
 
 from jitjax import sharding
+from jitjax.kernels.pack import plain_pack
 
 f32 = jnp.float32
+TURN = 64  # numbers: 128 bytes of bfloat16
+# XLA's scheduler leaves a transfer the time of a few matmuls, and more with a stream of its own. (By the model of these links
+# that it would take otherwise, it leaves the time of one: docs/speed-notebook.md.)
+SCHEDULE = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_analytical_sol_latency_estimator": False}
+# Of one process: between several, kernels of NCCL on two streams would wait for their counterparts side by side.
+OWN_STREAM = {"_xla_gpu_collective_stream": "p2p"}
 Arrays = Mapping[str, jax.Array]
 Stage = Callable[[Any, Any, Any], Any]  # (block's parameters, carry, shared) -> carry
+Send = Callable[[Arrays, jax.Array], tuple[Arrays, jax.Array]]  # (gradients, turn) -> (sums, next turn)
+Pack = Callable[[Sequence[jax.Array], Any], jax.Array]  # (arrays (R, ...), type) -> (R, all of a row)
 Run = Callable[[Sequence[Stage], Sequence[Any], Any, Any], Any]  # (stages, blocks, carry, shared) -> carry
 
 
-def reduce(grads: Arrays, axes: Mapping[str, int | None], over: str, mesh: Mesh, dtype: Any) -> Arrays:
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """For `jax.jit` of a program with transfers between GPUs."""
+    return SCHEDULE if mesh.size > 1 and mesh.devices.flat[0].platform == "gpu" else None
+
+
+def first_turn(mesh: Mesh) -> jax.Array:
+    """The turn of the first transfer, which waits for none: (devices over which the state is split, 64), float32."""
+    return jnp.zeros((mesh.shape[sharding.split_over(mesh)], TURN), f32)
+
+
+def reduce(
+    grads: Arrays,
+    axes: Mapping[str, int | None],
+    mesh: Mesh,
+    dtype: Any,
+    pack: Pack = plain_pack,
+    turn: jax.Array | None = None,
+) -> tuple[Arrays, jax.Array]:
     """The sums of gradients over all devices, float32: of an array that is split, the part that this device owns.
 
-    All that are split cross together, one transfer for each type: a transfer costs the host 65 us, the copies into one buffer
-    and out of it less (measured on two H200).
+    All that are split cross together, one transfer for each type: a transfer costs the host 65 us, the copy into one buffer
+    less (measured on two H200).
 
     Args:
       grads: this device's gradients of whole arrays.
-      axes: along which each array is split over the mesh axis `over`; None where every device has it whole.
+      axes: along which each array is split; None where every device has it whole.
       dtype: the widest type in which gradients cross devices. Those of a narrower one cross as they are.
+      pack: from `jitjax.kernels.Ops`.
+      turn: of the transfer before; default that of the first.
+
+    Returns:
+      (the sums, the turn of the next transfer).
     """
+    over = sharding.split_over(mesh)
+    turn = first_turn(mesh) if turn is None else turn
     sums, packs = {}, {}
     for name, grad in grads.items():
         if axes[name] is None:
             sums[name] = sharding.total(grad.astype(dtype), mesh).astype(f32)
             continue
-        if jnp.finfo(grad.dtype).bits > jnp.finfo(dtype).bits:
-            grad = grad.astype(dtype)
-        packs.setdefault(grad.dtype, {})[name] = _by_owner(grad, axes[name], mesh.shape[over])
-    for pack in packs.values():
-        flat = jnp.concatenate([part.reshape(mesh.shape[over], -1) for part in pack.values()], axis=1)
-        received, start = jax.lax.all_to_all(flat, over, 0, 0, tiled=True), 0
-        for name, parts in pack.items():
+        kind = min(grad.dtype, jnp.dtype(dtype), key=lambda kind: jnp.finfo(kind).bits)
+        packs.setdefault(kind, {})[name] = _by_owner(grad, axes[name], mesh.shape[over])
+    for kind, members in packs.items():
+        with set_xla_metadata(**OWN_STREAM if jax.process_count() == 1 else {}):
+            received, start = jax.lax.all_to_all(pack([*members.values(), turn], kind), over, 0, 0, tiled=True), 0
+        for name, parts in members.items():
             size = parts[0].size
             mine = jnp.sum(received[:, start : start + size].astype(f32), axis=0).reshape(parts.shape[1:])
             sums[name] = sharding.total(mine.astype(dtype), mesh, ("data",)).astype(f32) if mesh.shape["data"] > 1 else mine
             start += size
-    return sums
+        turn = received[:, :TURN].astype(f32)
+    return sums, turn
 
 
 def _by_owner(array: jax.Array, axis: int, parts: int) -> jax.Array:
@@ -73,31 +108,35 @@ def sum_together(arrays: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.A
     return sums
 
 
-def leave(slots: Arrays, values: Arrays, sent: Arrays | None, scale: jax.Array, send: Callable[[Arrays], Arrays]) -> Arrays:
-    """`values`, whose gradients are sent, together, as soon as the backward pass has them all.
+def leave(
+    slots: Arrays, values: Arrays, turn: jax.Array, sent: Arrays | None, scale: jax.Array, send: Send
+) -> tuple[Arrays, jax.Array]:
+    """`values`, whose gradients are sent, together, as soon as the backward pass has them all, and the next call's `turn`.
 
     Args:
       slots: zeros of the shapes of what `send` returns. Differentiate with respect to them: their gradients are
         send(gradients of values), or send(sent + gradients / scale) where there is something to add.
+      turn: `first_turn`, or what the call before returned: the values that leave first in the backward pass come last here.
       sent: what earlier micro-batches add to the gradients, float32, or None.
       scale: the loss scale.
     """
 
     @jax.custom_vjp
-    def identity(slots, values, sent, scale):
-        return values
+    def identity(slots, values, turn, sent, scale):
+        return values, turn
 
-    def forward(slots, values, sent, scale):
-        return values, (sent, scale)
+    def forward(slots, values, turn, sent, scale):
+        return (values, turn), (sent, scale)
 
     def backward(saved, grads):
-        sent, scale = saved
+        (sent, scale), (grads, turn) = saved, grads
         if sent is not None:
             grads = jax.tree.map(lambda before, grad: before + grad.astype(f32) / scale, sent, grads)
-        return send(grads), None, None, None
+        sums, turn = send(grads, turn)
+        return sums, None, turn, None, None
 
     identity.defvjp(forward, backward)
-    return identity(slots, values, sent, scale)
+    return identity(slots, values, turn, sent, scale)
 
 
 # ---------------------------------------------------------------- block by block (FSDP)

@@ -18,17 +18,25 @@ import optax
 from jax.sharding import Mesh
 
 from jitjax import exchange, sharding
+from jitjax.kernels.pack import plain_pack
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 Objective = Callable[[Params, Any, jax.Array], tuple[jax.Array, jax.Array]]
-BLOCKS = "blocks."
+BLOCKS, BEHIND = "blocks.", ("final.", "class_head.")
 GROUP_BYTES = 30 * 10**6  # of gradients that cross devices in one transfer (measured on two H200: docs/speed-notebook.md)
 f32 = jnp.float32
 
 
 def make(
-    loss: Callable[..., jax.Array], shapes: Params, mesh: Mesh, *, micro_batches: int, dtype: str, comm_dtype: str
+    loss: Callable[..., jax.Array],
+    shapes: Params,
+    mesh: Mesh,
+    *,
+    micro_batches: int,
+    dtype: str,
+    comm_dtype: str,
+    pack: exchange.Pack = plain_pack,
 ) -> Callable[[Params, Batch, jax.Array, jax.Array], tuple[Params, jax.Array, jax.Array]]:
     """A function for use inside `jax.shard_map`: (parameters, images and labels, keys (B,), loss scale) -> (gradients, losses,
     number), all of this device; the results are sums over the finite micro-batches of all devices, and of a split parameter the
@@ -39,10 +47,11 @@ def make(
       shapes: of the whole parameters.
       dtype: compute type, in which matrices of split parameters cross devices.
       comm_dtype: type in which gradients cross devices.
+      pack: from `jitjax.kernels.Ops`.
     """
     if mesh.size == 1:
         return functools.partial(accumulate, objective_of(loss), micro_batches=micro_batches)
-    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype))
+    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype), pack)
     form = _block_by_block if mesh.shape["fsdp"] > 1 else _during_the_last
     return form(loss, transfers, micro_batches)
 
@@ -111,14 +120,15 @@ def _multi_steps(objective, params, parts, scale, skip=optax.skip_not_finite):
 class _Transfers:
     """What crosses devices, for each parameter on a mesh of several devices."""
 
-    def __init__(self, shapes: Params, mesh: Mesh, dtype: Any, comm_dtype: Any):
-        self.mesh, self.specs, self._over = mesh, sharding.specs(shapes, mesh), sharding.split_over(mesh)
-        self._axes = {name: sharding.split_axis(shape.shape, mesh.shape[self._over]) for name, shape in shapes.items()}
+    def __init__(self, shapes: Params, mesh: Mesh, dtype: Any, comm_dtype: Any, pack: exchange.Pack):
+        self.mesh, self.specs = mesh, sharding.specs(shapes, mesh)
+        parts = mesh.shape[sharding.split_over(mesh)]
+        self._axes = {name: sharding.split_axis(shape.shape, parts) for name, shape in shapes.items()}
         # Biases and norm weights cross together at the end: one by one they would cost more in latency than they take.
         self._small = sorted(name for name, shape in shapes.items() if sharding.is_small(shape.shape))
         # The network casts its matrices to the compute type in any case, and adds up class and position embeddings in float32.
         self._types = {name: dtype if name.endswith(".kernel") else f32 for name in shapes}
-        self._comm_dtype = comm_dtype
+        self._comm_dtype, self._pack = comm_dtype, pack
 
     def gather(self, shards: Params) -> Params:
         """Whole parameters, as the network takes them."""
@@ -127,11 +137,12 @@ class _Transfers:
             for name, shard in shards.items()
         }
 
-    def send(self, grads: Params) -> Params:
-        """The sums over devices, float32; small ones stay this device's until `finish`."""
+    def send(self, grads: Params, turn: jax.Array | None = None) -> tuple[Params, jax.Array]:
+        """The sums over devices, float32, and the next turn; small ones stay this device's until `finish`."""
         kept = {name: grad.astype(f32) for name, grad in grads.items() if name in self._small}
         leaving = {name: grad for name, grad in grads.items() if name not in self._small}
-        return kept | exchange.reduce(leaving, self._axes, self._over, self.mesh, self._comm_dtype)
+        sums, turn = exchange.reduce(leaving, self._axes, self.mesh, self._comm_dtype, self._pack, turn)
+        return kept | sums, turn
 
     def finish(
         self, grads: Params, loss_sum: jax.Array, count: jax.Array, scale: jax.Array | None = None
@@ -150,19 +161,22 @@ class _Transfers:
 
     def leaving(self, slots: Params, whole: Params, sent: Params, scale: jax.Array) -> Params:
         """`exchange.leave` for all of `whole`, group by group."""
-        result = {}
-        for group in _groups({name: value.size * value.dtype.itemsize for name, value in whole.items()}):
-            slot, values = ({name: tree[name] for name in group} for tree in (slots, whole))
-            result |= exchange.leave(slot, values, {name: sent[name] for name in group} if sent else None, scale, self.send)
+        result, turn = {}, exchange.first_turn(self.mesh)
+        for group in reversed(_groups({name: value.size * value.dtype.itemsize for name, value in whole.items()})):
+            slot, values, before = ({name: tree[name] for name in group if tree} for tree in (slots, whole, sent))
+            values, turn = exchange.leave(slot, values, turn, before or None, scale, self.send)
+            result |= values
         return result
 
 
 def _groups(sizes: dict[str, int]) -> list[list[str]]:
     """Which parameters' gradients cross devices together: successive blocks up to `GROUP_BYTES`, the last ones first, as the
-    backward pass comes to them, and what is outside of the blocks at the end."""
+    backward pass comes to them; with the first group what is behind the blocks, and at the end what is in front of them."""
 
     def block(name):
-        return int(name.removeprefix(BLOCKS).split(".")[0]) if name.startswith(BLOCKS) else -1
+        if name.startswith(BLOCKS):
+            return int(name.removeprefix(BLOCKS).split(".")[0])
+        return len(sizes) if name.startswith(BEHIND) else -1
 
     groups, bytes_of_last = [], GROUP_BYTES
     for _, names in itertools.groupby(sorted(sizes, key=block, reverse=True), block):
@@ -199,7 +213,7 @@ def _during_the_last(loss, transfers, micro_batches):
         result = transfers.finish(grads, loss_sum + value, count + 1)
 
         def without_the_last():
-            return transfers.finish(transfers.send(sent), loss_sum, count)
+            return transfers.finish(transfers.send(sent)[0], loss_sum, count)
 
         # A last micro-batch that is not finite on one device spoils the sums of all, which are then sent without it.
         finite = jnp.isfinite(sharding.global_norm(result[0], transfers.specs, transfers.mesh))
@@ -217,7 +231,7 @@ def _block_by_block(loss, transfers, micro_batches):
         return jax.tree.unflatten(structure, [result[name] for name in names])
 
     run_blocks = exchange.block_by_block(
-        functools.partial(by_name, transfers.gather), functools.partial(by_name, transfers.send)
+        functools.partial(by_name, transfers.gather), functools.partial(by_name, lambda grads: transfers.send(grads)[0])
     )
     objective = objective_of(loss, run_blocks=run_blocks)
 

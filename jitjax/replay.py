@@ -196,7 +196,7 @@ def make_examine(settings: Settings, loss: Callable[..., jax.Array], like: step.
         total, (each, seen) = jax.lax.scan(micro_step, zeros, parts)
         over = sharding.split_over(mesh)
         axes = {name: sharding.split_axis(grad.shape, mesh.shape[over]) for name, grad in total.items()}
-        grads = exchange.reduce(total, axes, over, mesh, comm_dtype)
+        grads, _ = exchange.reduce(total, axes, mesh, comm_dtype)
         grads = jax.tree.map(lambda grad: grad / (micro_batches * mesh.size), grads)
         t, _, dropped, _ = jax.vmap(lambda key: step.randomness(key, batch["image"].shape[1:], settings.diffusion))(keys)
         return grads, {"loss": each.reshape(local), "t": t, "label_dropped": dropped}, seen

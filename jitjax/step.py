@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jitjax import diffusion, gradients, kernels, sharding
+from jitjax import diffusion, exchange, gradients, kernels, sharding
 from jitjax import model as jit_model
+from jitjax.kernels.pack import plain_pack
 from jitjax.optimizer import make_optimizer, update_ema
 from jitjax.settings import Diffusion, Optimizer
 
@@ -137,6 +138,7 @@ def make_train_step(
     seed: int,
     dtype: str,
     comm_dtype: str = "float32",
+    pack: Callable[..., jax.Array] = plain_pack,
     dynamic_loss_scale: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (new state, metrics of this optimizer step as scalars on the device).
@@ -147,6 +149,7 @@ def make_train_step(
       schedule: the learning rate as a function of the optimizer step.
       dtype: compute type, in which weights cross devices.
       comm_dtype: type in which gradients cross devices; they are added up in float32.
+      pack: from `jitjax.kernels.Ops`.
       dynamic_loss_scale: for float16.
 
     The state is donated. `batch` holds the images of one optimizer step, split over all mesh axes; each device cuts
@@ -158,7 +161,7 @@ def make_train_step(
     param_specs = state_specs.params
     optimizer = make_optimizer(optim, param_specs, mesh)
     summed_gradients = gradients.make(
-        loss, abstract_state.params, mesh, micro_batches=micro_batches, dtype=dtype, comm_dtype=comm_dtype
+        loss, abstract_state.params, mesh, micro_batches=micro_batches, dtype=dtype, comm_dtype=comm_dtype, pack=pack
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -204,4 +207,5 @@ def make_train_step(
         in_shardings=(state_shardings, NamedSharding(mesh, sharding.BATCH)),
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
+        compiler_options=exchange.compiler_options(mesh),
     )

@@ -310,6 +310,22 @@ def test_whole_model_with_fused_kernels():
     assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.parametrize("devices, shapes", [(2, [(3, 7), (4096,), (5000,), (1,)]), (8, [(24, 8)]), (3, [(8192,), (64,)])])
+def test_pack(devices, shapes):
+    """One row after the other, in one buffer; parts of another type are cast on the way."""
+    normal = draws()
+    drawn = [normal(devices, *shape) for shape in shapes]
+    parts = [part.astype(jnp.bfloat16) if i % 2 else part for i, part in enumerate(drawn)]
+    for dtype in (jnp.bfloat16, jnp.float32):
+        expected = np.concatenate([np.asarray(part.astype(dtype)).reshape(devices, -1) for part in parts], axis=1)
+        for ops in (PLAIN, FUSED):
+            packed = ops.pack(parts, dtype)
+            assert packed.dtype == dtype
+            np.testing.assert_array_equal(packed, expected)
+    text = lower_for_cuda(lambda *parts: FUSED.pack(parts, jnp.bfloat16), *(struct(*part.shape) for part in parts))
+    assert "__gpu$xla.gpu.triton" in text
+
+
 @pytest.mark.parametrize("width", [1, 12, 24, 32, 40, 52, 64, 80, 104, 768, 1024, 1280, 1664, 4437])
 @pytest.mark.parametrize("options", [{}, {"waste": 0.25}, {"smallest": 16}])
 def test_spans_cover_a_row_once(width, options):

@@ -11,7 +11,7 @@ import pytest
 from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import gradients, hlo, model, sharding, step
+from jitjax import exchange, gradients, hlo, model, sharding, step
 from jitjax.from_settings import Setup, make_step
 from jitjax.plan import make_plan
 
@@ -118,7 +118,9 @@ def test_gradients_cross_devices_once_per_optimizer_step(split_small, axes):
     split = sum(p.size for p in state.params.values()) - whole
     assert bool(split) == (zero > 1)
     assert totals[0]["all-reduce"] - 4 * (whole + (split // zero if data > 1 else 0)) in range(slack)
-    assert totals[0].get("all-gather", 0) == totals[0].get("all-to-all", 0) == 4 * split
+    assert totals[0].get("all-gather", 0) == 4 * split
+    turns = sum(op.kind == "all-to-all" for op in hlo.collectives(text, 8)) * zero * exchange.TURN
+    assert totals[0].get("all-to-all", 0) == 4 * (split + turns)
 
 
 def equations(jaxpr, inside=()):
@@ -161,7 +163,7 @@ def operands(config, axes, primitive):
 def test_gradients_cross_devices_in_bfloat16_where_asked(split_small, axes, primitive):
     """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""
     sizes, large = operands(small_settings(batch_size=1, mesh__comm_dtype="bfloat16"), axes, primitive)
-    assert sizes.pop("bfloat16") == large
+    assert sizes.pop("bfloat16") == large + (axes == ZERO) * 8 * exchange.TURN
     assert sum(sizes.values()) < 0.3 * large  # biases, norm weights, loss and count
 
 
@@ -180,17 +182,45 @@ def test_gradients_of_half_precision_are_summed_in_float32(split_small):
         np.testing.assert_allclose(states[1].params[name], value, atol=2e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("group_bytes, transfers", [(1, 3), (10**9, 1)])
+@pytest.mark.parametrize("group_bytes, transfers", [(1, 4), (10**9, 1)])
 def test_gradients_of_neighbouring_blocks_cross_together(split_small, monkeypatch, group_bytes, transfers):
-    """A small group is one block, and what is outside of the blocks is one; a large one is the whole model."""
+    """A small group is one block, or what is behind the blocks, or in front of them; a large one is the whole model."""
     monkeypatch.setattr(gradients, "GROUP_BYTES", group_bytes)
     state, train_step, plan, mesh = build(small_settings(**DEEPER, batch_size=1), ZERO)
     found = [eqn for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr)]
-    sizes = [eqn.invars[0].aval.size for eqn in found if eqn.primitive.name == "all_to_all"]
+    sizes = [eqn.invars[0].aval.size - 8 * exchange.TURN for eqn in found if eqn.primitive.name == "all_to_all"]
     large = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
     assert len(sizes) == transfers and sum(sizes) == sum(large.values())
     of_a_block = sum(size for name, size in large.items() if name.startswith("blocks.0."))
-    assert sizes.count(of_a_block) == transfers - 1
+    assert sizes.count(of_a_block) == (2 if transfers > 1 else 0)
+
+
+def test_transfers_of_gradients_go_in_turn(split_small, monkeypatch):
+    """Every transfer depends on what the one before it has brought: otherwise XLA is free to put all of them behind the
+    backward pass, and does. What is behind the blocks goes first, what is in front of them last."""
+    monkeypatch.setattr(gradients, "GROUP_BYTES", 1)
+    state, train_step, plan, mesh = build(small_settings(**DEEPER, batch_size=1), ZERO)
+    jaxpr = jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr
+    while not any(eqn.primitive.name == "all_to_all" for eqn in jaxpr.eqns):  # inside jit and shard_map
+        jaxpr = max((sub for eqn in jaxpr.eqns for sub in map(inner, eqn.params.values()) if sub), key=lambda j: len(j.eqns))
+    reached, order = set(), []
+    for eqn in jaxpr.eqns:
+        after = any(isinstance(v, jax.extend.core.Var) and v in reached for v in eqn.invars)
+        if eqn.primitive.name == "all_to_all":
+            order.append((eqn.invars[0].aval.size - 8 * exchange.TURN, after))
+            reached = set(eqn.outvars)
+        elif after:
+            reached.update(eqn.outvars)
+    assert [after for _, after in order] == [False, True, True, True]
+    large = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
+    behind = sum(size for name, size in large.items() if name.startswith(gradients.BEHIND))
+    block = sum(size for name, size in large.items() if name.startswith("blocks.0."))
+    assert [size for size, _ in order] == [behind, block, block, sum(large.values()) - behind - 2 * block]
+
+
+def inner(param):
+    sub = getattr(param, "jaxpr", param)
+    return sub if hasattr(sub, "eqns") else None
 
 
 def test_optimizer_and_ema_run_once_per_optimizer_step():

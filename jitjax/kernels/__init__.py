@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jitjax.errors import UserError
-from jitjax.kernels import attention, norm, swiglu, triton
+from jitjax.kernels import attention, norm, pack, swiglu, triton
 from jitjax.kernels.attention import qkv_attention_with_dropout
 from jitjax.kernels.masks import dropout
 
@@ -55,6 +55,8 @@ class Ops:
     prepare_qkv(kernel_DC, bias_C, q_weight_N, k_weight_N, num_heads) -> the same four
         Reorders the columns of published weights as this implementation's `qkv_attention` expects them: a permutation within
         each head of q and k. Applied to the weights, before the matmul, where it is cheap.
+    pack(parts, dtype) -> (R, S)
+        Gradients (R, ...) one behind the other, on their way to R devices (`jitjax.exchange`); no operation of the network.
     """
 
     residual_norm_modulate: Callable[..., tuple[jax.Array, jax.Array]]
@@ -63,6 +65,7 @@ class Ops:
     mlp: Callable[..., jax.Array]
     qkv_attention: Callable[..., jax.Array]
     prepare_qkv: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
+    pack: Callable[..., jax.Array]
 
 
 PLAIN = Ops(
@@ -72,6 +75,7 @@ PLAIN = Ops(
     mlp=swiglu.plain_mlp,
     qkv_attention=attention.plain_qkv_attention,
     prepare_qkv=lambda kernel, bias, q_weight, k_weight, num_heads: (kernel, bias, q_weight, k_weight),
+    pack=pack.plain_pack,
 )
 
 
@@ -82,6 +86,7 @@ FUSED = Ops(
     mlp=swiglu.fused_mlp,
     qkv_attention=attention.fused_qkv_attention,
     prepare_qkv=attention.prepare_qkv,
+    pack=pack.fused_pack,
 )
 
 
