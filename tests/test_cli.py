@@ -155,6 +155,7 @@ def test_the_fast_recipe_differs_in_what_it_says(monkeypatch):
         )
         changed = {name: value for name, value in fast.items() if value != slow[name]}
         assert changed == {
+            "optim.name": "muon",
             "optim.lr": 7e-4,
             "optim.warmup_epochs": 0.0,
             "optim.warmup_steps": 300,
