@@ -16,8 +16,9 @@ FD-EfficientNet-Lite0 of 2,000 images without guidance / with guidance 4, one ru
 
 By eye the published times make shapes whole sooner and surfaces less sharp, with a higher IS-EfficientNet-Lite0: for those
 `--config.diffusion.p_mean=-0.8`. All that is sampled with `t_eps` 0.05; 0.005 leaves less noise in the pictures (guidance 4,
-after 7 minutes: 37.9 instead of 47.7). Muon takes 7% more of a step of JiT-B/4 at batch 64, 2% at 256. Nothing longer than ten
-minutes was trained, nothing without labels, and no larger batch: for long runs configs/h200.py is the published way.
+after 7 minutes: 37.9 instead of 47.7). Muon takes 7% more of a step of JiT-B/4 at batch 64, by calculation 2% at
+256. Nothing longer than ten minutes was trained, nothing without labels, and no larger batch: for long runs configs/h200.py
+is the published way.
 """
 
 import runpy

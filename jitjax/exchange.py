@@ -12,6 +12,7 @@ process is done by the copy engines, which leave the multiprocessors to the matm
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ TURN = 64  # numbers: 128 bytes of bfloat16
 # XLA's scheduler leaves a transfer the time of a few matmuls, and more with a stream of its own. (By the model of these links
 # that it would take otherwise, it leaves the time of one: docs/speed-notebook.md.)
 SCHEDULE = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_analytical_sol_latency_estimator": False}
-# Of one process: between several, kernels of NCCL on two streams would wait for their counterparts side by side.
+# In one process. Between several, NCCL's kernels of two streams could keep each other from running.
 OWN_STREAM = {"_xla_gpu_collective_stream": "p2p"}
 Arrays = Mapping[str, jax.Array]
 Stage = Callable[[Any, Any, Any], Any]  # (block's parameters, carry, shared) -> carry
@@ -39,8 +40,10 @@ Run = Callable[[Sequence[Stage], Sequence[Any], Any, Any], Any]  # (stages, bloc
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """For `jax.jit` of a program with transfers between GPUs."""
-    return SCHEDULE if mesh.size > 1 and mesh.devices.flat[0].platform == "gpu" else None
+    """For `jax.jit` of a training step with transfers that go in turn between GPUs, but for what the user's XLA_FLAGS name."""
+    if mesh.shape["zero"] == 1 or mesh.devices.flat[0].platform != "gpu":
+        return None
+    return {name: value for name, value in SCHEDULE.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 def first_turn(mesh: Mesh) -> jax.Array:
@@ -81,8 +84,9 @@ def reduce(
         kind = min(grad.dtype, jnp.dtype(dtype), key=lambda kind: jnp.finfo(kind).bits)
         packs.setdefault(kind, {})[name] = _by_owner(grad, axes[name], mesh.shape[over])
     for kind, members in packs.items():
+        flat, start = pack([*members.values(), turn], kind), 0
         with set_xla_metadata(**OWN_STREAM if jax.process_count() == 1 else {}):
-            received, start = jax.lax.all_to_all(pack([*members.values(), turn], kind), over, 0, 0, tiled=True), 0
+            received = jax.lax.all_to_all(flat, over, 0, 0, tiled=True)
         for name, parts in members.items():
             size = parts[0].size
             mine = jnp.sum(received[:, start : start + size].astype(f32), axis=0).reshape(parts.shape[1:])

@@ -86,6 +86,15 @@ def _cut(part: Any, pieces: int) -> Any:
     return jax.tree.map(lambda a: a.reshape(pieces, a.shape[0] // pieces, *a.shape[1:]), part)
 
 
+def _behind(part: Any, count: jax.Array) -> Any:
+    """The same, not to be used before `count` is known, which is never negative: otherwise XLA may hold this part's activations
+    while the loop over the earlier parts needs as much for theirs."""
+    images, labels, keys = part
+    data = jax.random.key_data(keys)
+    data += (count < 0).astype(data.dtype)
+    return images, labels, jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+
+
 def _unscaled(grads: Params, scale: jax.Array) -> Params:
     return jax.tree.map(lambda grad: grad.astype(f32) / scale, grads)
 
@@ -137,11 +146,11 @@ class _Transfers:
             for name, shard in shards.items()
         }
 
-    def send(self, grads: Params, turn: jax.Array | None = None) -> tuple[Params, jax.Array]:
+    def send(self, grads: Params, turn: jax.Array | None = None, pack: exchange.Pack | None = None) -> tuple[Params, jax.Array]:
         """The sums over devices, float32, and the next turn; small ones stay this device's until `finish`."""
         kept = {name: grad.astype(f32) for name, grad in grads.items() if name in self._small}
         leaving = {name: grad for name, grad in grads.items() if name not in self._small}
-        sums, turn = exchange.reduce(leaving, self._axes, self.mesh, self._comm_dtype, self._pack, turn)
+        sums, turn = exchange.reduce(leaving, self._axes, self.mesh, self._comm_dtype, pack or self._pack, turn)
         return kept | sums, turn
 
     def finish(
@@ -203,6 +212,7 @@ def _during_the_last(loss, transfers, micro_batches):
             parts = _cut(last, micro_batches)
             earlier, last = jax.tree.map(lambda a: a[:-1], parts), jax.tree.map(lambda a: a[-1], parts)
             sent, loss_sum, count = _multi_steps(objective, whole, earlier, scale)
+            last = _behind(last, count)
 
         def leaving(slots, part, scale):
             return objective(transfers.leaving(slots, whole, sent, scale), part, scale)
@@ -213,7 +223,8 @@ def _during_the_last(loss, transfers, micro_batches):
         result = transfers.finish(grads, loss_sum + value, count + 1)
 
         def without_the_last():
-            return transfers.finish(transfers.send(sent)[0], loss_sum, count)
+            sums, _ = transfers.send(sent, pack=plain_pack)  # hardly ever run: not worth compiling a kernel for all parameters
+            return transfers.finish(sums, loss_sum, count)
 
         # A last micro-batch that is not finite on one device spoils the sums of all, which are then sent without it.
         finite = jnp.isfinite(sharding.global_norm(result[0], transfers.specs, transfers.mesh))

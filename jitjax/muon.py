@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from jitjax import sharding
 from jitjax.gradients import BLOCKS
+from jitjax.kernels import planned
 from jitjax.settings import Optimizer
 
 Params = dict[str, jax.Array]
@@ -101,7 +102,7 @@ def orthogonalised(matrices: Params, params: Params, specs: Mapping[str, Any], m
     axes = {name: next((axis for axis, used in enumerate(specs[name]) if used), None) for name in matrices}
     stacks: dict[tuple[int, int, bool], dict[str, jax.Array]] = {}  # by shape of a piece and whether rows are split
     for name, value in matrices.items():
-        value = value.astype(bf16)
+        value = value.astype(_half())
         if axes[name] == 1:  # rare, of rows that do not divide: the parts would not end where the shards do
             value = jax.lax.all_gather(value, over, axis=1, tiled=True)
         pieces = jnp.swapaxes(value.reshape(len(value), parts_of(name, value.shape[1], params), -1), 0, 1)
@@ -179,7 +180,8 @@ def newton_schulz(stacks: Sequence[jax.Array], steps: int) -> list[jax.Array]:
     """
     a, b, c = COEFFICIENTS
     short = min(stacks[0].shape[1:])
-    one, rounding = jnp.eye(short), jnp.finfo(bf16).eps / 2 / short**0.5  # of eigenvalues, for a Frobenius norm of 1
+    half = _half()
+    one, rounding = jnp.eye(short), jnp.finfo(half).eps / 2 / short**0.5  # of eigenvalues, for a Frobenius norm of 1
     for first in range(0, steps, GRAM_STEPS):
         g = jnp.concatenate([x @ _turned(x) if _wide(x) else _turned(x) @ x for x in stacks])
         norm = jnp.sqrt(jnp.sum(jnp.square(g.astype(f32)), axis=(1, 2), keepdims=True))
@@ -187,18 +189,23 @@ def newton_schulz(stacks: Sequence[jax.Array], steps: int) -> list[jax.Array]:
         if first == 0:  # g and the product with x are divided instead of x itself, which is longer
             norm = jnp.maximum(norm, SMALLEST_NORM**2)
             g, scale, norm = g / norm, 1 / jnp.sqrt(norm), 1.0
-        g = (g + rounding * norm * one).astype(bf16)
+        g = (g + rounding * norm * one).astype(half)
         last = min(first + GRAM_STEPS, steps) - 1
         for step in range(first, last + 1):
             value = a * one + b * g.astype(f32) + c * (g @ g).astype(f32)
-            factor = value.astype(bf16)
-            product = (scale * value).astype(bf16) if product is None else factor @ product
+            factor = value.astype(half)
+            product = (scale * value).astype(half) if product is None else factor @ product
             if step < last:
                 g = factor @ (factor @ g)
         ends = itertools.accumulate(map(len, stacks), initial=0)
         parts = [product[start:end] for start, end in itertools.pairwise(ends)]
         stacks = [part @ x if _wide(x) else x @ part for part, x in zip(parts, stacks, strict=True)]
     return list(stacks)
+
+
+def _half() -> Any:
+    """bfloat16, or float16 in a program that is planned on a CPU, which would widen bfloat16."""
+    return jnp.float16 if planned.card() else bf16
 
 
 def _wide(stack: jax.Array) -> bool:

@@ -23,7 +23,7 @@ NAMES = ("conservative", "middle", "optimistic")
 GUIDE_TOKENS_PER_SECOND = dict(zip(NAMES, (240e3, 400e3, 640e3), strict=True))
 GUIDE_DEVICES = 8
 
-# What is left of a measurement on fewer cards beside the exchange of gradients: two cards reach 0.95, eight are expected
+# What is left of a measurement on fewer cards beside the exchange of gradients: two cards reach 0.96, eight are expected
 # between 0.91 and 0.96 (docs/speed.md, "Several cards").
 SCALING = dict(zip(NAMES, (0.88, 0.93, 0.97), strict=True))
 # Share of a run's time in which it trains, where no run says: the loop loses 1 to 2% to saves and logs (docs/speed.md, "Train

@@ -19,7 +19,7 @@ from typing import Any
 from jitjax import leftovers, paths
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
-from jitjax.settings import Settings, differing_fields, to_dict
+from jitjax.settings import Settings, differing_fields, flatten, to_dict
 
 BEST_FILE = "best.json"  # which checkpoint has the best score, and by which
 PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "wandb")
@@ -102,9 +102,11 @@ class Workdir:
         if saved.get("objective", "") != objective:
             differing.append(f"objective: {saved.get('objective') or 'published'} -> {objective or 'published'}")
         if differing and not accept_changes:
+            optimizer = dict(flatten(saved)).get("optim.name", settings.optim.name)
+            cannot = "" if optimizer == settings.optim.name else f"--config.optim.name={optimizer}, which a run keeps, or "
             raise UserError(
-                f"--workdir={self.path} holds a run with another configuration ({'; '.join(differing)}): "
-                "use another workdir, or --accept_config_changes to continue with the new one"
+                f"--workdir={self.path} holds a run with another configuration ({'; '.join(differing)}): use {cannot}"
+                f"another workdir{'' if cannot else ', or --accept_config_changes to continue with the new one'}"
             )
 
     def describe_run(self, settings: Settings, facts: Mapping[str, Any]) -> None:

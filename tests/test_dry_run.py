@@ -15,7 +15,7 @@ from conftest import ROOT, small_settings
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jitjax import cli, describe, dry_run, from_settings, hlo, kernels, memory, model, sampling, sharding, step
+from jitjax import cli, describe, dry_run, from_settings, hlo, kernels, memory, model, muon, sampling, sharding, step
 from jitjax.cards import CARDS
 from jitjax.errors import UserError
 from jitjax.kernels import planned
@@ -127,6 +127,26 @@ def test_fused_kernels_are_opaque_and_leave_no_trace():
     assert "callback" in opaque.as_text() and "callback" not in real.as_text()
 
 
+def test_more_micro_batches_take_no_more_memory_on_several_devices():
+    """The last of them, apart from the others' loop, begins when that has ended."""
+    sizes = FUSED | dict(model__depth=3, batch_size=32)
+    one, two = (needs(devices=2, mesh=(1, 2, 1), optim__accumulation_steps=k, **sizes) for k in (1, 2))
+    sum_of_whole_gradients = 2 * one.params
+    assert two.working < one.working + sum_of_whole_gradients
+
+
+def test_muons_matrices_cross_in_two_bytes(monkeypatch):
+    """On the card: the CPU that compiles the prediction would widen bfloat16."""
+
+    def crossing(**overrides):
+        found = needs(devices=2, mesh=(1, 2, 1), dtype="bfloat16", kernels="plain", model__width=128, **overrides)
+        return sum(op.bytes for op in found.collectives if op.kind == "all-to-all")
+
+    adamw, half = crossing(), crossing(optim__name="muon")
+    monkeypatch.setattr(muon, "_half", lambda: jnp.float32)
+    assert crossing(optim__name="muon") - adamw == 2 * (half - adamw) > 0
+
+
 @pytest.mark.slow
 def test_working_memory_grows_with_the_batch_and_shrinks_with_remat():
     small, large = (needs(**FUSED, devices=1, batch_size=size, model__depth=4).working for size in (64, 128))
@@ -139,13 +159,13 @@ def test_working_memory_grows_with_the_batch_and_shrinks_with_remat():
     "batch, remat, measured", [(256, "none", 27.5), (64, "none", 8.9), (256, "dots", 17.3), (256, "full", 7.3)]
 )
 def test_memory_of_jit_b_is_what_was_measured_on_an_h200(batch, remat, measured):
-    """GiB; docs/speed.md."""
+    """GiB; docs/speed.md. What the prediction adds hardly depends on the batch."""
     found = needs(
         **{f"model__{name}": None for name in ("depth", "width", "heads", "bottleneck", "context_length", "context_start")},
         **dict(model__name="JiT-B/4", data__image_size=64, dtype="bfloat16", optim__ema_decays=(0.9999, 0.9996)),
         **dict(batch_size=batch, remat=remat, devices=1, model__num_classes=None),
     )
-    assert found.program / memory.GIB == pytest.approx(measured, rel=0.15)
+    assert 0 <= found.program / memory.GIB - measured < 1.8
 
 
 def test_the_same_effective_batch_in_smaller_parts():

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_settings
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from jitjax import kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
-from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, masks, mosaic, norm, swiglu, triton
+from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, masks, mosaic, norm, pack, swiglu, triton
 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
 # Published: width, heads, SwiGLU hidden width.
@@ -310,9 +311,13 @@ def test_whole_model_with_fused_kernels():
     assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("devices, shapes", [(2, [(3, 7), (4096,), (5000,), (1,)]), (8, [(24, 8)]), (3, [(8192,), (64,)])])
-def test_pack(devices, shapes):
-    """One row after the other, in one buffer; parts of another type are cast on the way."""
+def test_pack(devices, shapes, backwards, monkeypatch):
+    """One row after the other, in one buffer, whichever program runs last; parts of another type are cast on the way."""
+    if backwards:
+        turned = types.SimpleNamespace(program_id=lambda axis: pl.num_programs(axis) - 1 - pl.program_id(axis), when=pl.when)
+        monkeypatch.setattr(pack, "pl", turned)
     normal = draws()
     drawn = [normal(devices, *shape) for shape in shapes]
     parts = [part.astype(jnp.bfloat16) if i % 2 else part for i, part in enumerate(drawn)]

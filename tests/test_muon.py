@@ -285,6 +285,8 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, capsys):
 def test_an_adamw_run_is_not_continued_as_muon(tmp_path):
     settings = small_settings(total_steps=1)
     train(settings, tmp_path)
+    with pytest.raises(UserError, match=r"use --config.optim.name=adamw, which a run keeps, or another workdir$"):
+        train(small_settings(optim__name="muon"), tmp_path)
     with pytest.raises(UserError, match=r"another optimizer \(optim.name: adamw -> muon\)"):
         train(small_settings(optim__name="muon"), tmp_path, accept_config_changes=True)
 

@@ -1,5 +1,6 @@
 """The optimizer step: accumulation, communication, sharding, non-finite gradients, precision."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import exchange, gradients, hlo, model, sharding, step
+from jitjax import exchange, gradients, hlo, kernels, model, sharding, step
 from jitjax.from_settings import Setup, make_step
 from jitjax.plan import make_plan
 
@@ -216,6 +217,37 @@ def test_transfers_of_gradients_go_in_turn(split_small, monkeypatch):
     behind = sum(size for name, size in large.items() if name.startswith(gradients.BEHIND))
     block = sum(size for name, size in large.items() if name.startswith("blocks.0."))
     assert [size for size, _ in order] == [behind, block, block, sum(large.values()) - behind - 2 * block]
+
+
+def test_transfers_are_scheduled_as_measured(split_small, monkeypatch):
+    """The training step packs by the run's kernels, sends on a stream of its own, and is compiled for GPUs with options of
+    ours, but for those that the user's flags name."""
+    config = small_settings(batch_size=1)
+    state, train_step, plan, mesh = build(config, ZERO)
+    assert '_xla_gpu_collective_stream = "p2p"' in train_step.lower(state, next(batches(plan, mesh, 1))).as_text()
+    used = mock.Mock(side_effect=kernels.PLAIN.pack)
+    monkeypatch.setattr(kernels, "PLAIN", dataclasses.replace(kernels.PLAIN, pack=used))
+    _, train_step, plan, mesh = build(config, ZERO)
+    train_step.lower(state, next(batches(plan, mesh, 1)))
+    assert used.called
+
+    def options(zero, platform="gpu"):
+        devices = np.array([mock.Mock(platform=platform)])
+        return exchange.compiler_options(mock.Mock(shape={"zero": zero}, devices=devices))
+
+    assert options(2) == exchange.SCHEDULE and options(1) is None and options(2, "cpu") is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    assert options(2) == {"xla_gpu_enable_analytical_sol_latency_estimator": False}
+
+
+def test_earlier_micro_batches_are_added_without_the_loss_scale(split_small):
+    """float16, whose gradients carry a scale: on several devices the same as on one."""
+    config = small_settings(**DEEPER, dtype="float16", batch_size=2, optim__accumulation_steps=2)
+    alone = small_settings(**DEEPER, dtype="float16", batch_size=8, optim__accumulation_steps=4)
+    (losses, state), (expected, reference) = run(config, (1, 8, 1)), run(alone, (1, 1, 1))
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    for name, value in reference.params.items():
+        np.testing.assert_allclose(state.params[name], value, atol=2e-3, err_msg=name)
 
 
 def inner(param):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jitjax import checkpoint, from_settings, model, runtime, sharding, step, workdir
+from jitjax import checkpoint, exchange, from_settings, model, runtime, sharding, step, workdir
 from jitjax.cli import arguments
 from jitjax.flops import IMAGENET_IMAGES
 from jitjax.from_settings import Setup
@@ -121,6 +121,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "devices": setup.mesh.size,
         "versions": workdir.versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compiler_options": exchange.compiler_options(setup.mesh) or {},
     }
 
 
