@@ -331,6 +331,13 @@ def test_pack(devices, shapes, backwards, monkeypatch):
     assert "__gpu$xla.gpu.triton" in text
 
 
+@pytest.mark.parametrize("elements, fused", [(2**31 - pack.BLOCK, True), (2**31 - pack.BLOCK + 2, False)])
+def test_pack_counts_to_the_end_of_its_last_block(elements, fused):
+    """In 32 bits: where the masked rest of the last block would pass them, XLA concatenates."""
+    program = jax.make_jaxpr(lambda part: FUSED.pack([part], jnp.bfloat16))(struct(2, elements // 2))
+    assert any(eqn.primitive.name == "pallas_call" for eqn in program.eqns) == fused
+
+
 @pytest.mark.parametrize("width", [1, 12, 24, 32, 40, 52, 64, 80, 104, 768, 1024, 1280, 1664, 4437])
 @pytest.mark.parametrize("options", [{}, {"waste": 0.25}, {"smallest": 16}])
 def test_spans_cover_a_row_once(width, options):

@@ -224,7 +224,9 @@ def test_transfers_are_scheduled_as_measured(split_small, monkeypatch):
     ours, but for those that the user's flags name."""
     config = small_settings(batch_size=1)
     state, train_step, plan, mesh = build(config, ZERO)
-    assert '_xla_gpu_collective_stream = "p2p"' in train_step.lower(state, next(batches(plan, mesh, 1))).as_text()
+    text = train_step.lower(state, next(batches(plan, mesh, 1))).as_text()
+    marked = [line for line in text.splitlines() if '_xla_gpu_collective_stream = "p2p"' in line]
+    assert marked and all("stablehlo.all_to_all" in line for line in marked)
     used = mock.Mock(side_effect=kernels.PLAIN.pack)
     monkeypatch.setattr(kernels, "PLAIN", dataclasses.replace(kernels.PLAIN, pack=used))
     _, train_step, plan, mesh = build(config, ZERO)

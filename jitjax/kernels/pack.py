@@ -24,7 +24,7 @@ def fused_pack(parts: Sequence[jax.Array], dtype: Any) -> jax.Array:
     """`plain_pack` by one kernel, at the speed of a copy; XLA's concatenation of a model's gradients moves a fifth of that."""
     rows, sizes = len(parts[0]), [part.size // len(part) for part in parts]
     blocks, width = [-(-size // BLOCK) for size in sizes], sum(sizes)
-    if not 0 < rows * width < 2**31:  # what the kernel counts with
+    if not 0 < rows * width <= 2**31 - BLOCK:  # what the kernel counts with, to the end of a last block
         return plain_pack(parts, dtype)
 
     def kernel(*refs):
