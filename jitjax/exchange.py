@@ -1,13 +1,14 @@
 """Weights and gradients between devices, under the computation; for use inside `jax.shard_map`.
 
-Gradients are on their way as soon as the backward pass has them: `leave` and `block_by_block` put the transfers into the
-backward pass itself, a few blocks at a time, and nothing waits for them before the optimizer. When exactly one starts is up to
-XLA's scheduler, which left to itself puts all of them at the end. So they go in turn: each takes along a few numbers that the
-one before it has brought (`turn`), and has to wait for them.
+What a training step sends, of parameters that are split, crosses as an all-to-all of packed groups of arrays: of weights each
+device sends its part to all others, of gradients each device sends every other the part that the other one owns, to be added
+up in float32, in the same order on every run. Inside one process the copy engines do that, which leave the multiprocessors to
+the computation (`jitjax.runtime`). Between processes weights cross by NCCL's all-gather, which brings a part to a node once.
 
-A reduce-scatter is written as an all-to-all and a sum in float32, whatever the type of the transfer: each device sends every
-other the part that the other one owns. That moves the same bytes, adds up in the same order on every run, and inside one
-process is done by the copy engines, which leave the multiprocessors to the matmuls (`jitjax.runtime`).
+Gradients are on their way as soon as the backward pass has them: `leave` and `block_by_block` put the transfers into the
+backward pass itself, a few blocks at a time, and nothing waits for them before the optimizer. When exactly a transfer starts is
+up to XLA's scheduler, which left to itself puts gradients at the end and weights at the start. So they go in turn: each takes
+along a few numbers that the one before it has brought (`turn`), and has to wait for them.
 """
 
 from __future__ import annotations
@@ -23,25 +24,29 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.sharding import Mesh
 
 from jitjax import sharding
-from jitjax.kernels.pack import plain_pack
+from jitjax.kernels import pack
 
 f32 = jnp.float32
 TURN = 64  # numbers: 128 bytes of bfloat16
-# XLA's scheduler leaves a transfer the time of a few matmuls, and more with a stream of its own. (By the model of these links
-# that it would take otherwise, it leaves the time of one: docs/speed-notebook.md.)
-SCHEDULE = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_analytical_sol_latency_estimator": False}
+SCHEDULE = {
+    # XLA's scheduler leaves a transfer the time of a few matmuls, and more with a stream of its own. (By the model of these
+    # links that it would take otherwise, it leaves the time of one: docs/speed-notebook.md.)
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_analytical_sol_latency_estimator": False,
+    # One matmul for the modulations of all blocks would want a third of all weights before the first block.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 # In one process. Between several, NCCL's kernels of two streams could keep each other from running.
 OWN_STREAM = {"_xla_gpu_collective_stream": "p2p"}
 Arrays = Mapping[str, jax.Array]
 Stage = Callable[[Any, Any, Any], Any]  # (block's parameters, carry, shared) -> carry
 Send = Callable[[Arrays, jax.Array], tuple[Arrays, jax.Array]]  # (gradients, turn) -> (sums, next turn)
-Pack = Callable[[Sequence[jax.Array], Any], jax.Array]  # (arrays (R, ...), type) -> (R, all of a row)
 Run = Callable[[Sequence[Stage], Sequence[Any], Any, Any], Any]  # (stages, blocks, carry, shared) -> carry
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """For `jax.jit` of a training step with transfers that go in turn between GPUs, but for what the user's XLA_FLAGS name."""
-    if mesh.shape["zero"] == 1 or mesh.devices.flat[0].platform != "gpu":
+    if mesh.shape[sharding.split_over(mesh)] == 1 or mesh.devices.flat[0].platform != "gpu":
         return None
     return {name: value for name, value in SCHEDULE.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
@@ -51,24 +56,67 @@ def first_turn(mesh: Mesh) -> jax.Array:
     return jnp.zeros((mesh.shape[sharding.split_over(mesh)], TURN), f32)
 
 
-def reduce(
-    grads: Arrays,
+def turn_behind(anchor: Any, mesh: Mesh) -> jax.Array:
+    """The turn of a transfer that waits for every floating-point array of a tree."""
+    leaves = [leaf for leaf in jax.tree.leaves(anchor) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.broadcast_to(sum(leaf.ravel()[:1].astype(f32) for leaf in leaves), first_turn(mesh).shape)
+
+
+def gather(
+    shards: Arrays,
     axes: Mapping[str, int | None],
+    types: Mapping[str, Any],
     mesh: Mesh,
-    dtype: Any,
-    pack: Pack = plain_pack,
+    packing: pack.Packing = pack.PLAIN,
     turn: jax.Array | None = None,
-) -> tuple[Arrays, jax.Array]:
-    """The sums of gradients over all devices, float32: of an array that is split, the part that this device owns.
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Whole arrays from the parts that devices own, in `types`, in which they also cross.
 
     All that are split cross together, one transfer for each type: a transfer costs the host 65 us, the copy into one buffer
     less (measured on two H200).
 
     Args:
+      axes: along which each array is split; None where every device has it whole.
+      turn: of the transfer before; default that of the first.
+
+    Returns:
+      (the arrays, the turn of the next transfer).
+    """
+    turn = first_turn(mesh) if turn is None else turn
+    whole, packs = {}, {}
+    for name, shard in shards.items():
+        if axes[name] is None:
+            whole[name] = shard.astype(types[name])
+        else:
+            packs.setdefault(jnp.dtype(types[name]), {})[name] = shard
+    for kind, members in packs.items():
+        parts = [shard[None] for shard in members.values()]
+        if jax.process_count() == 1:
+            received = _all_to_all(packing.pack([*parts, turn], kind), mesh)
+        else:
+            received = jax.lax.all_gather(packing.pack([*parts, turn[:1]], kind), sharding.split_over(mesh), tiled=True)
+        turn = received[:, :TURN].astype(f32)
+        rows = packing.unpack(received, [shard.size for shard in members.values()])
+        for (name, shard), parts in zip(members.items(), rows, strict=True):
+            whole[name] = _from_owners(parts.reshape(len(parts), *shard.shape), axes[name])
+    return whole, turn
+
+
+def reduce(
+    grads: Arrays,
+    axes: Mapping[str, int | None],
+    mesh: Mesh,
+    dtype: Any,
+    packing: pack.Packing = pack.PLAIN,
+    turn: jax.Array | None = None,
+) -> tuple[Arrays, jax.Array]:
+    """The sums of gradients over all devices, float32: of an array that is split, the part that this device owns. All that
+    are split cross together, one transfer for each type.
+
+    Args:
       grads: this device's gradients of whole arrays.
       axes: along which each array is split; None where every device has it whole.
       dtype: the widest type in which gradients cross devices. Those of a narrower one cross as they are.
-      pack: from `jitjax.kernels.Ops`.
       turn: of the transfer before; default that of the first.
 
     Returns:
@@ -84,9 +132,10 @@ def reduce(
         kind = min(grad.dtype, jnp.dtype(dtype), key=lambda kind: jnp.finfo(kind).bits)
         packs.setdefault(kind, {})[name] = _by_owner(grad, axes[name], mesh.shape[over])
     for kind, members in packs.items():
-        flat, start = pack([*members.values(), turn], kind), 0
+        packed = packing.pack([*members.values(), turn], kind)
         with set_xla_metadata(**OWN_STREAM if jax.process_count() == 1 else {}):
-            received = jax.lax.all_to_all(flat, over, 0, 0, tiled=True)
+            received = _all_to_all(packed, mesh)
+        start = 0
         for name, parts in members.items():
             size = parts[0].size
             mine = jnp.sum(received[:, start : start + size].astype(f32), axis=0).reshape(parts.shape[1:])
@@ -96,10 +145,21 @@ def reduce(
     return sums, turn
 
 
+def _all_to_all(packed: jax.Array, mesh: Mesh) -> jax.Array:
+    """Sends row i to device i of those over which the state is split; row i of the result is from device i."""
+    return jax.lax.all_to_all(packed, sharding.split_over(mesh), 0, 0, tiled=True)
+
+
 def _by_owner(array: jax.Array, axis: int, parts: int) -> jax.Array:
     """(parts, ...): what each device owns of an array that is split along `axis`."""
     cut = array.reshape(*array.shape[:axis], parts, array.shape[axis] // parts, *array.shape[axis + 1 :])
     return jnp.moveaxis(cut, axis, 0)
+
+
+def _from_owners(parts: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `_by_owner`."""
+    shape = parts.shape[1:]
+    return jnp.moveaxis(parts, 0, axis).reshape(*shape[:axis], len(parts) * shape[axis], *shape[axis + 1 :])
 
 
 def sum_together(arrays: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
@@ -146,7 +206,7 @@ def leave(
 # ---------------------------------------------------------------- block by block (FSDP)
 
 
-def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) -> Run:
+def block_by_block(gather: Callable[[Any, Any], Any], scatter: Callable[[Any, Any], Any]) -> Run:
     """How to run the blocks of a model of which each device holds shards (`jitjax.model.in_sequence` is the plain way).
 
     In both passes a block's weights are gathered while its predecessor computes, and freed behind it: the backward pass
@@ -154,8 +214,8 @@ def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) 
     while the next one is differentiated.
 
     Args:
-      gather: shards of a block's parameters -> whole parameters.
-      scatter: gradients of whole parameters -> the shards of their sum.
+      gather: (shards of a block's parameters, what it waits for or None) -> whole parameters.
+      scatter: (gradients of whole parameters, turn or None) -> (the shards of their sum, the next turn).
     """
 
     def run(stages, blocks, carry, shared):
@@ -168,9 +228,9 @@ def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) 
         def forward(shards, carry, shared):
             plans.clear()
             saved, last = [], len(stages) - 1
-            following = gather(shards[0])
+            following = gather(shards[0], None)
             for i, stage in enumerate(stages):
-                whole, following = following, gather(_after(shards[i + 1], carry)) if i < last else None
+                whole, following = following, gather(shards[i + 1], carry) if i < last else None
                 own = _after(shared, carry)
                 plans.append(_Plan(stage, whole, carry, own))
                 carry, rest = plans[-1].forward(whole, carry, own)
@@ -179,11 +239,12 @@ def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) 
 
         def backward(residuals, grad):
             shards, saved, following = residuals
-            grads, grad_shared = [], None
+            grads, grad_shared, turn = [], None, None
             for i in reversed(range(len(stages))):
-                whole, following = following, gather(_after(shards[i - 1], grad)) if i else None
+                whole, following = following, gather(shards[i - 1], grad) if i else None
                 grad_whole, grad, own = plans[i].backward(whole, saved[i], grad)
-                grads.append(scatter(grad_whole))
+                sums, turn = scatter(grad_whole, turn)
+                grads.append(sums)
                 grad_shared = own if grad_shared is None else jax.tree.map(_add, grad_shared, own)
             return grads[::-1], grad, grad_shared
 
@@ -194,8 +255,8 @@ def block_by_block(gather: Callable[[Any], Any], scatter: Callable[[Any], Any]) 
 
 
 def _after(values: Any, anchor: Any) -> Any:
-    """`values`, not to be read before `anchor` has been computed: otherwise all blocks' weights would be gathered at once, and
-    XLA would make one matmul of all their modulations, which would need them at once."""
+    """`values`, not to be read before `anchor` has been computed: otherwise XLA computes a later block's modulation while an
+    earlier block runs, and waits for its weights there."""
     leaves, structure = jax.tree.flatten(values)
     held = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]  # keys are free to pass
     values, _ = jax.lax.optimization_barrier(([leaves[i] for i in held], anchor))

@@ -121,6 +121,6 @@ def make_step(setup: Setup, objective: diffusion.Objective | None = None) -> Any
         seed=settings.seed,
         dtype=settings.dtype,
         comm_dtype=settings.mesh.comm_dtype,
-        pack=setup.ops.pack,
+        packing=setup.ops.packing,
         dynamic_loss_scale=settings.dtype == "float16",
     )

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from jitjax import exchange, sharding
-from jitjax.kernels.pack import plain_pack
+from jitjax.kernels import pack
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -36,7 +36,7 @@ def make(
     micro_batches: int,
     dtype: str,
     comm_dtype: str,
-    pack: exchange.Pack = plain_pack,
+    packing: pack.Packing = pack.PLAIN,
 ) -> Callable[[Params, Batch, jax.Array, jax.Array], tuple[Params, jax.Array, jax.Array]]:
     """A function for use inside `jax.shard_map`: (parameters, images and labels, keys (B,), loss scale) -> (gradients, losses,
     number), all of this device; the results are sums over the finite micro-batches of all devices, and of a split parameter the
@@ -47,11 +47,11 @@ def make(
       shapes: of the whole parameters.
       dtype: compute type, in which matrices of split parameters cross devices.
       comm_dtype: type in which gradients cross devices.
-      pack: from `jitjax.kernels.Ops`.
+      packing: from `jitjax.kernels.Ops`.
     """
     if mesh.size == 1:
         return functools.partial(accumulate, objective_of(loss), micro_batches=micro_batches)
-    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype), pack)
+    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype), packing)
     form = _block_by_block if mesh.shape["fsdp"] > 1 else _during_the_last
     return form(loss, transfers, micro_batches)
 
@@ -129,7 +129,7 @@ def _multi_steps(objective, params, parts, scale, skip=optax.skip_not_finite):
 class _Transfers:
     """What crosses devices, for each parameter on a mesh of several devices."""
 
-    def __init__(self, shapes: Params, mesh: Mesh, dtype: Any, comm_dtype: Any, pack: exchange.Pack):
+    def __init__(self, shapes: Params, mesh: Mesh, dtype: Any, comm_dtype: Any, packing: pack.Packing):
         self.mesh, self.specs = mesh, sharding.specs(shapes, mesh)
         parts = mesh.shape[sharding.split_over(mesh)]
         self._axes = {name: sharding.split_axis(shape.shape, parts) for name, shape in shapes.items()}
@@ -137,20 +137,33 @@ class _Transfers:
         self._small = sorted(name for name, shape in shapes.items() if sharding.is_small(shape.shape))
         # The network casts its matrices to the compute type in any case, and adds up class and position embeddings in float32.
         self._types = {name: dtype if name.endswith(".kernel") else f32 for name in shapes}
-        self._comm_dtype, self._pack = comm_dtype, pack
+        self._comm_dtype, self._packing = comm_dtype, packing
 
-    def gather(self, shards: Params) -> Params:
-        """Whole parameters, as the network takes them."""
-        return {
-            name: shard if name in self._small else sharding.gather_one(shard, self.specs[name], self._types[name])
-            for name, shard in shards.items()
-        }
+    def gather(self, shards: Params, turn: jax.Array | None = None) -> tuple[Params, jax.Array]:
+        """Whole parameters, as the network takes them, and the next turn."""
+        kept = {name: shard for name, shard in shards.items() if name in self._small}
+        split = {name: shard for name, shard in shards.items() if name not in self._small}
+        whole, turn = exchange.gather(split, self._axes, self._types, self.mesh, self._packing, turn)
+        return kept | whole, turn
 
-    def send(self, grads: Params, turn: jax.Array | None = None, pack: exchange.Pack | None = None) -> tuple[Params, jax.Array]:
+    def gather_in_turn(self, shards: Params) -> Params:
+        """The same, one block after the other, as the forward pass needs them; with the first what is in front of it."""
+        groups = _groups({name: shard.size for name, shard in shards.items()}, 1)[::-1]
+        if len(groups) > 1:
+            groups[:2] = [groups[1] + groups[0]]
+        whole, turn = {}, None
+        for group in groups:
+            gathered, turn = self.gather({name: shards[name] for name in group}, turn)
+            whole |= gathered
+        return whole
+
+    def send(
+        self, grads: Params, turn: jax.Array | None = None, packing: pack.Packing | None = None
+    ) -> tuple[Params, jax.Array]:
         """The sums over devices, float32, and the next turn; small ones stay this device's until `finish`."""
         kept = {name: grad.astype(f32) for name, grad in grads.items() if name in self._small}
         leaving = {name: grad for name, grad in grads.items() if name not in self._small}
-        sums, turn = exchange.reduce(leaving, self._axes, self.mesh, self._comm_dtype, pack or self._pack, turn)
+        sums, turn = exchange.reduce(leaving, self._axes, self.mesh, self._comm_dtype, packing or self._packing, turn)
         return kept | sums, turn
 
     def finish(
@@ -171,15 +184,16 @@ class _Transfers:
     def leaving(self, slots: Params, whole: Params, sent: Params, scale: jax.Array) -> Params:
         """`exchange.leave` for all of `whole`, group by group."""
         result, turn = {}, exchange.first_turn(self.mesh)
-        for group in reversed(_groups({name: value.size * value.dtype.itemsize for name, value in whole.items()})):
+        sizes = {name: value.size * value.dtype.itemsize for name, value in whole.items()}
+        for group in reversed(_groups(sizes, GROUP_BYTES)):
             slot, values, before = ({name: tree[name] for name in group if tree} for tree in (slots, whole, sent))
             values, turn = exchange.leave(slot, values, turn, before or None, scale, self.send)
             result |= values
         return result
 
 
-def _groups(sizes: dict[str, int]) -> list[list[str]]:
-    """Which parameters' gradients cross devices together: successive blocks up to `GROUP_BYTES`, the last ones first, as the
+def _groups(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Which parameters cross devices together: successive blocks until their sizes reach `limit`, the last ones first, as the
     backward pass comes to them; with the first group what is behind the blocks, and at the end what is in front of them."""
 
     def block(name):
@@ -187,14 +201,14 @@ def _groups(sizes: dict[str, int]) -> list[list[str]]:
             return int(name.removeprefix(BLOCKS).split(".")[0])
         return len(sizes) if name.startswith(BEHIND) else -1
 
-    groups, bytes_of_last = [], GROUP_BYTES
+    groups, size_of_last = [], limit
     for _, names in itertools.groupby(sorted(sizes, key=block, reverse=True), block):
         names = list(names)
-        if bytes_of_last >= GROUP_BYTES:
+        if size_of_last >= limit:
             groups.append([])
-            bytes_of_last = 0
+            size_of_last = 0
         groups[-1] += names
-        bytes_of_last += sum(sizes[name] for name in names)
+        size_of_last += sum(sizes[name] for name in names)
     return groups
 
 
@@ -206,7 +220,7 @@ def _during_the_last(loss, transfers, micro_batches):
     objective = objective_of(loss)
 
     def summed(params, batch, keys, scale):
-        whole = transfers.gather(params)
+        whole = transfers.gather_in_turn(params)
         last, sent, loss_sum, count = (batch["image"], batch["label"], keys), {}, f32(0), f32(0)
         if micro_batches > 1:
             parts = _cut(last, micro_batches)
@@ -223,7 +237,8 @@ def _during_the_last(loss, transfers, micro_batches):
         result = transfers.finish(grads, loss_sum + value, count + 1)
 
         def without_the_last():
-            sums, _ = transfers.send(sent, pack=plain_pack)  # hardly ever run: not worth compiling a kernel for all parameters
+            # Hardly ever run: not worth compiling a kernel for all parameters.
+            sums, _ = transfers.send(sent, packing=pack.PLAIN)
             return transfers.finish(sums, loss_sum, count)
 
         # A last micro-batch that is not finite on one device spoils the sums of all, which are then sent without it.
@@ -234,21 +249,22 @@ def _during_the_last(loss, transfers, micro_batches):
 
 
 def _block_by_block(loss, transfers, micro_batches):
-    def by_name(act, block):
-        """`act` on a block's parameters by name; all blocks have the shapes of the first."""
+    def by_name(act, block, turn):
+        """`act`, gather or send, on a block's parameters by name; all blocks have the shapes of the first."""
         paths, structure = jax.tree_util.tree_flatten_with_path(block)
         names = [f"{BLOCKS}0." + ".".join(key.name for key in path).removesuffix(".value") for path, _ in paths]
-        result = act(dict(zip(names, (leaf for _, leaf in paths), strict=True)))
-        return jax.tree.unflatten(structure, [result[name] for name in names])
+        result, turn = act(dict(zip(names, (leaf for _, leaf in paths), strict=True)), turn)
+        return jax.tree.unflatten(structure, [result[name] for name in names]), turn
 
-    run_blocks = exchange.block_by_block(
-        functools.partial(by_name, transfers.gather), functools.partial(by_name, lambda grads: transfers.send(grads)[0])
-    )
+    def gather(block, anchor):
+        return by_name(transfers.gather, block, None if anchor is None else exchange.turn_behind(anchor, transfers.mesh))[0]
+
+    run_blocks = exchange.block_by_block(gather, functools.partial(by_name, transfers.send))
     objective = objective_of(loss, run_blocks=run_blocks)
 
     def summed(params, batch, keys, scale):
         outside = {name: value for name, value in params.items() if not name.startswith(BLOCKS)}
-        whole = transfers.gather(outside)
+        whole, _ = transfers.gather(outside)
 
         def leaving(slots, part, scale):
             return objective(slots | transfers.leaving(slots, whole, {}, scale), part, scale)

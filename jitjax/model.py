@@ -241,6 +241,14 @@ def affine(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     return matmul(layer, x) + layer.bias[...].astype(x.dtype)
 
 
+def modulations(layer: nnx.Linear, c_BD: jax.Array, parts: int) -> list[jax.Array]:
+    """`affine`, cut into equal parts along the last axis. The bias is added part by part, which XLA makes one kernel of."""
+    x_BP = matmul(layer, c_BD)
+    bias_BP = jnp.broadcast_to(layer.bias[...].astype(x_BP.dtype), x_BP.shape)
+    cut = (jnp.split(array, parts, axis=-1) for array in (x_BP, bias_BP))
+    return [x + bias for x, bias in zip(*cut, strict=True)]
+
+
 class RMSNorm(nnx.Module):
     """Holds the weight only; the arithmetic (statistics in float32, epsilon 1e-6) is in `jitjax.kernels.norm`."""
 
@@ -328,7 +336,7 @@ class Block(nnx.Module):
         """Args: x and the `pending` branch of the block before (None at the start), silu of the conditioning, the rope
         tables, three dropout keys per image or None, how many leading tokens are dropped after the attention. Returns x
         (first residual merged, without those tokens) and this block's pending."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(affine(self.adaln, c_BD), 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(self.adaln, c_BD, 6)
         keys = (None,) * 3 if keys_B3 is None else tuple(keys_B3[:, i] for i in range(3))
         if pending is None:
             h_BTD = ops.norm_modulate(x_BTD, self.norm1.weight[...], shift_a, scale_a)
@@ -481,7 +489,7 @@ class JiT(nnx.Module):
         shared = c_BD, c_without_class_BD, context_BTD, keys
         x_BTD, pending, pooled_BD = run_blocks(stages, self.blocks, (x_BTD, None, None), shared)
 
-        shift, scale = jnp.split(affine(self.final.adaln, c_BD), 2, axis=-1)
+        shift, scale = modulations(self.final.adaln, c_BD, 2)
         _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)
         output_BTV = affine(self.final.linear, h_BTD)
         observe("final", output_BTV)

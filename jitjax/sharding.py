@@ -137,19 +137,16 @@ def total(tree: Any, mesh: Mesh, axes: tuple[str, ...] = AXES) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def gather_one(shard: jax.Array, spec: P, dtype: Any) -> jax.Array:
-    """A whole array from its shards, in `dtype`, in which it also crosses devices."""
-    axis = next((i for i, name in enumerate(spec) if name), None)
-    value = shard.astype(dtype)
-    return value if axis is None else jax.lax.all_gather(value, spec[axis], axis=axis, tiled=True)
-
-
 def gather(params: dict, param_specs: dict, dtype: Any) -> dict:
     """Whole parameters from their shards, float32. What is split crosses devices in `dtype`."""
-    return {
-        name: gather_one(shard, param_specs[name], dtype).astype(shard.dtype) if any(param_specs[name]) else shard
-        for name, shard in params.items()
-    }
+
+    def whole(shard, spec):
+        axis = next((i for i, name in enumerate(spec) if name), None)
+        if axis is None:
+            return shard
+        return jax.lax.all_gather(shard.astype(dtype), spec[axis], axis=axis, tiled=True).astype(shard.dtype)
+
+    return {name: whole(shard, param_specs[name]) for name, shard in params.items()}
 
 
 def global_norm(grads: dict, param_specs: dict, mesh: Mesh) -> jax.Array:

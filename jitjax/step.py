@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jitjax import diffusion, exchange, gradients, kernels, sharding
 from jitjax import model as jit_model
-from jitjax.kernels.pack import plain_pack
+from jitjax.kernels import pack
 from jitjax.optimizer import make_optimizer, update_ema
 from jitjax.settings import Diffusion, Optimizer
 
@@ -138,7 +138,7 @@ def make_train_step(
     seed: int,
     dtype: str,
     comm_dtype: str = "float32",
-    pack: Callable[..., jax.Array] = plain_pack,
+    packing: pack.Packing = pack.PLAIN,
     dynamic_loss_scale: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (new state, metrics of this optimizer step as scalars on the device).
@@ -149,7 +149,7 @@ def make_train_step(
       schedule: the learning rate as a function of the optimizer step.
       dtype: compute type, in which weights cross devices.
       comm_dtype: type in which gradients cross devices; they are added up in float32.
-      pack: from `jitjax.kernels.Ops`.
+      packing: from `jitjax.kernels.Ops`.
       dynamic_loss_scale: for float16.
 
     The state is donated. `batch` holds the images of one optimizer step, split over all mesh axes; each device cuts
@@ -161,7 +161,7 @@ def make_train_step(
     param_specs = state_specs.params
     optimizer = make_optimizer(optim, param_specs, mesh)
     summed_gradients = gradients.make(
-        loss, abstract_state.params, mesh, micro_batches=micro_batches, dtype=dtype, comm_dtype=comm_dtype, pack=pack
+        loss, abstract_state.params, mesh, micro_batches=micro_batches, dtype=dtype, comm_dtype=comm_dtype, packing=packing
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

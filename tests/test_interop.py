@@ -409,3 +409,18 @@ def test_the_documented_way_from_a_file_to_pixels(tiny):
     z, t, y = noise, jnp.array([0.2, 0.9]), jnp.array([10, 0])
     assert jnp.all(fresh(z, t, y) == 0)  # adaLN-Zero and a zero last layer
     chex.assert_trees_all_equal(model.split(fresh)[1], model.init_fn(fresh.geometry)(jax.random.key(0)))  # as a run begins
+
+
+def test_a_model_differentiates_forward_as_backward(tiny):
+    """An objective with a derivative along the path needs forward mode."""
+    m = jitjax.load_official(tiny, context_start=1)
+    z, direction, cotangent = jax.random.normal(jax.random.key(0), (3, 2, 32, 32, 3))
+    t, y = jnp.array([0.2, 0.9]), jnp.array([3, 0])
+
+    def answer(z):
+        return m(z, t, y)
+
+    along = jnp.vdot(jax.jvp(answer, (z,), (direction,))[1], cotangent)
+    (back,) = jax.vjp(answer, z)[1](cotangent)
+    np.testing.assert_allclose(along, jnp.vdot(direction, back), rtol=1e-3)
+    assert abs(along) > 1e-3

@@ -313,29 +313,44 @@ def test_whole_model_with_fused_kernels():
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("devices, shapes", [(2, [(3, 7), (4096,), (5000,), (1,)]), (8, [(24, 8)]), (3, [(8192,), (64,)])])
-def test_pack(devices, shapes, backwards, monkeypatch):
-    """One row after the other, in one buffer, whichever program runs last; parts of another type are cast on the way."""
+def test_packing(devices, shapes, backwards, monkeypatch):
+    """One row after the other, in one buffer, and apart again, whichever program runs last. Parts of another type are cast on
+    the way, those of one row are in all rows, and what is behind the last one is left out."""
     if backwards:
-        turned = types.SimpleNamespace(program_id=lambda axis: pl.num_programs(axis) - 1 - pl.program_id(axis), when=pl.when)
+        turned = types.SimpleNamespace(**{name: getattr(pl, name) for name in ("when", "cdiv")})
+        turned.program_id = lambda axis: pl.num_programs(axis) - 1 - pl.program_id(axis)
         monkeypatch.setattr(pack, "pl", turned)
     normal = draws()
-    drawn = [normal(devices, *shape) for shape in shapes]
+    drawn = [normal(devices if i % 3 else 1, *shape) for i, shape in enumerate([(5,), *shapes])]
     parts = [part.astype(jnp.bfloat16) if i % 2 else part for i, part in enumerate(drawn)]
+    sizes = [part.size // len(part) for part in parts]
     for dtype in (jnp.bfloat16, jnp.float32):
-        expected = np.concatenate([np.asarray(part.astype(dtype)).reshape(devices, -1) for part in parts], axis=1)
+        flat = [np.asarray(part.astype(dtype)).reshape(len(part), -1) for part in parts]
+        expected = [np.broadcast_to(part, (devices, part.shape[1])) for part in flat]
         for ops in (PLAIN, FUSED):
-            packed = ops.pack(parts, dtype)
+            packed = ops.packing.pack(parts, dtype)
             assert packed.dtype == dtype
-            np.testing.assert_array_equal(packed, expected)
-    text = lower_for_cuda(lambda *parts: FUSED.pack(parts, jnp.bfloat16), *(struct(*part.shape) for part in parts))
-    assert "__gpu$xla.gpu.triton" in text
+            np.testing.assert_array_equal(packed, np.concatenate(expected, axis=1))
+            for part, row in zip(ops.packing.unpack(packed, sizes[:-1]), expected, strict=False):
+                assert part.dtype == dtype
+                np.testing.assert_array_equal(part, row)
+
+    def there_and_back(*parts):
+        return FUSED.packing.unpack(FUSED.packing.pack(parts, jnp.bfloat16), sizes)
+
+    text = lower_for_cuda(there_and_back, *(struct(*part.shape) for part in parts))
+    assert text.count("__gpu$xla.gpu.triton") == 2
 
 
 @pytest.mark.parametrize("elements, fused", [(2**31 - pack.BLOCK, True), (2**31 - pack.BLOCK + 2, False)])
 def test_pack_counts_to_the_end_of_its_last_block(elements, fused):
     """In 32 bits: where the masked rest of the last block would pass them, XLA concatenates."""
-    program = jax.make_jaxpr(lambda part: FUSED.pack([part], jnp.bfloat16))(struct(2, elements // 2))
-    assert any(eqn.primitive.name == "pallas_call" for eqn in program.eqns) == fused
+    programs = (
+        jax.make_jaxpr(lambda part: FUSED.packing.pack([part], jnp.bfloat16))(struct(2, elements // 2)),
+        jax.make_jaxpr(lambda packed: FUSED.packing.unpack(packed, [elements // 2]))(struct(2, elements // 2)),
+    )
+    for program in programs:
+        assert any(eqn.primitive.name == "pallas_call" for eqn in program.eqns) == fused
 
 
 @pytest.mark.parametrize("width", [1, 12, 24, 32, 40, 52, 64, 80, 104, 768, 1024, 1280, 1664, 4437])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import chex
@@ -119,9 +120,8 @@ def test_gradients_cross_devices_once_per_optimizer_step(split_small, axes):
     split = sum(p.size for p in state.params.values()) - whole
     assert bool(split) == (zero > 1)
     assert totals[0]["all-reduce"] - 4 * (whole + (split // zero if data > 1 else 0)) in range(slack)
-    assert totals[0].get("all-gather", 0) == 4 * split
     turns = sum(op.kind == "all-to-all" for op in hlo.collectives(text, 8)) * zero * exchange.TURN
-    assert totals[0].get("all-to-all", 0) == 4 * (split + turns)
+    assert totals[0].get("all-to-all", 0) == 4 * (2 * split + turns)  # weights there, gradients back
 
 
 def equations(jaxpr, inside=()):
@@ -133,20 +133,78 @@ def equations(jaxpr, inside=()):
                 yield from equations(getattr(sub, "jaxpr", sub), (*inside, eqn.primitive.name))
 
 
+def inner(param):
+    sub = getattr(param, "jaxpr", param)
+    return sub if hasattr(sub, "eqns") else None
+
+
+def transfers(train_step, *args):
+    """Of every all-to-all of a program, in order: (how many numbers cross, how many matmuls have to come before it, and which
+    of the earlier ones)."""
+    jaxpr = jax.make_jaxpr(train_step)(*args).jaxpr
+    while not any(eqn.primitive.name == "all_to_all" for eqn in jaxpr.eqns):  # inside jit and shard_map
+        jaxpr = max((sub for eqn in jaxpr.eqns for sub in map(inner, eqn.params.values()) if sub), key=lambda j: len(j.eqns))
+    behind, matmuls, found, numbers = {}, {}, [], []  # the equations that each variable follows from; the matmuls in each
+    for number, eqn in enumerate(jaxpr.eqns):
+        nested = (sub for value in eqn.params.values() if (sub := inner(value)) is not None)
+        matmuls[number] = (eqn.primitive.name == "dot_general") + sum(
+            inside.primitive.name == "dot_general" for sub in nested for inside, _ in equations(sub)
+        )
+        before = set().union(*(behind[v] for v in eqn.invars if isinstance(v, jax.extend.core.Var) and v in behind))
+        behind |= dict.fromkeys(eqn.outvars, before | {number})
+        if eqn.primitive.name == "all_to_all":
+            rows, size = eqn.invars[0].aval.shape
+            earlier = [i for i, n in enumerate(numbers) if n in before]
+            found.append((rows * (size - exchange.TURN), sum(matmuls[n] for n in before), earlier))
+            numbers.append(number)
+    return found
+
+
+def _step_and_arguments(config, axes):
+    state, train_step, plan, mesh = build(config, axes)
+    return train_step, state, next(batches(plan, mesh, 1))
+
+
+@pytest.mark.parametrize("axes", [ZERO, FSDP])
+def test_weights_are_gathered_by_nccl_between_processes(split_small, monkeypatch, axes):
+    """Which brings a part to a node once, where an all-to-all would bring it once for each of its cards. In which way they
+    cross changes no number."""
+    train_step, state, batch = _step_and_arguments(small_settings(batch_size=1), axes)
+    alone = jax.device_get(train_step(state, batch)[0].params)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    train_step, state, batch = _step_and_arguments(small_settings(batch_size=1), axes)
+    text = train_step.lower(state, batch).as_text()
+    assert text.count("stablehlo.all_gather") > 1 and "_xla_gpu_collective_stream" not in text
+    together = train_step(state, batch)[0].params
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(jax.device_get(together), alone)
+
+
 def test_fsdp_gathers_block_by_block_and_again_for_the_backward_pass(split_small):
-    """Every block's weights cross twice, but the last one's; each time only after the activations (or their gradient) in
+    """Every block's weights cross twice, but the last one's; each time only after all activations (or their gradients) in
     front of the neighbouring block have been computed, so that never more than two blocks are gathered."""
-    config = small_settings(**DEEPER, batch_size=1)
-    depth = config.model.depth
+    depth = 5
+    config = small_settings(**DEEPER | {"model__depth": depth}, batch_size=1)
     state, train_step, plan, mesh = build(config, FSDP)
-    found = [eqn for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr)]
-    gathered = [eqn.outvars[0].aval.size for eqn in found if eqn.primitive.name == "all_gather"]
+    found = transfers(train_step, state, next(batches(plan, mesh, 1)))
     sizes = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
     blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
-    assert sum(gathered) == sum(sizes.values()) + blocks * (depth - 1) // depth
-    held = [eqn for eqn in found if eqn.primitive.name == "optimization_barrier"]
-    of_a_block = sum(name.startswith("blocks.0.") for name in state.params)
-    assert sum(len(eqn.invars) > of_a_block for eqn in held) == 2 * (depth - 1)
+    assert sum(size for size, *_ in found) == 2 * sum(sizes.values()) + blocks * (depth - 1) // depth
+    forward = [matmuls for _, matmuls, _ in found[: 1 + depth]]  # what is around the blocks, block 0, 1, ...
+    # The matmuls of a block: modulation, qkv, two of attention, projection, two of the MLP. Block 1 waits for the patches'.
+    assert forward[:3] == [0, 0, 2]
+    assert forward[3] == forward[2] + 2 + 7  # those of the conditioning
+    assert all(after == before + 7 for before, after in itertools.pairwise(forward[3:]))
+    backward = range(1 + depth, 1 + depth + 2 * depth - 1)  # weights of the next block, sums of this one's gradients, ...
+    assert all(found[i][0] == blocks // depth for i in backward)
+    weights, sums = [*backward[:-1:2]], [*backward[1:-1:2], backward[-1]]
+    behind = [found[i][1] for i in weights]
+    assert behind[0] > 2 + 2 + 7 * depth  # the whole forward pass
+    assert all(after == before + 8 for before, after in itertools.pairwise(behind))  # gradients of activations, not of weights
+    assert not any(set(sums) & set(found[i][2]) for i in weights)
+    assert all(before in found[i][2] for before, i in itertools.pairwise(sums))
+    program = jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr
+    assert sum(eqn.primitive.name == "optimization_barrier" for eqn, _ in equations(program)) == depth  # around modulations
 
 
 def operands(config, axes, primitive):
@@ -165,14 +223,20 @@ def test_gradients_cross_devices_in_bfloat16_where_asked(split_small, axes, prim
     """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""
     sizes, large = operands(small_settings(batch_size=1, mesh__comm_dtype="bfloat16"), axes, primitive)
     assert sizes.pop("bfloat16") == large + (axes == ZERO) * 8 * exchange.TURN
-    assert sum(sizes.values()) < 0.3 * large  # biases, norm weights, loss and count
+    assert sum(sizes.values()) - (axes == ZERO) * large < 0.4 * large  # weights; biases, norm weights, loss and count
 
 
 def test_gradients_of_half_precision_cross_as_they_are(split_small):
     """With bfloat16 matmuls the gradients of matrices are bfloat16 numbers: sent as such, they cost half and lose nothing."""
     config = small_settings(batch_size=1, dtype="bfloat16")
     sizes, large = operands(config, ZERO, "all_to_all")
-    assert sizes["bfloat16"] > 0.8 * large
+    state, *_ = build(config, ZERO)
+    tables = sum(p.size for k, p in state.params.items() if not k.endswith(".kernel") and not sharding.is_small(p.shape))
+    turn = 8 * exchange.TURN
+    found = transfers(*_step_and_arguments(config, ZERO))
+    assert all(earlier == [*range(i)] for i, (*_, earlier) in enumerate(found))  # those of either type
+    assert tables and sizes["float32"] == 2 * (tables + turn)  # embeddings, which are added up in float32; their gradients
+    assert (sizes["bfloat16"] - 2 * (large - tables)) // turn in range(2, 8)
 
 
 @pytest.mark.slow
@@ -183,40 +247,23 @@ def test_gradients_of_half_precision_are_summed_in_float32(split_small):
         np.testing.assert_allclose(states[1].params[name], value, atol=2e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("group_bytes, transfers", [(1, 4), (10**9, 1)])
-def test_gradients_of_neighbouring_blocks_cross_together(split_small, monkeypatch, group_bytes, transfers):
-    """A small group is one block, or what is behind the blocks, or in front of them; a large one is the whole model."""
+@pytest.mark.parametrize("group_bytes, groups", [(1, 4), (10**9, 1)])
+def test_gradients_of_neighbouring_blocks_cross_together(split_small, monkeypatch, group_bytes, groups):
+    """A small group is one block, or what is behind the blocks, or in front of them; a large one is the whole model. Weights
+    cross block by block in any case, in the opposite order. Every transfer depends on what the one before it has brought:
+    otherwise XLA is free to put all of them at one end of the step, and does."""
     monkeypatch.setattr(gradients, "GROUP_BYTES", group_bytes)
     state, train_step, plan, mesh = build(small_settings(**DEEPER, batch_size=1), ZERO)
-    found = [eqn for eqn, _ in equations(jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr)]
-    sizes = [eqn.invars[0].aval.size - 8 * exchange.TURN for eqn in found if eqn.primitive.name == "all_to_all"]
+    found = transfers(train_step, state, next(batches(plan, mesh, 1)))
     large = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
-    assert len(sizes) == transfers and sum(sizes) == sum(large.values())
+    weights, sums = found[:-groups], found[-groups:]
     of_a_block = sum(size for name, size in large.items() if name.startswith("blocks.0."))
-    assert sizes.count(of_a_block) == (2 if transfers > 1 else 0)
-
-
-def test_transfers_of_gradients_go_in_turn(split_small, monkeypatch):
-    """Every transfer depends on what the one before it has brought: otherwise XLA is free to put all of them behind the
-    backward pass, and does. What is behind the blocks goes first, what is in front of them last."""
-    monkeypatch.setattr(gradients, "GROUP_BYTES", 1)
-    state, train_step, plan, mesh = build(small_settings(**DEEPER, batch_size=1), ZERO)
-    jaxpr = jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr
-    while not any(eqn.primitive.name == "all_to_all" for eqn in jaxpr.eqns):  # inside jit and shard_map
-        jaxpr = max((sub for eqn in jaxpr.eqns for sub in map(inner, eqn.params.values()) if sub), key=lambda j: len(j.eqns))
-    reached, order = set(), []
-    for eqn in jaxpr.eqns:
-        after = any(isinstance(v, jax.extend.core.Var) and v in reached for v in eqn.invars)
-        if eqn.primitive.name == "all_to_all":
-            order.append((eqn.invars[0].aval.size - 8 * exchange.TURN, after))
-            reached = set(eqn.outvars)
-        elif after:
-            reached.update(eqn.outvars)
-    assert [after for _, after in order] == [False, True, True, True]
-    large = {name: p.size for name, p in state.params.items() if not sharding.is_small(p.shape)}
     behind = sum(size for name, size in large.items() if name.startswith(gradients.BEHIND))
-    block = sum(size for name, size in large.items() if name.startswith("blocks.0."))
-    assert [size for size, _ in order] == [behind, block, block, sum(large.values()) - behind - 2 * block]
+    front = sum(large.values()) - behind - 2 * of_a_block
+    assert [size for size, *_ in weights] == [front + of_a_block, of_a_block, behind]
+    assert [size for size, *_ in sums] == ([behind, of_a_block, of_a_block, front] if groups > 1 else [sum(large.values())])
+    assert all(earlier == [*range(i)] for i, (*_, earlier) in enumerate(found))
+    assert all(matmuls == 0 for _, matmuls, _ in weights)
 
 
 def test_transfers_are_scheduled_as_measured(split_small, monkeypatch):
@@ -225,21 +272,22 @@ def test_transfers_are_scheduled_as_measured(split_small, monkeypatch):
     config = small_settings(batch_size=1)
     state, train_step, plan, mesh = build(config, ZERO)
     text = train_step.lower(state, next(batches(plan, mesh, 1))).as_text()
-    marked = [line for line in text.splitlines() if '_xla_gpu_collective_stream = "p2p"' in line]
-    assert marked and all("stablehlo.all_to_all" in line for line in marked)
-    used = mock.Mock(side_effect=kernels.PLAIN.pack)
-    monkeypatch.setattr(kernels, "PLAIN", dataclasses.replace(kernels.PLAIN, pack=used))
+    assert text.count('_xla_gpu_collective_stream = "p2p"') == 1 < text.count("stablehlo.all_to_all")  # gradients, not weights
+    used = kernels.PLAIN.packing._make(mock.Mock(side_effect=function) for function in kernels.PLAIN.packing)
+    monkeypatch.setattr(kernels, "PLAIN", dataclasses.replace(kernels.PLAIN, packing=used))
     _, train_step, plan, mesh = build(config, ZERO)
     train_step.lower(state, next(batches(plan, mesh, 1)))
-    assert used.called
+    gathers = used.unpack.call_count  # gradients are not unpacked
+    assert 0 < gathers < used.pack.call_count == text.count("stablehlo.all_to_all")
 
-    def options(zero, platform="gpu"):
+    def options(zero, fsdp=1, platform="gpu"):
         devices = np.array([mock.Mock(platform=platform)])
-        return exchange.compiler_options(mock.Mock(shape={"zero": zero}, devices=devices))
+        return exchange.compiler_options(mock.Mock(shape={"zero": zero, "fsdp": fsdp}, devices=devices))
 
-    assert options(2) == exchange.SCHEDULE and options(1) is None and options(2, "cpu") is None
+    assert len(exchange.SCHEDULE) == 3 and exchange.SCHEDULE["xla_gpu_dot_merger_threshold_mb"] == 0
+    assert options(2) == options(1, 2) == exchange.SCHEDULE and options(1) is None and options(2, 1, "cpu") is None
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
-    assert options(2) == {"xla_gpu_enable_analytical_sol_latency_estimator": False}
+    assert options(2).keys() == exchange.SCHEDULE.keys() - {"xla_gpu_enable_latency_hiding_scheduler"}
 
 
 def test_earlier_micro_batches_are_added_without_the_loss_scale(split_small):
@@ -250,11 +298,6 @@ def test_earlier_micro_batches_are_added_without_the_loss_scale(split_small):
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
     for name, value in reference.params.items():
         np.testing.assert_allclose(state.params[name], value, atol=2e-3, err_msg=name)
-
-
-def inner(param):
-    sub = getattr(param, "jaxpr", param)
-    return sub if hasattr(sub, "eqns") else None
 
 
 def test_optimizer_and_ema_run_once_per_optimizer_step():

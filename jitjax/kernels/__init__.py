@@ -55,8 +55,10 @@ class Ops:
     prepare_qkv(kernel_DC, bias_C, q_weight_N, k_weight_N, num_heads) -> the same four
         Reorders the columns of published weights as this implementation's `qkv_attention` expects them: a permutation within
         each head of q and k. Applied to the weights, before the matmul, where it is cheap.
-    pack(parts, dtype) -> (R, S)
-        Gradients (R, ...) one behind the other, on their way to R devices (`jitjax.exchange`); no operation of the network.
+    packing.pack(parts, dtype) -> (R, S)
+    packing.unpack(packed_RS, sizes) -> [(R, size), ...]
+        Arrays (R, ...), or (1, ...) for all rows, one behind the other on their way to R devices (`jitjax.exchange`), and
+        apart again; no operations of the network.
     """
 
     residual_norm_modulate: Callable[..., tuple[jax.Array, jax.Array]]
@@ -65,7 +67,7 @@ class Ops:
     mlp: Callable[..., jax.Array]
     qkv_attention: Callable[..., jax.Array]
     prepare_qkv: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
-    pack: Callable[..., jax.Array]
+    packing: pack.Packing
 
 
 PLAIN = Ops(
@@ -75,7 +77,7 @@ PLAIN = Ops(
     mlp=swiglu.plain_mlp,
     qkv_attention=attention.plain_qkv_attention,
     prepare_qkv=lambda kernel, bias, q_weight, k_weight, num_heads: (kernel, bias, q_weight, k_weight),
-    pack=pack.plain_pack,
+    packing=pack.PLAIN,
 )
 
 
@@ -86,7 +88,7 @@ FUSED = Ops(
     mlp=swiglu.fused_mlp,
     qkv_attention=attention.fused_qkv_attention,
     prepare_qkv=attention.prepare_qkv,
-    pack=pack.fused_pack,
+    packing=pack.FUSED,
 )
 
 
