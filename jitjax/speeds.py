@@ -42,12 +42,16 @@ class Speed:
     card: str  # key of `cards.CARDS`
     batch_size: int
     tokens_per_second: float
+    optimizer: str = "adamw"
 
 
-# docs/speed-notebook.md, "The train step": medians over the cards measured there.
+# docs/speed-notebook.md, "The train step": medians over the cards measured there. Muon's by the ratio of two steps on one card
+# (docs/method.md, "Muon").
 MEASURED = (
     Speed("JiT-B/4", 64, "h200", 64, 720e3),
     Speed("JiT-B/4", 64, "h200", 256, 810e3),
+    Speed("JiT-B/4", 64, "h200", 64, 667e3, "muon"),
+    Speed("JiT-B/4", 64, "h200", 256, 792e3, "muon"),
     Speed("JiT-L/16", 256, "h200", 432, 242e3),
     Speed("JiT-H/16", 256, "h200", 208, 116e3),
     Speed("JiT-B/4", 64, "h100", 64, 675e3),
@@ -88,8 +92,8 @@ def guide_utilisations(geometry: Geometry) -> dict[str, float]:
 
 
 def measured_utilisations(config: Settings, geometry: Geometry, card: str) -> tuple[dict[int, float], str]:
-    """Utilisations of the entries of `MEASURED` that say something about this model on this card, by their batch size; if
-    there is none, an empty table and the reason in words.
+    """Utilisations of the entries of `MEASURED` that say something about this model and optimizer on this card, by their batch
+    size; if there is none, an empty table and the reason in words.
 
     The same kernels must run on the same shapes, which width, heads, depth and number of tokens decide; the patch hardly
     matters.
@@ -100,10 +104,11 @@ def measured_utilisations(config: Settings, geometry: Geometry, card: str) -> tu
     for speed in MEASURED:
         theirs = make_geometry(speed.model, image_size=speed.image_size, num_classes=1000)
         shape, other = ((g.width, g.heads, g.depth, g.mlp_hidden, g.tokens) for g in (geometry, theirs))
-        if speed.card == card and shape == other:
+        if speed.card == card and shape == other and speed.optimizer == config.optim.name:
             used = speed.tokens_per_second * train_flops(theirs) / theirs.tokens / cards.CARDS[card].flops
             found[speed.batch_size] = used
-    return found, "" if found else f"{config.model.name} with {geometry.tokens} tokens was not measured on an {card.upper()}"
+    what = f"{config.model.name} with {geometry.tokens} tokens" + (" and Muon" if config.optim.name == "muon" else "")
+    return found, "" if found else f"{what} was not measured on an {card.upper()}"
 
 
 def nearest(measured: Mapping[int, float], batch_size: int) -> int:
@@ -115,8 +120,9 @@ def basis_of_table(measured: Mapping[int, float], config: Settings, card: str, d
     """From the bare step of one card (`MEASURED`)."""
     batch = nearest(measured, config.batch_size)
     scaling = SCALING if devices > 1 else dict.fromkeys(NAMES, 1.0)
-    source = f"this program's train step on one {card.upper()}, batch {batch} (docs/speed.md)" + _assumed(devices > 1, True)
-    return Basis(source, {name: measured[batch] * scaling[name] * GOODPUT[name] for name in NAMES})
+    step = f"this program's train step on one {card.upper()}, batch {batch}" + (", Muon" if config.optim.name == "muon" else "")
+    used = {name: measured[batch] * scaling[name] * GOODPUT[name] for name in NAMES}
+    return Basis(f"{step} (docs/speed.md){_assumed(devices > 1, True)}", used)
 
 
 def basis_of_speeds(

@@ -206,6 +206,9 @@ def test_overrides_price_and_data_set_size_count(config_file, capsys):
         (("--config.data.image_size=128",), "h200", None),  # 1024 tokens have other attention kernels
         (("--config.remat=full",), "h200", None),
         (("--config.dtype=float32",), "h200", None),
+        (("--config.optim.name=muon",), "h200", 667e3),
+        (("--config.optim.name=muon", "--config.batch_size=256"), "h200", 792e3),
+        (("--config.optim.name=muon",), "h100", None),
     ],
 )
 def test_measured_speeds_are_those_of_the_same_shapes_on_the_same_card(overrides, card, speed, config_file, capsys):
