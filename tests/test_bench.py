@@ -55,7 +55,8 @@ def test_kernels_checks_every_operation_against_float32(tmp_path):
     operations = {field.name for field in dataclasses.fields(kernels.Ops)} - {"prepare_qkv"}
     assert {record["operation"].split(",")[0] for record in records} == operations | {"model"}
     assert all(record["as_accurate"] and record["fused_error"] < 0.05 for record in records)
-    assert [record["operation"] for record in records if record["fused_error"] == 0] == ["pack"]  # a copy
+    (copied,) = (record for record in records if record["operation"] == "packing")
+    assert copied["fused_error"] == copied["plain_error"]  # of a cast
     assert all(record["fused_us"] > 0 and record["plain_us"] > 0 for record in records[:-1])
 
 
@@ -96,6 +97,9 @@ def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
     ("argv", "says"),
     [
         (["step", "--batch_sizes=64,x"], "--batch_sizes=64,x"),
+        (["step", "--accumulation_steps=1,0"], "accumulation_steps=0"),
+        (["step", "--devices=1,2"], "--devices=1,2: 2 devices of the 1 that there are"),
+        (["step", "--forms=zero,zera"], "--forms=zero,zera: zera is not one of data, zero, fsdp"),
         (["sample", "--baseline", "--config.model.class_conditional=False"], "--baseline"),
     ],
 )
@@ -129,6 +133,29 @@ def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatc
     with pytest.raises(UserError, match="batch_size=4 .*remat"):
         step_bench.measure_all(setups, measure)
     assert [json.loads(line)["batch_size"] for line in capsys.readouterr().out.splitlines()] == [2, 8]
+
+
+def test_several_devices_say_their_share_of_as_many_times_one(tmp_path, monkeypatch, capsys):
+    """Every form, number of devices and of micro-batches in one call, each beside one device with the same batch."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    folders = []
+
+    def measure(setup, *_, folder, **__):
+        folders.append(folder.name)
+        steps, devices = setup.settings.optim.accumulation_steps, setup.mesh.size
+        return {"mesh": dict(setup.mesh.shape), "steps": steps, "tokens_per_second": devices * steps * (100 - devices)}
+
+    monkeypatch.setattr(step_bench, "measure", measure)
+    monkeypatch.setattr(card, "matmul_peak", lambda: {"matmul_tflops": 1, "matmul_tflops_sustained": 1})
+    flags = ["--devices=4,1", "--forms=zero,fsdp", "--accumulation_steps=1,2", f"--profile={tmp_path}"]
+    bench.main(["step", f"--config={config}", *flags])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    meshes = [tuple(record["mesh"].values()) for record in records]
+    assert meshes == [(1, 1, 1)] * 2 + [(1, 4, 1), (1, 1, 4)] * 2
+    assert [record["steps"] for record in records] == [1, 2, 1, 1, 2, 2]
+    assert [record["share_of_one"] for record in records] == [1.0] * 2 + [round(96 / 99, 4)] * 4
+    assert len(set(folders)) == len(folders) and folders[-1] == "auto_2_2_fsdp4"
 
 
 def test_no_backward_product_multiplies_zeros():

@@ -35,14 +35,17 @@ def load(args: argparse.Namespace) -> Settings:
     return arguments.load(args.config_arguments, run_length=False).settings
 
 
-def prepare(settings: Settings) -> Setup:
+def prepare(settings: Settings, devices: int | None = None) -> Setup:
     """Check the settings and choose mesh and kernels as a run does. ImageNet's size stands in for a data set's.
+
+    Args:
+      devices: how many to use, the first ones; default all.
 
     Raises:
       UserError: a mistake in the config.
     """
     runtime.use_compilation_cache(settings.compilation_cache)
-    mesh = sharding.mesh_of(settings.mesh)
+    mesh = sharding.mesh_of(settings.mesh, jax.devices()[:devices])
     classes = settings.model.num_classes or (CLASSES if settings.model.class_conditional else 0)
     images = max(IMAGENET_IMAGES, settings.batch_size * mesh.size * settings.optim.accumulation_steps)
     return from_settings.setup(settings, images=images, num_classes=classes, mesh=mesh)

@@ -100,7 +100,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         parameters = [p[index] for p, index in zip(parameters, columns[1:], strict=True)]
         return attention(ops, qkv[..., columns[0][0]], *parameters, **options)
 
-    def pack(ops, *arrays):
+    def packing(ops, *arrays):
         """Copies what crosses devices, into a buffer and out of it, and has no gradients. The last one goes to all of them."""
         *parts, last = jax.lax.stop_gradient(arrays)
         parts.append(last[None])
@@ -128,7 +128,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield "norm_modulate", t, norm, None, [half(t, d), *vectors[1:]], weights[1:]
     if g.context_length:
         yield "gated_residual", g.tokens, residual, None, [half(g.tokens, d), half(g.tokens, d), half(d)], [vector(d)]
-    yield "pack", g.tokens, pack, None, [half(16 * d), half(d + 1)], [vector(d)]
+    yield "packing", g.tokens, packing, None, [half(16 * d), half(d + 1)], [vector(d)]
 
 
 def with_gradients(function: Function, ops: kernels.Ops) -> Callable[..., Any]:

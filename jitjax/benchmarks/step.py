@@ -2,8 +2,10 @@
 
     jitjax bench step --config configs/h200.py --config.optim.accumulation_steps=1 \\
         --config.model.class_conditional=True --kernels plain,fused --batch_sizes 64,256
+    jitjax bench step --config configs/h200.py:finetune --devices 1,2,4,8 --forms zero,fsdp --accumulation_steps 1,2
 
-One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state.
+One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state. On several
+devices `share_of_one` is the rate over that of as many times one device, where one device was measured, too.
 
 `ms` is the time of one optimizer step: the median over `repeats` of (time of `steps` steps back to back) / steps. A card
 that reaches its power limit lowers its clock within a second or two, so fewer than 60 steps flatter. Operations are the
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -26,7 +29,7 @@ from typing import Any
 
 import jax
 
-from jitjax import cards, flops, from_settings, settings, step
+from jitjax import cards, flops, from_settings, settings, sharding, step
 from jitjax.benchmarks import card, common, profile
 from jitjax.errors import UserError
 from jitjax.from_settings import Setup
@@ -39,18 +42,28 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       UserError: a mistake in the configuration, or a variant that does not fit the card (after all were tried).
     """
-    config = common.load(args)
-    variants = list_variants(config, args.kernels.split(",") if args.kernels else [], args.batch_sizes)
-    setups = [common.prepare(variant) for variant in variants]  # mistakes first
+    setups = [common.prepare(*variant) for variant in list_variants(common.load(args), args)]  # mistakes first
     peak = card.matmul_peak()
     common.say(f"matmul {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
+    alone: dict[Any, float] = {}  # tokens/s of one device
 
     def measure_one(setup: Setup) -> dict[str, Any]:
+        config, mesh = setup.settings, setup.mesh
         folder = Path(args.profile) if args.profile else None
         if folder and len(setups) > 1:
-            folder = folder / f"{setup.settings.kernels}_{setup.settings.batch_size}"
-        settings = dict(steps=args.steps, warmup=args.warmup, repeats=args.repeats)
-        return measure(setup, peak, folder=folder, **settings)
+            names = [config.kernels, config.batch_size]
+            if args.devices or args.forms or args.accumulation_steps:
+                form = "".join(f"{axis}{size}" for axis, size in mesh.shape.items() if size > 1)
+                names += [config.optim.accumulation_steps, form or "one"]
+            folder = folder / "_".join(map(str, names))
+        record = measure(setup, peak, folder=folder, steps=args.steps, warmup=args.warmup, repeats=args.repeats)
+        what, rate = (config.kernels, config.batch_size, config.optim.accumulation_steps), record["tokens_per_second"]
+        if mesh.size == 1:
+            alone[what] = rate
+        record["share_of_one"] = round(rate / mesh.size / alone[what], 4) if what in alone else None
+        if mesh.size > 1 and what in alone:
+            common.say(f"{sharding.describe(mesh)}: {record['share_of_one']:.1%} of {mesh.size} times one")
+        return record
 
     records = measure_all(setups, measure_one)
     shares = [record["profile_other"] for record in records if record.get("profile_other") is not None]
@@ -82,18 +95,47 @@ def measure_all(setups: Sequence[Setup], measure_one: Callable[[Setup], dict[str
     return records
 
 
-def list_variants(config: Settings, kernels: Sequence[str], batch_sizes: str) -> list[Settings]:
-    """The settings for each pair of kernels and batch size; an empty list stands for the config's own value."""
-    try:
-        sizes = [int(size) for size in batch_sizes.split(",")] if batch_sizes else [config.batch_size]
-    except ValueError as error:
-        raise UserError(f"--batch_sizes={batch_sizes}: give whole numbers, e.g. 64,256") from error
+def list_variants(config: Settings, args: argparse.Namespace) -> list[tuple[Settings, int]]:
+    """The settings, and the number of devices, of each variant that the flags of `jitjax.bench` name.
+
+    Raises:
+      UserError: a value that is not one, or devices that are not there.
+    """
+    kernels = args.kernels.split(",") if args.kernels else [config.kernels]
+    sizes = _numbers("batch_sizes", args.batch_sizes, "64,256") or [config.batch_size]
+    accumulation = _numbers("accumulation_steps", args.accumulation_steps, "1,2") or [config.optim.accumulation_steps]
+    devices = _numbers("devices", args.devices, "1,2") or [jax.device_count()]
+    forms = args.forms.split(",") if args.forms else [""]
+    if wrong := [form for form in forms if form and form not in sharding.AXES]:
+        raise UserError(f"--forms={args.forms}: {wrong[0]} is not one of {', '.join(sharding.AXES)}")
+    if args.devices and jax.process_count() > 1:
+        raise UserError(f"--devices={args.devices}: works in one process only, and this is one of {jax.process_count()}")
+    if wrong := [count for count in devices if not 1 <= count <= jax.device_count()]:
+        raise UserError(f"--devices={args.devices}: {wrong[0]} devices of the {jax.device_count()} that there are")
+
+    def checked(field: str, value: Any) -> Any:
+        return settings.fields()[field].check(value)
+
     variants = []
-    for size in sizes:
-        for kind in kernels or [config.kernels]:
-            checked = {name: settings.fields()[name].check(value) for name, value in (("batch_size", size), ("kernels", kind))}
-            variants.append(dataclasses.replace(config, **checked))
+    for count, steps, size, kind in itertools.product(sorted(devices), accumulation, sizes, kernels):
+        for form in forms if count > 1 else [forms[0]]:
+            mesh = dict.fromkeys(sharding.AXES, 1) | {form: count} if form else {}
+            changed = dataclasses.replace(
+                config,
+                batch_size=checked("batch_size", size),
+                kernels=checked("kernels", kind),
+                optim=dataclasses.replace(config.optim, accumulation_steps=checked("optim.accumulation_steps", steps)),
+                mesh=dataclasses.replace(config.mesh, **mesh),
+            )
+            variants.append((changed, count))
     return variants
+
+
+def _numbers(flag: str, text: str, example: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError as error:
+        raise UserError(f"--{flag}={text}: give whole numbers, e.g. {example}") from error
 
 
 def measure(

@@ -1,6 +1,7 @@
 """Measure this machine with the program's own code. Each benchmark prints one JSON object a line on stdout, all else on stderr.
 
     jitjax bench step --config configs/h200.py --kernels plain,fused --batch_sizes 64,256
+    jitjax bench step --config configs/h200.py --devices 1,2,4,8 --forms zero,fsdp --batch_sizes 64,256 --accumulation_steps 1,2
     jitjax bench sample --config configs/imagenet.py:b16 --baseline
     jitjax bench checkpoint --config configs/imagenet.py:h16 --directory /disk/to/test
     jitjax bench input --config configs/h200.py --config.data.path=./data/train64
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--warmup", type=at_least(1), default=20, metavar="N", help="steps before the first measurement (20)")
     step.add_argument("--kernels", default="", metavar="A,B", help="kernels to compare, e.g. plain,fused; default the config's")
     step.add_argument("--batch_sizes", default="", metavar="N,M", help="batch sizes to measure; default the config's")
+    step.add_argument("--accumulation_steps", default="", metavar="N,M", help="micro-batches to measure; default the config's")
+    step.add_argument("--devices", default="", metavar="N,M",
+                      help="numbers of devices to measure, the first ones; with 1 among them the others say their share of as "
+                           "many times one; default all devices")  # fmt: skip
+    step.add_argument("--forms", default="", metavar="A,B",
+                      help="ways to share the work over several devices: zero, fsdp, data; default the config's")  # fmt: skip
     step.add_argument("--profile", metavar="DIR", help="write a trace of three steps and a table of its GPU kernels there")
     step.add_argument("--max_other", type=at_least(0, float), default=0.1, metavar="SHARE",
                       help="fail if more of the profiled time belongs to no part of the program (default 0.1)")  # fmt: skip
