@@ -241,7 +241,7 @@ def block_by_block(gather: Callable[[Any, Any], Any], scatter: Callable[[Any, An
             shards, saved, following = residuals
             grads, grad_shared, turn = [], None, None
             for i in reversed(range(len(stages))):
-                whole, following = following, gather(shards[i - 1], grad) if i else None
+                whole, following = following, gather(shards[i - 1], (grad, grad_shared)) if i else None
                 grad_whole, grad, own = plans[i].backward(whole, saved[i], grad)
                 sums, turn = scatter(grad_whole, turn)
                 grads.append(sums)

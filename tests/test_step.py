@@ -139,8 +139,8 @@ def inner(param):
 
 
 def transfers(train_step, *args):
-    """Of every all-to-all of a program, in order: (how many numbers cross, how many matmuls have to come before it, and which
-    of the earlier ones)."""
+    """Of every all-to-all and all-gather of a program, in order: (how many numbers cross, how many matmuls have to come before
+    it, and which of the earlier ones)."""
     jaxpr = jax.make_jaxpr(train_step)(*args).jaxpr
     while not any(eqn.primitive.name == "all_to_all" for eqn in jaxpr.eqns):  # inside jit and shard_map
         jaxpr = max((sub for eqn in jaxpr.eqns for sub in map(inner, eqn.params.values()) if sub), key=lambda j: len(j.eqns))
@@ -152,8 +152,8 @@ def transfers(train_step, *args):
         )
         before = set().union(*(behind[v] for v in eqn.invars if isinstance(v, jax.extend.core.Var) and v in behind))
         behind |= dict.fromkeys(eqn.outvars, before | {number})
-        if eqn.primitive.name == "all_to_all":
-            rows, size = eqn.invars[0].aval.shape
+        if eqn.primitive.name in ("all_to_all", "all_gather"):
+            rows, size = eqn.outvars[0].aval.shape
             earlier = [i for i, n in enumerate(numbers) if n in before]
             found.append((rows * (size - exchange.TURN), sum(matmuls[n] for n in before), earlier))
             numbers.append(number)
@@ -175,6 +175,8 @@ def test_weights_are_gathered_by_nccl_between_processes(split_small, monkeypatch
     train_step, state, batch = _step_and_arguments(small_settings(batch_size=1), axes)
     text = train_step.lower(state, batch).as_text()
     assert text.count("stablehlo.all_gather") > 1 and "_xla_gpu_collective_stream" not in text
+    found = transfers(train_step, state, batch)
+    assert axes == FSDP or all(earlier == [*range(i)] for i, (*_, earlier) in enumerate(found))
     together = train_step(state, batch)[0].params
     monkeypatch.undo()
     chex.assert_trees_all_equal(jax.device_get(together), alone)
@@ -200,7 +202,8 @@ def test_fsdp_gathers_block_by_block_and_again_for_the_backward_pass(split_small
     weights, sums = [*backward[:-1:2]], [*backward[1:-1:2], backward[-1]]
     behind = [found[i][1] for i in weights]
     assert behind[0] > 2 + 2 + 7 * depth  # the whole forward pass
-    assert all(after == before + 8 for before, after in itertools.pairwise(behind))  # gradients of activations, not of weights
+    # Gradients of activations and of the conditioning, not of weights: all that reads a block's weights.
+    assert all(after == before + 9 for before, after in itertools.pairwise(behind))
     assert not any(set(sums) & set(found[i][2]) for i in weights)
     assert all(before in found[i][2] for before, i in itertools.pairwise(sums))
     program = jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr
