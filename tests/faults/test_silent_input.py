@@ -107,7 +107,7 @@ TWO = """
 import sys
 from jitjax import cli, train
 if __name__ == "__main__":
-    train.HANG_SECONDS_OF_SEVERAL = 6.0
+    train.HANG_SECONDS_OF_SEVERAL = 20.0  # the other one waits a tenth longer, and both look once a second
     cli.program(["train", *sys.argv[1:]])
 """
 
