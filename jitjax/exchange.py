@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from jitjax import sharding
@@ -135,12 +136,10 @@ def reduce(
         packed = packing.pack([*members.values(), turn], kind)
         with set_xla_metadata(**OWN_STREAM if jax.process_count() == 1 else {}):
             received = _all_to_all(packed, mesh)
-        start = 0
-        for name, parts in members.items():
-            size = parts[0].size
-            mine = jnp.sum(received[:, start : start + size].astype(f32), axis=0).reshape(parts.shape[1:])
+        rows = pack.plain_unpack(received, [parts[0].size for parts in members.values()])  # XLA reads them in the sums
+        for (name, parts), row in zip(members.items(), rows, strict=True):
+            mine = jnp.sum(row.astype(f32), axis=0).reshape(parts.shape[1:])
             sums[name] = sharding.total(mine.astype(dtype), mesh, ("data",)).astype(f32) if mesh.shape["data"] > 1 else mine
-            start += size
         turn = received[:, :TURN].astype(f32)
     return sums, turn
 
@@ -162,14 +161,10 @@ def _from_owners(parts: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(parts, 0, axis).reshape(*shape[:axis], len(parts) * shape[axis], *shape[axis + 1 :])
 
 
-def sum_together(arrays: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+def sum_together(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     """The sums over all devices of many small float32 arrays, in one transfer."""
-    flat = sharding.total(jnp.concatenate([value.ravel() for value in arrays.values()]), mesh)
-    sums, start = {}, 0
-    for name, value in arrays.items():
-        sums[name] = flat[start : start + value.size].reshape(value.shape)
-        start += value.size
-    return sums
+    flat, apart = ravel_pytree(arrays)
+    return apart(sharding.total(flat, mesh))
 
 
 def leave(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +26,7 @@ def plain_pack(parts: Sequence[jax.Array], dtype: Any) -> jax.Array:
 
 def plain_unpack(packed: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Arrays (R, size) of the given sizes, from the start of (R, S)."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [packed[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return jnp.split(packed, list(itertools.accumulate(sizes)), axis=1)[:-1]
 
 
 def fused_pack(parts: Sequence[jax.Array], dtype: Any) -> jax.Array:
