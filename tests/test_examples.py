@@ -96,6 +96,13 @@ def test_a_regulariser_gets_activations_and_moves_the_weights():
     gradients = [jax.grad(lambda p: t.loss(p, images, None, key).mean())(params) for t in trainers]  # noqa: B023
     with_it, without = (float(jnp.max(jnp.abs(g["patch_embed.proj2.kernel"]))) for g in gradients)
     assert without < 1e-9 < with_it  # a fresh last layer is zero, and so are the gates
+
+    tokens = 3 + jax.random.normal(key, (4, 5, 6))
+    x, t = jnp.zeros((4, 8, 8, 3)), jnp.zeros(4)
+    added = dispersive(x, x, x, t, {"blocks.2.attn": tokens}) - example("own_objective").published(x, x, x, t)
+    apart = [[float(jnp.mean(jnp.square(a - b))) for b in tokens] for a in tokens]
+    np.testing.assert_allclose(added, 0.5 * np.log(np.mean(np.exp(-2 * np.array(apart)), axis=1)), rtol=1e-4)
+
     with pytest.raises(UserError, match="asks for blocks.2.attn, which a model of depth 1 does not have"):
         shallow = jitjax.Trainer(SMALL | {"data.image_size": 8}, images=64, objective=dispersive)
         shallow.loss(shallow.init().params, images, None, key)

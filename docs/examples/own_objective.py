@@ -53,7 +53,10 @@ def dispersive(output, x, e, t, activations):
     """
     (tokens,) = activations.values()
     flat = tokens.astype(jnp.float32).reshape(len(tokens), -1)
-    distances = jnp.sum(jnp.square(flat[:, None] - flat[None]), axis=-1) / flat.shape[1]
+    flat -= jnp.mean(flat, axis=0)  # moves no image relative to another, and keeps the differences below from cancelling
+    products = flat @ flat.T  # a matmul: differences of all pairs would be B times as large as the activations
+    squares = jnp.diagonal(products)
+    distances = (squares[:, None] + squares[None] - 2 * products) / flat.shape[1]
     each = jax.nn.logsumexp(-distances / TEMPERATURE, axis=1) - jnp.log(len(flat))
     return published(output, x, e, t) + WEIGHT * each
 
