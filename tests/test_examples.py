@@ -85,6 +85,16 @@ def test_own_objective_is_what_is_minimised_and_remembered(tmp_path):
         assert (abs(float(metrics["train/loss"]) / losses(tmp_path / "huber")[0] - 1) < 1e-5) == equal
 
 
+def test_the_regulariser_is_the_dispersive_loss():
+    """By the distances of all pairs, of activations that have much in common."""
+    objective = example("own_objective")
+    tokens = 3 + np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
+    x, t = jnp.zeros((4, 8, 8, 3)), jnp.zeros(4)
+    added = objective.dispersive(x, x, x, t, {"blocks.2.attn": jnp.asarray(tokens)}) - objective.published(x, x, x, t)
+    apart = np.mean(np.square(tokens[:, None] - tokens[None]), axis=(2, 3))
+    np.testing.assert_allclose(added, 0.5 * np.log(np.mean(np.exp(-2 * apart), axis=1)), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_regulariser_gets_activations_and_moves_the_weights():
     """Its gradient goes through the activations it asked for, also under rematerialisation; what cannot be had is refused."""
@@ -96,13 +106,6 @@ def test_a_regulariser_gets_activations_and_moves_the_weights():
     gradients = [jax.grad(lambda p: t.loss(p, images, None, key).mean())(params) for t in trainers]  # noqa: B023
     with_it, without = (float(jnp.max(jnp.abs(g["patch_embed.proj2.kernel"]))) for g in gradients)
     assert without < 1e-9 < with_it  # a fresh last layer is zero, and so are the gates
-
-    tokens = 3 + jax.random.normal(key, (4, 5, 6))
-    x, t = jnp.zeros((4, 8, 8, 3)), jnp.zeros(4)
-    added = dispersive(x, x, x, t, {"blocks.2.attn": tokens}) - example("own_objective").published(x, x, x, t)
-    apart = [[float(jnp.mean(jnp.square(a - b))) for b in tokens] for a in tokens]
-    np.testing.assert_allclose(added, 0.5 * np.log(np.mean(np.exp(-2 * np.array(apart)), axis=1)), rtol=1e-4)
-
     with pytest.raises(UserError, match="asks for blocks.2.attn, which a model of depth 1 does not have"):
         shallow = jitjax.Trainer(SMALL | {"data.image_size": 8}, images=64, objective=dispersive)
         shallow.loss(shallow.init().params, images, None, key)
