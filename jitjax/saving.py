@@ -257,6 +257,8 @@ class Checkpoints:
                 f"the {group} are not finite at step {step:,}, so they are not saved; {self.last_good()}. "
                 "Lower --config.optim.lr, or set --config.optim.clip_norm=1"
             )
+        if self._failures and self._is_main:
+            self._remove_unfinished()
         problem = (self._lacks_space(state) or self._lacks_permission()) if self._is_main else None
         if problem := processes.text_of_process_0(problem):
             self._failed(step, UserError(problem))
@@ -326,9 +328,11 @@ class Checkpoints:
             if not self._reported:
                 self.wait()
         finally:
-            self._failures = 0
             with _one_line(self._workdir):
                 self._writer.close()
+            if self._failures and self._is_main:
+                self._remove_unfinished()
+            self._failures = 0
 
     def _start(self, step: int, items: ocp.args.Composite) -> None:
         # A damaged checkpoint of the same step, which was not resumed from, gives way (`force`).
@@ -379,7 +383,7 @@ class Checkpoints:
                 self.last_good(),
             )
         if self._is_main:
-            shutil.rmtree(self._folder / f"{step}{_TEMPORARY}", ignore_errors=True)  # it may hold the space that is lacking
+            self._remove_unfinished()  # it may hold the space that is lacking
 
     def _as_user_error(self) -> UserError:
         self._reported = True
@@ -404,6 +408,7 @@ class Checkpoints:
 
     def _rotate(self) -> None:
         """Delete old checkpoints. Those known to be whole are worth more than those that nobody has verified."""
+        self._remove_unfinished()
         steps = self.steps()
         known = [step for step in steps if step in self._whole]
         keep = set(known[-self._keep_last :])
@@ -424,6 +429,8 @@ class Checkpoints:
                 _log.warning("checkpoint %d could not be deleted (%s)", step, error.strerror)
 
     def _remove_unfinished(self) -> None:
+        """Delete what is left of saves that failed, as far as it goes. For a moment after a failure other threads of Orbax
+        write on, so one call need not get everything: hence again before and after the next save, and at the end."""
         for path in self._folder.glob(f"*{_TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
 
