@@ -2,8 +2,9 @@
 
 What a training step sends, of parameters that are split, crosses as an all-to-all of packed groups of arrays: of weights each
 device sends its part to all others, of gradients each device sends every other the part that the other one owns, to be added
-up in float32, in the same order on every run. Inside one process the copy engines do that, which leave the multiprocessors to
-the computation (`jitjax.runtime`). Between processes weights cross by NCCL's all-gather, which brings a part to a node once.
+up in float32, in the same order on every run. Instead of adaLN's weights its inputs and products cross (`by_columns`). Inside
+one process the copy engines do all that, which leave the multiprocessors to the computation (`jitjax.runtime`). Between
+processes weights cross by NCCL's all-gather, which brings a part to a node once.
 
 Gradients are on their way as soon as the backward pass has them: `leave` and `block_by_block` put the transfers into the
 backward pass itself, a few blocks at a time, and nothing waits for them before the optimizer. When exactly a transfer starts is
@@ -13,8 +14,10 @@ along a few numbers that the one before it has brought (`turn`), and has to wait
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +37,7 @@ SCHEDULE = {
     # links that it would take otherwise, it leaves the time of one: docs/speed-notebook.md.)
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_analytical_sol_latency_estimator": False,
-    # One matmul for the modulations of all blocks would want a third of all weights before the first block.
+    # One matmul for the modulations of all blocks would want a third of all weights before the first block, where they cross.
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
 # In one process. Between several, NCCL's kernels of two streams could keep each other from running.
@@ -167,6 +170,66 @@ def sum_together(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Arra
     return apart(sharding.total(flat, mesh))
 
 
+@jax.named_scope("by_columns")
+def by_columns(
+    kernels: Arrays, inputs: Arrays, split: Collection[str], mesh: Mesh, packing: pack.Packing = pack.PLAIN
+) -> dict[str, jax.Array]:
+    """input @ kernel of the kernels named in `split`, of which each device has its columns.
+
+    Not weights cross and come back as gradients, but the inputs to all devices, and of the products each device's rows to it:
+    fewer numbers where inputs have fewer rows than kernels. Kernels of one shape are multiplied as one batch.
+
+    Args:
+      kernels: this device's columns, (D, P / devices).
+      inputs: this device's rows, (B, D); one array for several kernels crosses once.
+
+    Returns:
+      (B, P) each, in the type of the input.
+    """
+    count = mesh.shape[sharding.split_over(mesh)]
+    batches, whole = {}, {}
+    for name in (name for name in kernels if name in split):
+        batches.setdefault((id(inputs[name]), kernels[name].shape), []).append(name)
+        whole[id(inputs[name])] = inputs[name]
+    for key, rows in whole.items():
+        everywhere = _all_to_all(jnp.broadcast_to(rows, (count, *rows.shape)), mesh)
+        whole[key] = everywhere.reshape(-1, rows.shape[1])
+
+    leaving = []
+    for (key, _), names in batches.items():
+        product = _products(whole[key], [kernels[name] for name in names], packing)  # (K, devices B, P / devices)
+        leaving.append(jnp.swapaxes(product.reshape(len(names), count, -1, product.shape[2]), 0, 1))
+    received = _all_to_all(jnp.concatenate([part.reshape(count, -1) for part in leaving], axis=1), mesh)
+    ends, products = list(itertools.accumulate(part.size // count for part in leaving)), {}
+    for names, part, mine in zip(batches.values(), leaving, jnp.split(received, ends[:-1], axis=1), strict=True):
+        rows = jnp.moveaxis(mine.reshape(part.shape), 0, 2)  # (K, B, devices, P / devices)
+        products |= zip(names, rows.reshape(*rows.shape[:2], -1), strict=True)
+    return products
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _products(rows: jax.Array, kernels: Sequence[jax.Array], packing: pack.Packing) -> jax.Array:
+    """rows @ kernel of each, (K, B, P), as one batch in the type of the rows. Gradients are added up in float32."""
+    return _products_forward(rows, kernels, packing)[0]
+
+
+def _products_forward(rows, kernels, packing):
+    batch = packing.pack([kernel[None] for kernel in kernels], rows.dtype).reshape(len(kernels), *kernels[0].shape)
+    return jnp.broadcast_to(rows, (len(kernels), *rows.shape)) @ batch, (rows, batch)
+
+
+def _products_backward(packing, saved, grads):
+    rows, batch = saved
+    # A GPU would round float32 to TF32 otherwise, as the network's own matmuls are told not to.
+    product = functools.partial(jnp.einsum, preferred_element_type=f32, precision="float32" if rows.dtype == f32 else None)
+    of_rows = product("kbp,kdp->kbd", grads, batch)
+    of_kernels = product("kbd,kbp->kdp", jnp.broadcast_to(rows, (len(batch), *rows.shape)), grads)
+    return jnp.sum(of_rows, axis=0).astype(rows.dtype), list(of_kernels)
+
+
+_products.defvjp(_products_forward, _products_backward)
+
+
 def leave(
     slots: Arrays, values: Arrays, turn: jax.Array, sent: Arrays | None, scale: jax.Array, send: Send
 ) -> tuple[Arrays, jax.Array]:
@@ -234,9 +297,9 @@ def block_by_block(gather: Callable[[Any, Any], Any], scatter: Callable[[Any, An
 
         def backward(residuals, grad):
             shards, saved, following = residuals
-            grads, grad_shared, turn = [], None, None
+            grads, grad_shared, own, turn = [], None, None, None
             for i in reversed(range(len(stages))):
-                whole, following = following, gather(shards[i - 1], (grad, grad_shared)) if i else None
+                whole, following = following, gather(shards[i - 1], (grad, own)) if i else None
                 grad_whole, grad, own = plans[i].backward(whole, saved[i], grad)
                 sums, turn = scatter(grad_whole, turn)
                 grads.append(sums)

@@ -51,8 +51,14 @@ def make(
     """
     if mesh.size == 1:
         return functools.partial(accumulate, objective_of(loss), micro_batches=micro_batches)
-    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype), packing)
-    form = _block_by_block if mesh.shape["fsdp"] > 1 else _during_the_last
+    fsdp = mesh.shape["fsdp"] > 1
+
+    def by_columns(name):
+        # With `zero`, nothing may cross in earlier micro-batches, and the first block would wait for its product.
+        return name.endswith(sharding.COLUMNS) and (fsdp or micro_batches == 1 and not name.startswith(f"{BLOCKS}0."))
+
+    transfers = _Transfers(shapes, mesh, jnp.dtype(dtype), jnp.dtype(comm_dtype), packing, by_columns)
+    form = _block_by_block if fsdp else _during_the_last
     return form(loss, transfers, micro_batches)
 
 
@@ -129,20 +135,39 @@ def _multi_steps(objective, params, parts, scale, skip=optax.skip_not_finite):
 class _Transfers:
     """What crosses devices, for each parameter on a mesh of several devices."""
 
-    def __init__(self, shapes: Params, mesh: Mesh, dtype: Any, comm_dtype: Any, packing: pack.Packing):
+    def __init__(
+        self,
+        shapes: Params,
+        mesh: Mesh,
+        dtype: Any,
+        comm_dtype: Any,
+        packing: pack.Packing,
+        by_columns: Callable[[str], bool],
+    ):
+        """by_columns: for the names of parameters that do not cross where they are split by columns
+        (`jitjax.exchange.by_columns`)."""
         self.mesh, self.specs = mesh, sharding.specs(shapes, mesh)
         parts = mesh.shape[sharding.split_over(mesh)]
-        self._axes = {name: sharding.split_axis(shape.shape, parts) for name, shape in shapes.items()}
+        self._axes = {name: sharding.split_axis(name, shape.shape, parts) for name, shape in shapes.items()}
+        # In their order: that of a set would give every process another program.
+        self._in_place = [name for name, axis in self._axes.items() if axis == 1 and by_columns(name)]
+        self.options = {}  # of the loss
+        if self._in_place:
+            options = dict(split=self._in_place, mesh=mesh, packing=packing)
+            self.options["condition"] = functools.partial(exchange.by_columns, **options)
         # Biases and norm weights cross together at the end: one by one they would cost more in latency than they take.
         self._small = sorted(name for name, shape in shapes.items() if sharding.is_small(shape.shape))
         # The network casts its matrices to the compute type in any case, and adds up class and position embeddings in float32.
         self._types = {name: dtype if name.endswith(".kernel") else f32 for name in shapes}
         self._comm_dtype, self._packing = comm_dtype, packing
 
+    def _stays(self, name: str) -> bool:
+        return name in self._small or name in self._in_place
+
     def gather(self, shards: Params, turn: jax.Array | None = None) -> tuple[Params, jax.Array]:
-        """Whole parameters, as the network takes them, and the next turn."""
-        kept = {name: shard for name, shard in shards.items() if name in self._small}
-        split = {name: shard for name, shard in shards.items() if name not in self._small}
+        """Parameters, as the network takes them, and the next turn."""
+        kept = {name: shard for name, shard in shards.items() if self._stays(name)}
+        split = {name: shard for name, shard in shards.items() if not self._stays(name)}
         whole, turn = exchange.gather(split, self._axes, self._types, self.mesh, self._packing, turn)
         return kept | whole, turn
 
@@ -161,8 +186,8 @@ class _Transfers:
         self, grads: Params, turn: jax.Array | None = None, packing: pack.Packing | None = None
     ) -> tuple[Params, jax.Array]:
         """The sums over devices, float32, and the next turn; small ones stay this device's until `finish`."""
-        kept = {name: grad.astype(f32) for name, grad in grads.items() if name in self._small}
-        leaving = {name: grad for name, grad in grads.items() if name not in self._small}
+        kept = {name: grad.astype(f32) for name, grad in grads.items() if self._stays(name)}
+        leaving = {name: grad for name, grad in grads.items() if not self._stays(name)}
         sums, turn = exchange.reduce(leaving, self._axes, self.mesh, self._comm_dtype, packing or self._packing, turn)
         return kept | sums, turn
 
@@ -179,12 +204,20 @@ class _Transfers:
         rest = exchange.sum_together(rest, self.mesh)
         loss_sum, count = rest.pop("loss"), rest.pop("count")
         grads |= rest
+        if self.mesh.shape["data"] > 1:  # sums over the devices that the state is split over so far
+            in_place = {name: grads[name].astype(self._comm_dtype) for name in self._in_place}
+            in_place = sharding.total(in_place, self.mesh, ("data",))
+            grads |= {name: grad.astype(f32) for name, grad in in_place.items()}
         return grads if scale is None else _unscaled(grads, scale), loss_sum, count
 
+    def slots(self, params: Params) -> Params:
+        """What to differentiate `leaving` with respect to: zeros, and the parameters that do not cross."""
+        return {name: value if name in self._in_place else jnp.zeros(value.shape, f32) for name, value in params.items()}
+
     def leaving(self, slots: Params, whole: Params, sent: Params, scale: jax.Array) -> Params:
-        """`exchange.leave` for all of `whole`, group by group."""
-        result, turn = {}, exchange.first_turn(self.mesh)
-        sizes = {name: value.size * value.dtype.itemsize for name, value in whole.items()}
+        """`exchange.leave` for all of `whole` that crosses, group by group."""
+        result, turn = {name: slots[name] for name in self._in_place if name in whole}, exchange.first_turn(self.mesh)
+        sizes = {name: value.size * value.dtype.itemsize for name, value in whole.items() if name not in result}
         for group in reversed(_groups(sizes, GROUP_BYTES)):
             slot, values, before = ({name: tree[name] for name in group if tree} for tree in (slots, whole, sent))
             values, turn = exchange.leave(slot, values, turn, before or None, scale, self.send)
@@ -212,12 +245,8 @@ def _groups(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def _slots(params: Params) -> Params:
-    return {name: jnp.zeros(value.shape, f32) for name, value in params.items()}
-
-
 def _during_the_last(loss, transfers, micro_batches):
-    objective = objective_of(loss)
+    objective = objective_of(loss, **transfers.options)
 
     def summed(params, batch, keys, scale):
         whole = transfers.gather_in_turn(params)
@@ -231,7 +260,7 @@ def _during_the_last(loss, transfers, micro_batches):
         def leaving(slots, part, scale):
             return objective(transfers.leaving(slots, whole, sent, scale), part, scale)
 
-        (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(_slots(params), last, scale)
+        (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(transfers.slots(params), last, scale)
         if micro_batches == 1:
             return transfers.finish(grads, value, f32(1), scale)
         result = transfers.finish(grads, loss_sum + value, count + 1)
@@ -260,7 +289,7 @@ def _block_by_block(loss, transfers, micro_batches):
         return by_name(transfers.gather, block, None if anchor is None else exchange.turn_behind(anchor, transfers.mesh))[0]
 
     run_blocks = exchange.block_by_block(gather, functools.partial(by_name, transfers.send))
-    objective = objective_of(loss, run_blocks=run_blocks)
+    objective = objective_of(loss, run_blocks=run_blocks, **transfers.options)
 
     def summed(params, batch, keys, scale):
         outside = {name: value for name, value in params.items() if not name.startswith(BLOCKS)}
@@ -274,7 +303,7 @@ def _block_by_block(loss, transfers, micro_batches):
             bad, info = optax.skip_not_finite(updates, *arguments)
             return sharding.total(bad.astype(f32), transfers.mesh) > 0, info
 
-        slots = params | _slots(outside)
+        slots = params | transfers.slots(outside)
         part = batch["image"], batch["label"], keys
         if micro_batches == 1:
             (_, value), grads = jax.value_and_grad(leaving, has_aux=True)(slots, part, scale)

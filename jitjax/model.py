@@ -241,9 +241,10 @@ def affine(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     return matmul(layer, x) + layer.bias[...].astype(x.dtype)
 
 
-def modulations(layer: nnx.Linear, c_BD: jax.Array, parts: int) -> list[jax.Array]:
-    """`affine`, cut into equal parts along the last axis. The bias is added part by part, which XLA makes one kernel of."""
-    x_BP = matmul(layer, c_BD)
+def modulations(layer: nnx.Linear, c_BD: jax.Array, parts: int, product_BP: jax.Array | None = None) -> list[jax.Array]:
+    """`affine`, cut into equal parts along the last axis. The bias is added part by part, which XLA makes one kernel of.
+    `product_BP` is `matmul(layer, c_BD)` where that has been computed already."""
+    x_BP = matmul(layer, c_BD) if product_BP is None else product_BP
     bias_BP = jnp.broadcast_to(layer.bias[...].astype(x_BP.dtype), x_BP.shape)
     cut = (jnp.split(array, parts, axis=-1) for array in (x_BP, bias_BP))
     return [x + bias for x, bias in zip(*cut, strict=True)]
@@ -332,11 +333,11 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(g, self.proj_dropout, rngs)
         self.adaln = linear(g.width, 6 * g.width, rngs, init=zeros)
 
-    def __call__(self, x_BTD, pending, c_BD, rope, keys_B3, ops: kernels.Ops, drop: int = 0):
+    def __call__(self, x_BTD, pending, c_BD, rope, keys_B3, ops: kernels.Ops, drop: int = 0, product_BP=None):
         """Args: x and the `pending` branch of the block before (None at the start), silu of the conditioning, the rope
-        tables, three dropout keys per image or None, how many leading tokens are dropped after the attention. Returns x
-        (first residual merged, without those tokens) and this block's pending."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(self.adaln, c_BD, 6)
+        tables, three dropout keys per image or None, how many leading tokens are dropped after the attention, see
+        `modulations`. Returns x (first residual merged, without those tokens) and this block's pending."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(self.adaln, c_BD, 6, product_BP)
         keys = (None,) * 3 if keys_B3 is None else tuple(keys_B3[:, i] for i in range(3))
         if pending is None:
             h_BTD = ops.norm_modulate(x_BTD, self.norm1.weight[...], shift_a, scale_a)
@@ -358,10 +359,10 @@ class FinalLayer(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames=("ops", "drop"))
-def _apply_block(block: Block, x_BTD, pending, c_BD, rope, keys_B3, *, ops: kernels.Ops, drop: int):
+def _apply_block(block: Block, x_BTD, pending, c_BD, rope, keys_B3, product_BP, *, ops: kernels.Ops, drop: int):
     # jitted so that blocks of equal structure are traced once: a deep model traces as fast as a shallow one.
     # (A scan over layers would too, but copies every saved activation: 40% slower, measured on an H200.)
-    return block(x_BTD, pending, c_BD, rope, keys_B3, ops, drop)
+    return block(x_BTD, pending, c_BD, rope, keys_B3, ops, drop, product_BP)
 
 
 def in_sequence(stages: Sequence[Callable[..., Any]], blocks: Sequence[Block], carry: Any, shared: Any) -> Any:
@@ -410,6 +411,7 @@ class JiT(nnx.Module):
         remat: str = "none",
         dropout_keys: jax.Array | None = None,
         run_blocks: Callable[..., Any] | None = None,
+        condition: Callable[[Params, Params], Params] | None = None,
         observe: Callable[[str, jax.Array], None] | None = None,
     ) -> jax.Array:
         """Args:
@@ -421,6 +423,8 @@ class JiT(nnx.Module):
           remat: what the backward pass computes again: "none", "dots" (all but matmuls) or "full".
           dropout_keys: one key per image, (B,) key array; None switches dropout off.
           run_blocks: how the blocks are run, with the signature of `in_sequence` (the default).
+          condition: (adaLN kernels by parameter name, the conditioning of each) -> products by name, of those for which
+            there is a better way than one matmul in each block.
           observe: called while tracing with ("embed", tokens), then for each block ("blocks.<i>.attn", tokens after the
             attention's residual) and ("blocks.<i>.mlp", the SwiGLU branch), last ("final", output), and with a class head
             ("class_logits", (B, num_classes) float32). For diagnosis.
@@ -436,10 +440,10 @@ class JiT(nnx.Module):
             raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
         if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 matmuls to TF32
             with jax.default_matmul_precision("float32"):
-                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, observe)
-        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, observe)
+                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, condition, observe)
+        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, condition, observe)
 
-    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks, observe):
+    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe):
         g = self.geometry
         observe = observe or (lambda name, x: None)
         ops = ops or kernels.get_ops("plain")
@@ -460,11 +464,19 @@ class JiT(nnx.Module):
             context_BTD = (y_BD[:, None] + self.in_context_pos[...]).astype(dtype) if g.context_length else None
 
         observe("embed", x_BTD)
+        products = [None] * (g.depth + 1)
+        if condition:
+            kernels_DP = {f"blocks.{i}.adaln.kernel": block.adaln.kernel[...] for i, block in enumerate(self.blocks)}
+            kernels_DP["final.adaln.kernel"] = self.final.adaln.kernel[...]
+            inputs = {name: c_without_class_BD if i < g.class_start else c_BD for i, name in enumerate(kernels_DP)}
+            found = condition(kernels_DP, inputs)
+            products = [found.get(name) for name in kernels_DP]
         # Another way to run the blocks may look for what depends on weights alone, which a jitted block hides.
         apply_block = _apply_block if run_blocks is in_sequence else _apply_block.__wrapped__
 
         def stage(i, block, carry, shared):
-            (x_BTD, pending, pooled_BD), (c_BD, c_without_class_BD, context_BTD, keys) = carry, shared
+            x_BTD, pending, pooled_BD = carry
+            c_BD, c_without_class_BD, context_BTD, keys, products = shared
             if g.class_head and i == g.class_start:
                 x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
                 pooled_BD = jnp.mean(x_BTD.astype(jnp.float32), axis=1)
@@ -480,16 +492,16 @@ class JiT(nnx.Module):
                 apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
             rope = rope_tables(g.head_dim, g.grid, context)
             c_BD = c_without_class_BD if i < g.class_start else c_BD
-            x_BTD, pending = apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i])
+            x_BTD, pending = apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i], products[i])
             observe(f"blocks.{i}.attn", x_BTD)
             observe(f"blocks.{i}.mlp", pending[0])
             return x_BTD, pending, pooled_BD
 
         stages = [functools.partial(stage, i) for i in range(g.depth)]
-        shared = c_BD, c_without_class_BD, context_BTD, keys
+        shared = c_BD, c_without_class_BD, context_BTD, keys, products[:-1]
         x_BTD, pending, pooled_BD = run_blocks(stages, self.blocks, (x_BTD, None, None), shared)
 
-        shift, scale = modulations(self.final.adaln, c_BD, 2)
+        shift, scale = modulations(self.final.adaln, c_BD, 2, products[-1])
         _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)
         output_BTV = affine(self.final.linear, h_BTD)
         observe("final", output_BTV)

@@ -5,8 +5,8 @@ scale that lets AdamW's learning rate serve: Liu et al., "Muon is scalable for L
 
 A matrix that stands for several linear maps side by side (`PARTS`) is cut into them first. Matrices of one shape are
 orthogonalised as one batch, and the batch is shared out: each device has whole matrices to do, which cross once there and once
-back, in bfloat16. `optax.contrib.muon` does the same to each matrix by itself, on every device again and only to whole ones;
-from Optax is the momentum.
+back, in bfloat16 (adaLN's, which are split by columns, twice). `optax.contrib.muon` does the same to each matrix by itself, on
+every device again and only to whole ones; from Optax is the momentum.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ def orthogonalised(matrices: Params, params: Params, specs: Mapping[str, Any], m
     """
     over = sharding.split_over(mesh)
     axes = {name: next((axis for axis, used in enumerate(specs[name]) if used), None) for name in matrices}
+    by_columns = [name for name, axis in axes.items() if axis == 1 and len(matrices[name]) % mesh.shape[over] == 0]
+    matrices = matrices | _split_by({name: matrices[name].astype(_half()) for name in by_columns}, over, 0)
+    axes |= dict.fromkeys(by_columns, 0)
     stacks: dict[tuple[int, int, bool], dict[str, jax.Array]] = {}  # by shape of a piece and whether rows are split
     for name, value in matrices.items():
         value = value.astype(_half())
@@ -112,14 +115,15 @@ def orthogonalised(matrices: Params, params: Params, specs: Mapping[str, Any], m
     by_side: dict[int, list[Any]] = {}
     for key, share in shares.items():
         by_side.setdefault(min(share.shape[1:]), []).append(key)
-    done = {}
+    done, scales = {}, {}
     for keys in by_side.values():
         for key, share in zip(keys, newton_schulz([shares[key] for key in keys], steps), strict=True):
             share = _collect(share, sum(map(len, stacks[key].values())), key[-1], mesh)
             scale, start = RMS * max(shares[key].shape[1:]) ** 0.5, 0
             for name, pieces in stacks[key].items():
-                value = jnp.swapaxes(share[start : start + len(pieces)], 0, 1).reshape(pieces.shape[1], -1)
-                done[name], start = value.astype(f32) * scale, start + len(pieces)
+                done[name] = jnp.swapaxes(share[start : start + len(pieces)], 0, 1).reshape(pieces.shape[1], -1)
+                scales[name], start = scale, start + len(pieces)
+    done |= _split_by({name: done[name] for name in by_columns}, over, 1)
 
     def shard(name):
         width = matrices[name].shape[1]
@@ -127,7 +131,20 @@ def orthogonalised(matrices: Params, params: Params, specs: Mapping[str, Any], m
             return jax.lax.dynamic_slice_in_dim(done[name], jax.lax.axis_index(over) * width, width, axis=1)
         return done[name]
 
-    return {name: shard(name) for name in matrices}
+    return {name: shard(name).astype(f32) * scales[name] for name in matrices}
+
+
+def _split_by(matrices: Params, over: str, axis: int) -> Params:
+    """Shards of rows (axis 0) of matrices of which each device has columns, or the other way round (axis 1)."""
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, value in matrices.items():
+        shapes.setdefault(value.shape, []).append(name)
+    result = {}
+    for names in shapes.values():
+        stack = jnp.stack([matrices[name] for name in names])
+        stack = jax.lax.all_to_all(stack, over, split_axis=1 + axis, concat_axis=2 - axis, tiled=True)
+        result |= zip(names, stack, strict=True)
+    return result
 
 
 def _sharing(split: bool, mesh: Mesh) -> tuple[str | None, tuple[str, ...]]:

@@ -195,7 +195,7 @@ def make_examine(settings: Settings, loss: Callable[..., jax.Array], like: step.
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         total, (each, seen) = jax.lax.scan(micro_step, zeros, parts)
         over = sharding.split_over(mesh)
-        axes = {name: sharding.split_axis(grad.shape, mesh.shape[over]) for name, grad in total.items()}
+        axes = {name: sharding.split_axis(name, grad.shape, mesh.shape[over]) for name, grad in total.items()}
         grads, _ = exchange.reduce(total, axes, mesh, comm_dtype)
         grads = jax.tree.map(lambda grad: grad / (micro_batches * mesh.size), grads)
         t, _, dropped, _ = jax.vmap(lambda key: step.randomness(key, batch["image"].shape[1:], settings.diffusion))(keys)

@@ -1,4 +1,4 @@
-"""The device mesh and the one rule from an array's shape to its sharding.
+"""The device mesh and the one rule from a parameter's name and shape to its sharding.
 
 The mesh has three axes, and the batch is split over all of them. They differ in what becomes of parameters, optimizer state
 and EMAs (the "state"):
@@ -28,6 +28,8 @@ from jitjax.errors import UserError
 
 AXES = ("data", "zero", "fsdp")
 BATCH = P(AXES)
+# Matrices whose columns are split instead of their rows, so that a step can do without whole ones (`exchange.by_columns`).
+COLUMNS = ".adaln.kernel"
 # Matrices below this many elements stay whole, as do biases and norm weights: splitting them saves nothing and costs latency.
 SMALLEST_SPLIT = 2**14
 
@@ -82,32 +84,39 @@ def is_small(shape: tuple[int, ...]) -> bool:
     return len(shape) < 2 or math.prod(shape) < SMALLEST_SPLIT
 
 
-def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
-    """The axis of an array that is split: the first that divides evenly, or None for small or odd arrays."""
+def split_axis(name: str, shape: tuple[int, ...], parts: int) -> int | None:
+    """The axis of a parameter that is split: the first that divides evenly, for adaLN the last; None for small or odd ones."""
     if parts == 1 or is_small(shape):
         return None
-    return next((axis for axis, size in enumerate(shape) if size % parts == 0), None)
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if not divisible:
+        return None
+    return divisible[-1] if name.endswith(COLUMNS) else divisible[0]
 
 
-def spec_of(shape: tuple[int, ...], mesh: Mesh) -> P:
-    axis = split_axis(shape, mesh.shape[split_over(mesh)])
+def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    axis = split_axis(name, shape, mesh.shape[split_over(mesh)])
     return P() if axis is None else P(*(None,) * axis, split_over(mesh))
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:
-    """The partition spec of every array (or shape struct) in a tree, by its global shape."""
-    return jax.tree.map(lambda leaf: spec_of(leaf.shape, mesh), tree)
+    """The partition spec of every array (or shape struct) in a tree, by its global shape and the key of the dictionary that it
+    is in, a parameter's name."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(_last_key(path), leaf.shape, mesh), tree)
+
+
+def _last_key(path: tuple[Any, ...]) -> str:
+    return str(getattr(path[-1], "key", "")) if path else ""
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec_of(leaf.shape, mesh)), tree)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh), is_leaf=lambda leaf: isinstance(leaf, P))
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
     """Shape structs with shardings, to restore a checkpoint into."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(leaf.shape, mesh))),
-        tree,
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree, shardings(tree, mesh)
     )
 
 

@@ -97,7 +97,7 @@ def make_loss(
 
     Each key draws an image's time, noise, dropped label and dropout; `objective` compares what the network makes of them with
     the image.
-    Further arguments, `run_blocks` and `observe`, are the network's, see `model.JiT`.
+    Further arguments, `run_blocks`, `condition` and `observe`, are the network's, see `model.JiT`.
     """
     graphdef, d = jit_model.graphdef_of(geometry), diffusion_settings
 

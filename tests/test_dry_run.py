@@ -98,11 +98,12 @@ def test_bytes_and_shards_are_those_of_the_state(data, zero, fsdp, monkeypatch):
 
     assert (found.params, found.optimizer, found.ema) == (held(state.params), held(state.opt_state), held(state.ema))
     assert found.working > 0
-    whole = 4 * sum(value.size for value in state.params.values())
+    layers = [name for name in state.params if name.endswith(sharding.COLUMNS)][1 if zero > 1 else 0 :]  # these do not cross
+    whole = 4 * sum(value.size for name, value in state.params.items() if name not in layers)
     crossed = sum(op.bytes * op.times for op in found.collectives if op.group > 1)
     # Gradients: all-reduce of the whole, or scatter and then reduce of a part. Weights: once, if they are split (with FSDP
     # and a second block, also for the backward pass).
-    assert (1 + (zero * fsdp > 1)) * whole <= crossed <= (1.5 + (zero * fsdp > 1)) * whole
+    assert (1 + (zero * fsdp > 1)) * whole <= crossed <= (1.75 + (zero * fsdp > 1)) * whole  # and what crosses instead
 
 
 # ---------------------------------------------------------------- memory

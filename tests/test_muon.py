@@ -32,6 +32,7 @@ SHAPES = {
     "blocks.0.mlp.w3.kernel": (168, 64),
     "blocks.1.mlp.w3.kernel": (67, 33),
     "blocks.0.adaln.kernel": (64, 384),
+    "blocks.1.adaln.kernel": (64, 384),
     "blocks.0.attn.qkv.bias": (192,),
     "blocks.0.attn.q_norm.weight": (16,),
     "blocks.1.attn.q_norm.weight": (20,),
@@ -207,7 +208,8 @@ def test_parts_of_a_matrix_move_apart():
 @pytest.mark.parametrize("muon_adaln", [False, True])
 def test_what_crosses_devices_and_what_is_stored(muon_adaln):
     """JiT-B on 8 devices: of each of four shapes one transfer there and one back, in bfloat16, and no matrix whole on every
-    device. The state has one value less for each of Muon's parameters, and is counted right."""
+    device; adaLN's, which are split by columns, one more either way. The state has one value less for each of Muon's
+    parameters, and is counted right."""
     named = settings_lib.from_mapping({"optim": {"name": "muon", "muon_adaln": muon_adaln}})  # the published JiT-B/4
     settings, geometry = named, model.geometry_of(named.model, 64, 10)
     mesh = sharding.make_mesh(*ZERO)
@@ -225,7 +227,7 @@ def test_what_crosses_devices_and_what_is_stored(muon_adaln):
         for eqn, _ in equations(jax.make_jaxpr(update)(state.params, state.opt_state, state.params).jaxpr)
         if eqn.primitive.name in ("all_to_all", "all_gather", "psum", "ppermute")
     ]
-    assert len(crossing) == 8 and set(crossing) == {("all_to_all", "bfloat16")}
+    assert len(crossing) == 8 + 2 * muon_adaln and set(crossing) == {("all_to_all", "bfloat16")}
     matrices = [name for name in state.params if name.endswith(".kernel") and name.startswith("blocks.")]
     assert set(state.opt_state.momentum.trace) == {n for n in matrices if muon_adaln or ".adaln." not in n}
     held = sum(leaf.size * 4 for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)) if leaf.ndim)
