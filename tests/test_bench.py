@@ -87,7 +87,7 @@ def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
         assert record["tflops_per_device"] == pytest.approx(tflops, abs=1e-4)
         assert record["mfu"] == pytest.approx(tflops / record["matmul_tflops"], abs=1e-3)
         assert 0 < record["temporary_gib"] < record["program_gib"] and record["compile_seconds"] > 0
-        assert record["mfu_datasheet"] is None and record["card"] is None  # no card here
+        assert record["mfu_datasheet"] is None and record["cards"] is None  # no card here
         folder = tmp_path / "profile" / f"auto_{batch}"
         assert "no GPU kernels" in (folder / "table.txt").read_text()
         assert (folder / "hlo.txt").read_text().startswith("HloModule jit_step")
@@ -179,11 +179,16 @@ def test_no_backward_product_multiplies_zeros():
     assert max(random.values()) < 0.01
 
 
-def test_clock_and_power_are_medians_of_the_whole_lines():
-    text = "1590, 693.10, 700.00, 61\n1980, 300.00, 700.00, 55\n[N/A], [N/A], 700.00, 61\n1575, 695.50, 700.00, 62\n15"
-    expected = {"sm_clock_mhz": 1590, "power_w": 693.1, "power_limit_w": 700, "temperature_c": 61, "samples": 3}
-    assert card.card_medians(text) == expected
-    assert card.card_medians("NVIDIA-SMI has failed\n") is None
+def test_clock_and_power_are_medians_of_each_cards_whole_lines():
+    rows = ["1590, 693.10, 700.00, 61", "1980, 300.00, 700.00, 55", "[N/A], [N/A], 700.00, 61", "1575, 695.50, 700.00, 62"]
+    lines = [f"2, GPU-a, {row}\n3, GPU-b, 1700, 650, 700, 50" for row in rows]
+    text = "\n".join(["", *lines, "2, GPU-a, 15"])
+    first = {"sm_clock_mhz": 1590, "power_w": 693.1, "power_limit_w": 700, "temperature_c": 61, "samples": 3}
+    second = {"sm_clock_mhz": 1700, "power_w": 650, "power_limit_w": 700, "temperature_c": 50, "samples": 4}
+    assert card.card_medians(text, ["2"]) == [first]
+    assert card.card_medians(text, ["GPU-b", "2"]) == [second, first]  # in the order of the devices
+    assert card.card_medians(text, ["2", "4"]) is None
+    assert card.card_medians("NVIDIA-SMI has failed\n", ["0"]) is None
 
 
 # ---------------------------------------------------------------- sample

@@ -7,10 +7,12 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 
 def matmul_peak(size: int | None = None, groups: int = 20, seconds: float = 2.0) -> dict[str, float]:
@@ -42,19 +44,21 @@ def matmul_peak(size: int | None = None, groups: int = 20, seconds: float = 2.0)
 
 
 class CardMonitor:
-    """Clock, power and temperature of the first device while a `with` block runs, from `nvidia-smi`, twice a second."""
+    """Clock, power and temperature of this process's devices while a `with` block runs, from `nvidia-smi`, twice a second."""
 
     FIELDS = ("clocks.sm", "power.draw", "power.limit", "temperature.gpu")
 
+    def __init__(self, mesh: Mesh):
+        self._which = [_smi_name(device) for device in mesh.local_mesh.devices.flat]
+
     def __enter__(self) -> CardMonitor:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-        which = visible or str(jax.local_devices()[0].local_hardware_id or 0)
-        command = ["nvidia-smi", f"--query-gpu={','.join(self.FIELDS)}", "--format=csv,noheader,nounits", "-lms", "500"]
+        query = ",".join(("index", "uuid", *self.FIELDS))
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-lms", "500"]
         self._process = None
         if jax.default_backend() == "gpu":
             try:
                 self._process = subprocess.Popen(
-                    [*command, "-i", which], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                    [*command, "-i", ",".join(self._which)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
                 )
             except OSError:
                 pass
@@ -66,22 +70,35 @@ class CardMonitor:
             self._process.terminate()
             self._text = self._process.communicate()[0]
 
-    def report(self) -> dict[str, Any] | None:
-        """Medians over the samples; None where nvidia-smi is missing or says nothing."""
-        return card_medians(self._text)
+    def report(self) -> list[dict[str, Any]] | None:
+        """Medians over the samples, for each device; None where nvidia-smi is missing or says nothing."""
+        return card_medians(self._text, self._which)
 
 
-def card_medians(text: str) -> dict[str, Any] | None:
-    """Medians of the columns of `CardMonitor.FIELDS` in what nvidia-smi printed; None without a whole line."""
-    rows = []
+def _smi_name(device: jax.Device) -> str:
+    """What nvidia-smi, which does not read CUDA_VISIBLE_DEVICES, calls a device: its index or UUID."""
+    number = device.local_hardware_id or 0
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[number] if number < len(visible) else str(number)
+
+
+def card_medians(text: str, which: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Medians of the columns of `CardMonitor.FIELDS` in what nvidia-smi printed behind index and UUID, for each card in `which`
+    (one or the other); None without a whole line of every card."""
+    rows: dict[str, list[list[float]]] = {}
     for line in text.splitlines():
         try:
-            rows.append([float(value) for value in line.split(",")])
-        except ValueError:  # [N/A], or a line cut off at the end
+            index, uuid, *values = (value.strip() for value in line.split(","))
+            row = [float(value) for value in values]
+        except ValueError:  # no such line, [N/A], or a line cut off at the end
             continue
-    rows = [row for row in rows if len(row) == len(CardMonitor.FIELDS)]
-    if not rows:
+        for name in which:
+            if len(row) == len(CardMonitor.FIELDS) and (name == index or uuid.startswith(name)):
+                rows.setdefault(name, []).append(row)
+    if set(rows) != set(which):
         return None
-    medians = (statistics.median(column) for column in zip(*rows, strict=True))
     names = ("sm_clock_mhz", "power_w", "power_limit_w", "temperature_c")
-    return dict(zip(names, medians, strict=True)) | {"samples": len(rows)}
+    return [
+        dict(zip(names, map(statistics.median, zip(*rows[name], strict=True)), strict=True)) | {"samples": len(rows[name])}
+        for name in which
+    ]

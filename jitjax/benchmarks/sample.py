@@ -60,7 +60,7 @@ def measure(setup: Setup, ways: Sequence[str], repeats: int) -> list[dict[str, A
         programs[way], compile_seconds[way] = common.timed(sampler.program.lower(*inputs).compile)
         jax.block_until_ready(programs[way](*inputs))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    with card.CardMonitor() as monitor:
+    with card.CardMonitor(setup.mesh) as monitor:
         for _ in range(repeats):
             for way in ways:
                 seconds[way].append(common.timed(lambda way=way: programs[way](*inputs))[1])
@@ -87,7 +87,7 @@ def measure(setup: Setup, ways: Sequence[str], repeats: int) -> list[dict[str, A
                 "sampling_steps": p.steps,
                 "cfg_scale": scale_of(setup.settings, way),
                 "interval": list(p.interval),
-                "card": monitor.report(),
+                "cards": monitor.report(),
                 **common.describe(setup),
             }
         )

@@ -5,7 +5,8 @@
     jitjax bench step --config configs/h200.py:finetune --devices 1,2,4,8 --forms zero,fsdp --accumulation_steps 1,2
 
 One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state. On several
-devices `share_of_one` is the rate over that of as many times one device, where one device was measured, too.
+devices `share_of_one` is the rate over that of as many times one device, the first, where that was measured, too. `cards` has
+clock, power and temperature of each: together they keep the pace of the slowest, and cards of one machine differ by percents.
 
 `ms` is the time of one optimizer step: the median over `repeats` of (time of `steps` steps back to back) / steps. A card
 that reaches its power limit lowers its clock within a second or two, so fewer than 60 steps flatter. Operations are the
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       UserError: a mistake in the configuration, or a variant that does not fit the card (after all were tried).
     """
-    setups = [common.prepare(*variant) for variant in list_variants(common.load(args), args)]  # mistakes first
+    setups = [common.prepare(*variant) for variant in _list_variants(args)]  # mistakes first
     peak = card.matmul_peak()
     common.say(f"matmul {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
     alone: dict[Any, float] = {}  # tokens/s of one device
@@ -95,12 +96,13 @@ def measure_all(setups: Sequence[Setup], measure_one: Callable[[Setup], dict[str
     return records
 
 
-def list_variants(config: Settings, args: argparse.Namespace) -> list[tuple[Settings, int]]:
+def _list_variants(args: argparse.Namespace) -> list[tuple[Settings, int]]:
     """The settings, and the number of devices, of each variant that the flags of `jitjax.bench` name.
 
     Raises:
       UserError: a value that is not one, or devices that are not there.
     """
+    config = common.load(args)
     kernels = args.kernels.split(",") if args.kernels else [config.kernels]
     sizes = _numbers("batch_sizes", args.batch_sizes, "64,256") or [config.batch_size]
     accumulation = _numbers("accumulation_steps", args.accumulation_steps, "1,2") or [config.optim.accumulation_steps]
@@ -165,7 +167,7 @@ def measure(
     (state, metrics), first_seconds = common.timed(lambda: compiled(state, batch))
     state, metrics, _ = run_steps(compiled, state, batch, warmup)
     times = []
-    with card.CardMonitor() as monitor:
+    with card.CardMonitor(setup.mesh) as monitor:
         for _ in range(repeats):
             state, metrics, seconds = run_steps(compiled, state, batch, steps)
             times.append(seconds / steps)
@@ -199,7 +201,7 @@ def measure(
         "first_step_seconds": round(first_seconds, 3),
         "profile_other": summary and round(summary.other, 4),
         "loss": round(loss, 5) if math.isfinite(loss) else None,
-        "card": monitor.report(),
+        "cards": monitor.report(),
         **common.describe(setup),
     }
     common.say(
@@ -208,6 +210,9 @@ def measure(
         f"mfu {record['mfu']:.1%}; compiled in {lower_seconds + compile_seconds:.1f} s; "
         f"{record['temporary_gib']} GiB of temporaries"
     )
+    clocks = [one["sm_clock_mhz"] for one in record["cards"] or ()]
+    if len(clocks) > 1:
+        common.say(f"clocks of the cards: {', '.join(f'{mhz:,.0f}' for mhz in clocks)} MHz; all keep the pace of the slowest")
     return record
 
 
