@@ -8,7 +8,8 @@ and returns one number for each image; times, noise, dropped labels, gradients a
 network predicts stays `settings.prediction` ("x", the clean image), so that samplers can read its output.
 
 With an attribute `activations` it gets what the network computed on the way, too, here for a regulariser. The run saves the
-function's name with its configuration and refuses to continue with another one. Whether either helps JiT is not measured.
+function's name with its configuration and refuses to continue with another one. What the dispersive loss gave is in
+docs/fast.md (beside Muon, nothing); the pseudo-Huber loss is not measured.
 """
 
 import sys
