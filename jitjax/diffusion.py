@@ -43,7 +43,7 @@ def loss_of(objective: Objective, network: Callable[..., jax.Array], x: jax.Arra
         if also:
             also(name, value)
 
-    output = network(z, t, y, **options, observe=observe if wanted or also else None)
+    output = network(z, t, y, **options, observe=observe if wanted or also else None, wanted=wanted)
     if missing := [name for name in wanted if name not in seen]:
         raise UserError(f"the objective asks for {missing[0]}, which a model of depth {network.geometry.depth} does not have")
     with jax.named_scope("loss"):
@@ -137,7 +137,8 @@ def with_class_loss(objective: Objective, weight: float) -> Objective:
     names = getattr(objective, "activations", ())
 
     def total(output, x, e, t_B, seen):
-        loss = objective(output, x, e, t_B, seen) if names else objective(output, x, e, t_B)
+        own = [{name: seen[name] for name in names}] if names else []  # what it asked for and no more
+        loss = objective(output, x, e, t_B, *own)
         log_p = jax.nn.log_softmax(seen["class_logits"], axis=-1)
         return loss - weight * jnp.take_along_axis(log_p, seen[LABELS][:, None], axis=-1)[:, 0]
 

@@ -11,7 +11,6 @@ import jax
 from jax.sharding import Mesh
 
 from jitjax import diffusion, kernels, model, sharding, step, transfer
-from jitjax.errors import UserError
 from jitjax.optimizer import make_schedule
 from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
@@ -103,15 +102,8 @@ def make_loss(
 
 
 def make_step(setup: Setup, objective: diffusion.Objective | None = None) -> Any:
-    """The jitted training step of a run, (state, batch) -> (state, metrics); see `step.make_train_step`.
-
-    Raises:
-      UserError: an objective on activations with FSDP, whose blocks keep theirs to themselves.
-    """
+    """The jitted training step of a run, (state, batch) -> (state, metrics); see `step.make_train_step`."""
     settings, mesh = setup.settings, setup.mesh
-    inside = [name for name in getattr(objective, "activations", ()) if name.startswith("blocks.")]
-    if inside and mesh.shape["fsdp"] > 1:
-        raise UserError(f"an objective on {inside[0]} needs --config.mesh.fsdp=1; --config.mesh.zero shards the optimizer")
     return step.make_train_step(
         make_loss(settings, setup.geometry, setup.ops, objective),
         abstract_state(settings, setup.geometry, mesh),

@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -413,6 +413,7 @@ class JiT(nnx.Module):
         run_blocks: Callable[..., Any] | None = None,
         condition: Callable[[Params, Params], Params] | None = None,
         observe: Callable[[str, jax.Array], None] | None = None,
+        wanted: Collection[str] = (),
     ) -> jax.Array:
         """Args:
           z: noised images, (B, S, S, 3) float.
@@ -428,6 +429,8 @@ class JiT(nnx.Module):
           observe: called while tracing with ("embed", tokens), then for each block ("blocks.<i>.attn", tokens after the
             attention's residual) and ("blocks.<i>.mlp", the SwiGLU branch), last ("final", output), and with a class head
             ("class_logits", (B, num_classes) float32). For diagnosis.
+          wanted: what of it to differentiate. `run_blocks` may trace each block by itself, whose activations are nothing to the
+            outside; those in `wanted` are handed on from block to block and observed behind the last one.
 
         Returns:
           (B, S, S, 3) in `dtype`.
@@ -440,10 +443,10 @@ class JiT(nnx.Module):
             raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
         if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 matmuls to TF32
             with jax.default_matmul_precision("float32"):
-                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, condition, observe)
-        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks or in_sequence, condition, observe)
+                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted)
+        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted)
 
-    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe):
+    def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted):
         g = self.geometry
         observe = observe or (lambda name, x: None)
         ops = ops or kernels.get_ops("plain")
@@ -472,10 +475,10 @@ class JiT(nnx.Module):
             found = condition(kernels_DP, inputs)
             products = [found.get(name) for name in kernels_DP]
         # Another way to run the blocks may look for what depends on weights alone, which a jitted block hides.
-        apply_block = _apply_block if run_blocks is in_sequence else _apply_block.__wrapped__
+        apply_block = _apply_block.__wrapped__ if run_blocks else _apply_block
 
         def stage(i, block, carry, shared):
-            x_BTD, pending, pooled_BD = carry
+            x_BTD, pending, pooled_BD, handed_on = carry
             c_BD, c_without_class_BD, context_BTD, keys, products = shared
             if g.class_head and i == g.class_start:
                 x_BTD, pending = ops.gated_residual(x_BTD, *pending), None
@@ -493,13 +496,19 @@ class JiT(nnx.Module):
             rope = rope_tables(g.head_dim, g.grid, context)
             c_BD = c_without_class_BD if i < g.class_start else c_BD
             x_BTD, pending = apply(block, x_BTD, pending, c_BD, rope, None if keys is None else keys[:, i], products[i])
-            observe(f"blocks.{i}.attn", x_BTD)
-            observe(f"blocks.{i}.mlp", pending[0])
-            return x_BTD, pending, pooled_BD
+            for name, value in ((f"blocks.{i}.attn", x_BTD), (f"blocks.{i}.mlp", pending[0])):
+                if run_blocks and name in wanted:
+                    handed_on = handed_on | {name: value}
+                else:
+                    observe(name, value)
+            return x_BTD, pending, pooled_BD, handed_on
 
         stages = [functools.partial(stage, i) for i in range(g.depth)]
         shared = c_BD, c_without_class_BD, context_BTD, keys, products[:-1]
-        x_BTD, pending, pooled_BD = run_blocks(stages, self.blocks, (x_BTD, None, None), shared)
+        carry = x_BTD, None, None, {}
+        x_BTD, pending, pooled_BD, handed_on = (run_blocks or in_sequence)(stages, self.blocks, carry, shared)
+        for name, value in handed_on.items():
+            observe(name, value)
 
         shift, scale = modulations(self.final.adaln, c_BD, 2, products[-1])
         _, h_BTD = ops.residual_norm_modulate(x_BTD, *pending, self.final.norm.weight[...], shift, scale)

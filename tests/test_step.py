@@ -17,7 +17,7 @@ import pytest
 from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import exchange, gradients, hlo, kernels, model, sharding, step
+from jitjax import diffusion, exchange, gradients, hlo, kernels, model, sharding, step
 from jitjax.from_settings import Setup, make_step
 from jitjax.kernels import pack
 from jitjax.plan import make_plan
@@ -28,7 +28,7 @@ CLASSES = 5
 DATA, ZERO, FSDP, HYBRID = (8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1)  # data x zero x fsdp
 
 
-def build(config, axes):
+def build(config, axes, objective=None):
     """State and step on a mesh of these sizes, on the first devices."""
     devices = int(np.prod(axes))
     mesh = sharding.make_mesh(*axes, jax.devices()[:devices])
@@ -37,7 +37,7 @@ def build(config, axes):
     init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
     placed = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
-    return state, make_step(Setup(config, geometry, mesh, plan, "plain", "")), plan, mesh
+    return state, make_step(Setup(config, geometry, mesh, plan, "plain", ""), objective), plan, mesh
 
 
 def batches(plan, mesh, count, size=8):
@@ -50,9 +50,9 @@ def batches(plan, mesh, count, size=8):
         yield jax.device_put(batch, NamedSharding(mesh, sharding.BATCH))
 
 
-def run(config, axes, steps=3):
+def run(config, axes, steps=3, objective=None):
     """Losses and last state. Everywhere all steps share one trace: a second one would compile the model again in mid-run."""
-    state, train_step, plan, mesh = build(config, axes)
+    state, train_step, plan, mesh = build(config, axes, objective)
     losses = []
     chex.clear_trace_counter()
     with mock.patch.object(step, "update_ema", chex.assert_max_traces(step.update_ema, n=1)):
@@ -94,6 +94,31 @@ def test_same_curve_on_any_mesh_and_for_any_cut(reference, split_small, axes, mi
         np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
     assert np.abs(reference[1].params["class_head.kernel"]).mean() > 1e-4
     assert int(state.step) == 3 and int(state.opt_state[0].count) == 3  # optimizer steps, not micro-steps
+
+
+def with_small_activations(output, x, e, t, activations):
+    """A loss of one's own, of what the network computes in front of the blocks, inside two of them and behind."""
+    assert set(activations) == set(with_small_activations.activations)
+    squares = sum(jnp.mean(jnp.square(value.astype(jnp.float32)), axis=(1, 2)) for value in activations.values())
+    return diffusion.published_objective("x", "v", 0.05)(output, x, e, t) + 0.1 * squares
+
+
+with_small_activations.activations = ("embed", "blocks.0.mlp", "blocks.1.attn", "final")
+
+
+@pytest.mark.parametrize("axes, micro_batches", [(FSDP, 1), ((2, 1, 2), 2), pytest.param(ZERO, 2, marks=pytest.mark.slow)])
+def test_a_loss_on_activations_is_the_same_on_any_mesh(split_small, axes, micro_batches):
+    options = EVERYTHING | {"model__depth": 3, "remat": "full"}
+    results = []
+    for mesh, cut in (((1, 1, 1), 1), (axes, micro_batches)):
+        config = small_settings(**options, batch_size=32 // int(np.prod(mesh)) // cut, optim__accumulation_steps=cut)
+        results.append(run(config, mesh, objective=with_small_activations))
+    (losses, one), (found, state) = results
+    np.testing.assert_allclose(found, losses, rtol=2e-6)
+    for name, value in one.params.items():
+        np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
+    plain, _ = run(small_settings(**options, batch_size=32), (1, 1, 1))
+    assert np.all(np.abs(plain - losses) > 1e-4)
 
 
 def outside_loops(text):
