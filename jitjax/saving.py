@@ -322,12 +322,14 @@ class Checkpoints:
             raise self._as_user_error()
 
     def close(self) -> None:
-        """Like `wait`, but what was raised before is not raised again; afterwards nothing of Orbax runs any more."""
+        """Like `wait`, but what was raised before is not raised again; afterwards no thread runs any more."""
         try:
             self._settle()
             if not self._reported:
                 self.wait()
         finally:
+            if self._reserving is not None:  # a thread that still compiles would break the interpreter's end
+                self._reserving.join()
             with _one_line(self._workdir):
                 self._writer.close()
             if self._failures and self._is_main:

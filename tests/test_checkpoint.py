@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -278,6 +280,22 @@ def test_the_first_save_compiles_nothing(tmp_path):
     saved.save(state, 1, META)
     assert not compiled
     saved.close()
+
+
+def test_nothing_compiles_after_close(tmp_path, monkeypatch):
+    """A thread that still compiles when Python ends would end it with an abort, in a script that caught an early error."""
+    begun = threading.Event()
+
+    def slow(groups):
+        begun.set()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(checkpoint, "compile_all_finite", slow)
+    saved = saving.Checkpoints(tmp_path)
+    thread = saved.reserve(LIKE)
+    assert begun.wait(10)
+    saved.close()
+    assert not thread.is_alive()
 
 
 def test_rotation_keeps_the_newest_whole_and_multiples(tmp_path):
