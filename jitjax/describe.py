@@ -163,7 +163,7 @@ def of_schedule(settings: Settings, plan: Plan) -> list[str]:
             f"{RECIPE_BATCH:,}: set --config.optim.lr, or another batch_size or accumulation_steps"
         )
     slow = [decay for decay in settings.optim.ema_decays if decay < 1 and plan.total_steps < 2 / (1 - decay)]
-    if slow and not settings.optim.ema_warmup:
+    if slow and not settings.optim.ema_warmup and not settings.optim.power_emas:  # which are sampled where there are some
         shown = " and ".join(f"{decay:g}" for decay in slow)
         found.append(
             f"an EMA averages about 1 / (1 - decay) steps: with decay {shown} too many for {plan.total_steps:,}, samples "

@@ -4,7 +4,7 @@
 
 Each trial is a run in a folder of --workdir, scored at its end by the eval fields; interrupted, the same command goes on.
 The search starts at --config.optim.lr, or at 2e-4, the recipe's for 1,024 images a step. Make the runs short but not tiny, and
-choose an EMA that fits their length, e.g. --config.optim.ema_decays=(0.999,). Prints a table and the command that trains with
+let them have EMAs that fit any length: --config.optim.power_emas=(0.1,0.05). Prints a table and the command that trains with
 the winner.
 """
 
