@@ -196,6 +196,13 @@ def on_terminal(width, script):
     return [line.rstrip() for line in shown]
 
 
+def test_a_failed_run_says_what_it_knows(tmp_path, capsys):
+    monitor = Monitor(tmp_path, total_steps=400, steps_per_epoch=100, title="JiT-B/4")
+    monitor.write(50, STATUS)
+    monitor.close(1)
+    assert "failed after 0:00:00, last logged step 50 of 400" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_on_a_terminal_one_view_stands_below_the_notes_and_shows_all_there_is(width, tmp_path):
     shown = on_terminal(

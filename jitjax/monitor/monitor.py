@@ -229,9 +229,11 @@ class Monitor:
                 f"{what} at step {self._step:,}; this start took {took}",
                 f"in {self._workdir}: checkpoints/, samples/, metrics.jsonl, log.txt",
             ]
-        what = "stopped as asked" if exit_code > 128 else "failed"
+        where = f"step {self._step:,} of {self._total_steps:,}"
+        # A failure comes between two lines of the log: how many steps there were since the last one is not known here.
+        what = f"stopped as asked at {where} after {took}" if exit_code > 128 else f"failed after {took}, last logged {where}"
         at = f"; last checkpoint: step {self._checkpoint:,}" if self._checkpoint is not None else ""
         return [
-            f"{what} at step {self._step:,} of {self._total_steps:,} after {took}{at}",
+            f"{what}{at}",
             f"the same command resumes from the last checkpoint in {self._workdir}",
         ]
