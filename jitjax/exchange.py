@@ -220,7 +220,7 @@ def _products_forward(rows, kernels, packing):
 
 def _products_backward(packing, saved, grads):
     rows, batch = saved
-    # A GPU would round float32 to TF32 otherwise, as the network's own matmuls are told not to.
+    # By default a GPU rounds float32 to TF32; the network's own matmuls (`model.JiT`) set the precision for the same reason.
     product = functools.partial(jnp.einsum, preferred_element_type=f32, precision="float32" if rows.dtype == f32 else None)
     of_rows = product("kbp,kdp->kbd", grads, batch)
     of_kernels = product("kbd,kbp->kdp", jnp.broadcast_to(rows, (len(batch), *rows.shape)), grads)

@@ -14,6 +14,7 @@ residual addition: they are `pending`, and merge with the next norm into one ope
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -441,10 +442,10 @@ class JiT(nnx.Module):
         g = self.geometry
         if z.shape[1:] != (g.image_size, g.image_size, CHANNELS):
             raise ValueError(f"expected images (B, {g.image_size}, {g.image_size}, {CHANNELS}), got {z.shape}")
-        if jnp.dtype(dtype) == jnp.float32:  # on a GPU "default" would round float32 matmuls to TF32
-            with jax.default_matmul_precision("float32"):
-                return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted)
-        return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted)
+        # On a GPU "default" would round float32 matmuls to TF32.
+        exact = jnp.dtype(dtype) == jnp.float32
+        with jax.default_matmul_precision("float32") if exact else contextlib.nullcontext():
+            return self._forward(z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted)
 
     def _forward(self, z, t, y, dtype, ops, remat, dropout_keys, run_blocks, condition, observe, wanted):
         g = self.geometry
