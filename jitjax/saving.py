@@ -2,19 +2,20 @@
 
 Orbax's `CheckpointManager` is not used: before 0.12.10 it drops earlier steps from `latest_step()` when a background save
 fails, and it removes old steps by number, whatever state the newer ones are in. Its `AsyncCheckpointer` writes the same files.
+
+Which old ones are deleted: `jitjax.retention`. The run's identity and the best checkpoint, in files beside them:
+`jitjax.run_record`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jitjax import checkpoint, host_copy, manifest, processes, settings
+from jitjax import checkpoint, host_copy, manifest, processes, retention, run_record, settings
 from jitjax.errors import UserError
 from jitjax.step import TrainState
-from jitjax.workdir import BEST_FILE
 
-_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder that is being written
 _MAX_FAILURES = 5  # saves in a row that may fail before the run stops
 _RETRY_SECONDS = 60.0
 _COMMIT_SECONDS = 1200  # a save that takes longer in the background has failed
@@ -77,8 +76,8 @@ class Checkpoints:
         if self._is_main:
             with _one_line(self._workdir):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                self._run = self._identity(had_folder)
-                self._remove_unfinished()
+                self._run = run_record.identity(self._workdir, had_folder=had_folder)
+                retention.remove_unfinished(self._folder)
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(
@@ -161,7 +160,8 @@ class Checkpoints:
             steps = sorted(set.intersection(*seen))
             if hidden := sorted(set.union(*seen) - set(steps)):
                 _log.warning("checkpoints %s are not visible to every process: not considered", ", ".join(map(str, hidden)))
-        if lost := processes.text_of_process_0(self._lost() if self._is_main and not steps else None):
+        lost = run_record.lost(self._workdir, self._run) if self._is_main and not steps else None
+        if lost := processes.text_of_process_0(lost):
             raise UserError(lost)
         return steps[::-1]
 
@@ -258,7 +258,7 @@ class Checkpoints:
                 "Lower --config.optim.lr, or set --config.optim.clip_norm=1"
             )
         if self._failures and self._is_main:
-            self._remove_unfinished()
+            retention.remove_unfinished(self._folder)
         problem = (self._lacks_space(state) or self._lacks_permission()) if self._is_main else None
         if problem := processes.text_of_process_0(problem):
             self._failed(step, UserError(problem))
@@ -333,7 +333,7 @@ class Checkpoints:
             with _one_line(self._workdir):
                 self._writer.close()
             if self._failures and self._is_main:
-                self._remove_unfinished()
+                retention.remove_unfinished(self._folder)
             self._failures = 0
 
     def _start(self, step: int, items: ocp.args.Composite) -> None:
@@ -350,7 +350,7 @@ class Checkpoints:
             if self._is_main:
                 manifest.sync_folder(self._folder)
                 self._run["saved"] = step
-                _write_json(self._workdir / checkpoint.RUN_FILE, self._run)
+                run_record.write(self._workdir, self._run)
             self._whole.add(step)
             self._failures = 0
         except BaseException as error:
@@ -363,7 +363,7 @@ class Checkpoints:
 
     def _mark_best(self) -> None:
         if self._best is not None and self._is_main:
-            _write_json(self._workdir / BEST_FILE, self._best)
+            run_record.write_best(self._workdir, self._best)
         self._best = None
 
     def _settle(self) -> None:
@@ -385,7 +385,7 @@ class Checkpoints:
                 self.last_good(),
             )
         if self._is_main:
-            self._remove_unfinished()  # it may hold the space that is lacking
+            retention.remove_unfinished(self._folder)  # it may hold the space that is lacking
 
     def _as_user_error(self) -> UserError:
         self._reported = True
@@ -403,38 +403,24 @@ class Checkpoints:
     def _seal(self) -> None:
         """Called by Orbax in process 0 when all files of the pending step are complete, before the folder gets its name."""
         self._before_commit()
-        folder = self._folder / f"{self._pending}{_TEMPORARY}"
+        folder = self._folder / f"{self._pending}{retention.TEMPORARY}"
         if not folder.is_dir():  # file systems without an atomic rename: Orbax writes in place
             folder = self._folder / str(self._pending)
         manifest.write(folder, step=self._pending, run=self._run["run"])
 
     def _rotate(self) -> None:
-        """Delete old checkpoints. Those known to be whole are worth more than those that nobody has verified."""
-        self._remove_unfinished()
-        steps = self.steps()
-        known = [step for step in steps if step in self._whole]
-        keep = set(known[-self._keep_last :])
-        others = [step for step in steps if step not in keep and step < max(known)]
-        spare = self._keep_last - len(keep)
-        keep.update(others[len(others) - spare :] if spare > 0 else [])
-        keep.add((self.best() or {}).get("step"))
-        for step in others:
-            if step in keep or (self._keep_every and step % self._keep_every == 0):
-                continue
-            try:
-                # Renamed first, so that a checkpoint half deleted by a kill is not taken for a damaged one.
-                doomed = self._folder / f"{step}{_TEMPORARY}"
-                os.rename(self._folder / str(step), doomed)
-                shutil.rmtree(doomed)
+        """Delete old checkpoints."""
+        retention.remove_unfinished(self._folder)
+        superseded = retention.superseded(
+            self.steps(),
+            self._whole,
+            keep_last=self._keep_last,
+            keep_every=self._keep_every,
+            best=(self.best() or {}).get("step"),
+        )
+        for step in superseded:
+            if retention.delete(self._folder, step):
                 self._whole.discard(step)
-            except OSError as error:
-                _log.warning("checkpoint %d could not be deleted (%s)", step, error.strerror)
-
-    def _remove_unfinished(self) -> None:
-        """Delete what is left of saves that failed, as far as it goes. For a moment after a failure other threads of Orbax
-        write on, so one call need not get everything: hence again before and after the next save, and at the end."""
-        for path in self._folder.glob(f"*{_TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def _lacks_space(self, state: TrainState) -> str | None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -455,37 +441,6 @@ class Checkpoints:
             return f"{self._folder} cannot be written ({error.strerror})"
         return None
 
-    # ---------------------------------------------------------------- identity
-
-    def _identity(self, had_folder: bool) -> dict[str, Any]:
-        """{"run": identifier, "saved": last step saved or None}; made where the workdir has none."""
-        file = self._workdir / checkpoint.RUN_FILE
-        run = checkpoint.read_run(self._workdir)
-        if run is not None:
-            return run
-        steps = self.steps()
-        found = next((known["run"] for step in steps[::-1] if (known := _manifest(self._folder / str(step)))), None)
-        if not steps and _last_metric_step(self._workdir):
-            # A workdir of jitjax 0.1.0, which wrote no run.json, or whose run.json is gone as well.
-            state = "is empty" if had_folder else "is missing"
-            if not had_folder:
-                self._folder.rmdir()
-            raise UserError(
-                f"--workdir={self._workdir}: {checkpoint.DIRECTORY}/ {state} though metrics.jsonl reaches step "
-                f"{_last_metric_step(self._workdir):,}: put it back, or use another workdir"
-            )
-        run = {"run": found or uuid.uuid4().hex, "saved": steps[-1] if steps else None}
-        _write_json(file, run)
-        return run
-
-    def _lost(self) -> str | None:
-        if self._run.get("saved") is None:
-            return None
-        return (
-            f"--workdir={self._workdir}: {checkpoint.DIRECTORY}/ holds no checkpoint though step {self._run['saved']:,} was "
-            "saved: put it back, or use another workdir"
-        )
-
 
 def not_finite(state: TrainState) -> str:
     """Name of the first part of `state` with a number that is not finite, "" where there is none. Waits for the device."""
@@ -499,38 +454,6 @@ def _groups(state: TrainState) -> dict[str, Any]:
         **{f"EMA {decay} weights": params for decay, params in state.ema.items()},
         "optimizer moments": state.opt_state,
     }
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        return manifest.read(folder)
-    except (ValueError, OSError):
-        return None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def _last_metric_step(workdir: Path) -> int:
-    """The last step in metrics.jsonl, 0 without one."""
-    try:
-        with open(workdir / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.path.getsize(file.name) - (1 << 16)))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # the last line may be torn
-            continue
-    return 0
 
 
 class _one_line:

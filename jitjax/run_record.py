@@ -1,0 +1,108 @@
+"""What a run records beside its checkpoints: `run.json`, whose they are and the last step saved, and `best.json`, the best one.
+
+Each checkpoint carries the run's identity as well (`jitjax.manifest`), so one of another run is noticed; the last step saved
+tells a run whose checkpoints are gone from one that has not saved yet. Readers of the two files: `jitjax.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jitjax import checkpoint, manifest
+from jitjax.errors import UserError
+from jitjax.workdir import BEST_FILE
+
+
+def identity(workdir: Path, *, had_folder: bool) -> dict[str, Any]:
+    """{"run": identifier, "saved": last step saved or None}; made where the workdir has none.
+
+    Args:
+      had_folder: whether the folder of checkpoints, which is there now, was there before this start.
+
+    Raises:
+      UserError: run.json is damaged, or checkpoints of jitjax 0.1.0 are gone.
+    """
+    run = checkpoint.read_run(workdir)
+    if run is not None:
+        return run
+    folder = workdir / checkpoint.DIRECTORY
+    steps = checkpoint.steps_in(folder)
+    found = next((known["run"] for step in steps[::-1] if (known := _manifest(folder / str(step)))), None)
+    if not steps and _last_metric_step(workdir):
+        # A workdir of jitjax 0.1.0, which wrote no run.json, or whose run.json is gone as well.
+        state = "is empty" if had_folder else "is missing"
+        if not had_folder:
+            folder.rmdir()
+        raise UserError(
+            f"--workdir={workdir}: {checkpoint.DIRECTORY}/ {state} though metrics.jsonl reaches step "
+            f"{_last_metric_step(workdir):,}: put it back, or use another workdir"
+        )
+    run = {"run": found or uuid.uuid4().hex, "saved": steps[-1] if steps else None}
+    write(workdir, run)
+    return run
+
+
+def lost(workdir: Path, run: Mapping[str, Any]) -> str | None:
+    """For a workdir without checkpoints: what to tell the user if `run` (from `identity`) has saved one; None if it has not."""
+    if run.get("saved") is None:
+        return None
+    return (
+        f"--workdir={workdir}: {checkpoint.DIRECTORY}/ holds no checkpoint though step {run['saved']:,} was "
+        "saved: put it back, or use another workdir"
+    )
+
+
+def write(workdir: Path, run: Mapping[str, Any]) -> None:
+    """Write run.json, durably: `run` is what `identity` returns.
+
+    Raises:
+      OSError: no space, no permission, or the disk failed.
+    """
+    _write_json(workdir / checkpoint.RUN_FILE, run)
+
+
+def write_best(workdir: Path, best: Mapping[str, Any]) -> None:
+    """Write best.json, durably: {"step", "metric", "value"}.
+
+    Raises:
+      OSError: as for `write`.
+    """
+    _write_json(workdir / BEST_FILE, best)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return manifest.read(folder)
+    except (ValueError, OSError):
+        return None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _last_metric_step(workdir: Path) -> int:
+    """The last step in metrics.jsonl, 0 without one."""
+    try:
+        with open(workdir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - (1 << 16)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # the last line may be torn
+            continue
+    return 0
