@@ -27,6 +27,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # programs that a test starts f
 
 import json  # noqa: E402
 import sys  # noqa: E402
+import textwrap  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -45,6 +46,25 @@ def shared(path: str) -> Path:
     if not file.exists():
         pytest.skip(f"needs {file}, which is not on this machine")
     return file
+
+
+def json_lines(path):
+    """What stands in a file of JSON lines, e.g. metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_python(script, **env):
+    """Runs a script in a process of its own: W&B keeps state in the process, and a resumed run is a new one."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=clean | {"PYTHONPATH": str(ROOT), "HOME": "/nonexistent"} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
 
 
 def wandb_records(path):
