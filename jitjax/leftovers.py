@@ -13,7 +13,7 @@ from pathlib import Path
 _SHARED = Path("/dev/shm")
 _PREFIX = "jj"
 # By `draw_dataset`, `Workdir.write`, `run_record`, `TimeAccount`, `Anomalies` and, through safetensors, `Snapshots`.
-_WRITTEN = ("config.json", "versions.json", "run.json", "parameters.txt")
+_WRITTEN = ("config.json", "versions.json", "run.json", "best.json", "parameters.txt")
 _PARTIAL = (".shapes.*.partial", "*.json.tmp", "ema/.tmp*", "ema/*.tmp*", *(f".{name}.*" for name in _WRITTEN))
 
 

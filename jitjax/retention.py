@@ -17,38 +17,39 @@ _log = logging.getLogger(__name__)
 
 
 def superseded(
-    steps: Sequence[int], whole: Collection[int], *, keep_last: int, keep_every: int | None, best: int | None
+    steps: Sequence[int], whole: Collection[int], *, keep_last: int, keep_every: int | None, best: Collection[int] = ()
 ) -> list[int]:
     """Steps to delete, ascending. Those known to be whole are worth more than those that nobody has verified.
 
     Args:
       steps: of all checkpoints there are, ascending.
-      whole: those known to be whole, at least one of `steps`.
+      whole: those known to be whole.
       keep_last: how many of the newest stay.
       keep_every: multiples of it stay for good.
-      best: the step of the best checkpoint, which stays.
+      best: steps of the best checkpoints, which stay.
     """
     known = [step for step in steps if step in whole]
-    keep: set[int | None] = set(known[-keep_last:])
+    if not known:
+        return []
+    keep = set(known[-keep_last:])
     others = [step for step in steps if step not in keep and step < max(known)]
     spare = keep_last - len(keep)
     keep.update(others[len(others) - spare :] if spare > 0 else [])
-    keep.add(best)
+    keep.update(best)
     return [step for step in others if step not in keep and not (keep_every and step % keep_every == 0)]
 
 
 def delete(folder: Path, step: int) -> bool:
-    """Delete the checkpoint of `step` in `folder`, <workdir>/checkpoints. Returns whether that went well; a warning says why
-    not."""
+    """Delete the checkpoint of `step` in `folder`, <workdir>/checkpoints. Returns whether it is none any more; a warning says
+    what went wrong."""
+    # Renamed first, so that a checkpoint half deleted by a kill is not taken for a damaged one.
+    source, doomed = folder / str(step), folder / f"{step}{TEMPORARY}"
     try:
-        # Renamed first, so that a checkpoint half deleted by a kill is not taken for a damaged one.
-        doomed = folder / f"{step}{TEMPORARY}"
-        os.rename(folder / str(step), doomed)
+        os.rename(source, doomed)
         shutil.rmtree(doomed)
     except OSError as error:
         _log.warning("checkpoint %d could not be deleted (%s)", step, error.strerror)
-        return False
-    return True
+    return not source.exists()
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -248,7 +248,9 @@ class Checkpoints:
         self._check_limit()
         if self._reserving is not None:
             self._reserving.join()
-        self._best, self._final = None if best is None else {"step": step, **best}, final
+        self._final = final
+        if best is not None:
+            self._best = {"step": step, **best}
         if step in self._whole:
             self._mark_best()
             return
@@ -356,14 +358,22 @@ class Checkpoints:
         except BaseException as error:
             self._failed(step, error)
             return
+        self._mark_best()
         if self._is_main:
-            self._mark_best()
             self._rotate()
         self._committed(step)
 
     def _mark_best(self) -> None:
-        if self._best is not None and self._is_main:
-            run_record.write_best(self._workdir, self._best)
+        """Write best.json if a saved checkpoint waits for that; what fails is tried again with the next save."""
+        if self._best is None or self._best["step"] not in self._whole:
+            return
+        if self._is_main:
+            try:
+                run_record.write_best(self._workdir, self._best)
+            except OSError as error:
+                step = f"{self._best['step']:,}"
+                _log.warning("step %s is not marked as the best (%s): tried again with the next save", step, error.strerror)
+                return
         self._best = None
 
     def _settle(self) -> None:
@@ -411,12 +421,19 @@ class Checkpoints:
     def _rotate(self) -> None:
         """Delete old checkpoints."""
         retention.remove_unfinished(self._folder)
+        try:
+            best = [
+                mark["step"] for mark in (self._best, self.best()) if mark
+            ]  # the first where best.json could not be written
+        except UserError as error:
+            _log.warning("no old checkpoint is deleted: %s", error)
+            return
         superseded = retention.superseded(
             self.steps(),
             self._whole,
             keep_last=self._keep_last,
             keep_every=self._keep_every,
-            best=(self.best() or {}).get("step"),
+            best=best,
         )
         for step in superseded:
             if retention.delete(self._folder, step):

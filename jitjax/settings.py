@@ -461,9 +461,10 @@ def check(settings: Settings) -> None:
     if len(lengths) != 1:
         given = ", ".join(f"--config.{name}={getattr(settings, name)}" for name in lengths) or "none is set"
         raise UserError(f"exactly one run length of {', '.join(RUN_LENGTHS)} must be set: {given}; unset others with =None")
-    decays = settings.optim.ema_decays
-    if len(set(decays)) != len(decays):
-        raise UserError(f"--config.optim.ema_decays={decays}: a decay stands twice")
+    emas = settings.optim.emas
+    if twice := next((ema for ema in emas if emas.count(ema) > 1), None):
+        field = "power_emas" if twice.startswith(POWER) else "ema_decays"
+        raise UserError(f"--config.optim.{field}={getattr(settings.optim, field)}: {twice} stands twice")
     if settings.optim.name == "adamw":
         for name, field in fields_of(Optimizer).items():
             if name.startswith("muon_") and (value := getattr(settings.optim, name)) != field.default:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jitjax import checkpoint, manifest, saving, sharding
+from jitjax import checkpoint, manifest, retention, run_record, saving, sharding
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
@@ -314,6 +314,43 @@ def test_rotation_does_not_count_damaged_ones(copy):
     saved.save(a_state(30), 30, META)  # takes the damaged one's name
     saved.close()
     assert saved.steps() == [25, 30] and resumed(copy) == 30
+
+
+def test_a_best_one_that_cannot_be_marked_stays_and_is_marked_later(tmp_path, caplog, monkeypatch):
+    """The checkpoint itself was written, so the save counts; deleting goes on around it."""
+    saved, committed = saving.Checkpoints(tmp_path, keep_last=1), []
+    monkeypatch.setattr(saved, "_committed", committed.append)
+
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_record, "write_best", refuse)
+        saved.save(a_state(1), 1, META, best={"metric": "eval/fid", "value": 3.0})
+        saved.save(a_state(2), 2, META)
+        saved.wait()
+    assert caplog.text.count("step 1 is not marked as the best (No space left on device): tried again with the next save") == 2
+    assert saved.steps() == [1, 2] == committed and saved.best() is None
+    saved.save(a_state(3), 3, META)
+    saved.close()
+    assert saved.steps() == [1, 3] and saved.best() == {"step": 1, "metric": "eval/fid", "value": 3.0}
+
+
+def test_nothing_is_deleted_while_nobody_knows_which_is_the_best(tmp_path, caplog):
+    saved = saving.Checkpoints(tmp_path, keep_last=1)
+    saved.save(a_state(1), 1, META, best={"metric": "eval/fid", "value": 3.0})
+    saved.wait()
+    (tmp_path / "best.json").write_text("{")
+    saved.save(a_state(2), 2, META)
+    saved.close()
+    assert (
+        saved.steps() == [1, 2] and "no old checkpoint is deleted" in caplog.text and "best.json is unreadable" in caplog.text
+    )
+
+
+def test_checkpoints_deleted_by_somebody_else_do_not_matter():
+    assert retention.superseded([5], [], keep_last=1, keep_every=None) == []
+    assert retention.superseded([], [3], keep_last=1, keep_every=None) == []
 
 
 def test_a_failed_save_is_noticed_and_loses_nothing(copy, caplog, monkeypatch):

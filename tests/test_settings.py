@@ -60,7 +60,8 @@ def test_the_config_dict_has_every_field_and_nothing_else():
     [
         ("preview__interval", (0.9, 0.1), r"--config.preview.interval=\(0.9,0.1\): the first time must be smaller"),
         ("preview__which", "0.7", r"not among the run's EMAs 0.9, 0.5"),
-        ("optim__ema_decays", (0.9, 0.9), r"stands twice"),
+        ("optim__ema_decays", (0.9, 0.9), r"0.9 stands twice"),
+        ("optim__power_emas", (0.1, 0.05, 0.1), r"power:0.1 stands twice"),
         ("epochs", 3.0, r"exactly one run length"),
         ("total_steps", None, r"exactly one run length.*none is set"),
     ],

@@ -40,7 +40,15 @@ def test_segments_go_with_the_next_start():
 
 def test_half_written_files_go_and_the_rest_stays(tmp_path):
     """With the next start, right after the kill; what the user keeps there is not touched."""
-    partial = [".shapes.ab12.partial", ".config.json.x7f", ".run.json.abc", "time.json.tmp", "ema/.tmpA1b", "ema/1-0.05.tmp77"]
+    partial = [
+        ".shapes.ab12.partial",
+        ".config.json.x7f",
+        ".run.json.abc",
+        ".best.json.abc",
+        "time.json.tmp",
+        "ema/.tmpA1b",
+        "ema/1-0.05.tmp77",
+    ]
     stay = ["config.json", "metrics.jsonl", "notes.txt", ".mine.partial", "samples.tmp", "ema/1-0.05.safetensors"]
     (tmp_path / "ema").mkdir()
     for name in partial + stay:
