@@ -71,7 +71,7 @@ def fast() -> None:
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     for name, (color, line, minutes, scores) in runs.items():
         axes.plot(minutes, scores, line, color=color, marker="o", label=name)
-    axes.axhline(65.2, color="#9e9e9e", linewidth=0.8, linestyle=":")
+    axes.axhline(62.3, color="#9e9e9e", linewidth=0.8, linestyle=":", label="its best of a sweep after 10 minutes")
     axes.set(xlabel="minutes of training steps, one H200", ylabel="FD-EfficientNet-Lite0", xlim=(0, 10.8), ylim=0)
     axes.legend(frameon=False)
     figure.savefig(IMAGES / "fast.png", dpi=110)

@@ -121,8 +121,8 @@ def tune(
     say(f"\nbest: {score_of_best} with lr {best.lr:g} after {best.warmup:,} steps of warm-up")
     say(f"train with it: jitjax train {' '.join([*config_arguments, *best.flags])} --workdir {workdir}-best")
     say(
-        "found for this model, data, effective batch and length of run. That it holds for others was not measured: for another "
-        "width, batch or length start the search from it again"
+        "found for this model, data, effective batch and length of run. For others search again: where it was measured "
+        "(docs/method.md, Learning rate) twice the width, and a quarter of the batch, each took the best rate to half or less"
     )
     return 0
 

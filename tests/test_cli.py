@@ -65,6 +65,10 @@ def test_a_data_path_replaces_the_drawn_shapes_and_says_so():
         (["train", "--config=configs/quickstart.py", "--config.seed=a"], "--config.seed=a: must be a whole number"),
         (["train", "--config=configs/quickstart.py", "--config.seed"], "--config.seed needs a value"),
         (["train", "--config=configs/h200.py:foo"], "configs/h200.py:foo is unknown: use pretrain or finetune"),
+        (
+            ["train", "--config=configs/h200_fast.py:foo"],
+            "configs/h200_fast.py:foo is unknown: use pretrain, finetune or minutes",
+        ),
         (["train", "--config=configs/quickstart.py", "--config.epochs=1", "--config.total_steps=2"], "two run lengths are set"),
         (["train", "--config=configs/quickstart.py", "stray"], "unrecognized arguments: stray"),
         (["train", "--data_path", "x"], "--data_path is the flag of the PyTorch code: here it is --config.data.path"),
@@ -133,7 +137,7 @@ def test_workers_never_start_jax():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-H200 = ["h200.py", "h200.py:finetune", "h200_fast.py", "h200_fast.py:finetune"]
+H200 = ["h200.py", "h200.py:finetune", "h200_fast.py", "h200_fast.py:finetune", "h200_fast.py:minutes"]
 
 
 @pytest.mark.parametrize("config", [*H200, "quickstart.py", *(f"imagenet.py:{s}{p}" for s in "blhg" for p in (16, 32))])
@@ -148,19 +152,29 @@ def test_shipped_configs_are_valid(config, monkeypatch):
 def test_the_fast_recipe_differs_in_what_it_says(monkeypatch):
     """`configs/h200_fast.py` is `h200.py` but for the fields that its docstring and docs/fast.md name."""
     monkeypatch.chdir(ROOT)
-    for stage in ("pretrain", "finetune"):
+    recipe = {
+        "optim.name": "muon",
+        "optim.lr": 7e-4,
+        "optim.warmup_epochs": 0.0,
+        "optim.warmup_steps": 300,
+        "optim.power_emas": (0.1, 0.05),
+        "diffusion.p_mean": 0.6,
+        "preview.t_eps": 0.005,
+        "eval.t_eps": 0.005,
+    }
+    measured = {
+        "batch_size": 256,
+        "optim.accumulation_steps": 1,
+        "epochs": None,
+        "total_steps": 7320,
+        "checkpoint.every_epochs": None,
+        "checkpoint.every_steps": 732,
+        "preview.every_epochs": None,
+        "preview.every_steps": 732,
+    }
+    for stage, like, more in (("pretrain", "pretrain", {}), ("finetune", "finetune", {}), ("minutes", "finetune", measured)):
         fast, slow = (
-            dict(settings.flatten(dataclasses.asdict(load(f"--config=configs/{name}:{stage}").settings)))
-            for name in ("h200_fast.py", "h200.py")
+            dict(settings.flatten(dataclasses.asdict(load(f"--config=configs/{name}").settings)))
+            for name in (f"h200_fast.py:{stage}", f"h200.py:{like}")
         )
-        changed = {name: value for name, value in fast.items() if value != slow[name]}
-        assert changed == {
-            "optim.name": "muon",
-            "optim.lr": 7e-4,
-            "optim.warmup_epochs": 0.0,
-            "optim.warmup_steps": 300,
-            "optim.power_emas": (0.1, 0.05),
-            "diffusion.p_mean": 0.6,
-            "preview.t_eps": 0.005,
-            "eval.t_eps": 0.005,
-        }
+        assert {name: value for name, value in fast.items() if value != slow[name]} == {**recipe, **more}

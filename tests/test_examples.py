@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import jitjax
 from jitjax import data, diffusion
@@ -164,3 +166,32 @@ def test_objective_sees_what_made_the_networks_input():
     np.testing.assert_allclose(seen["x"], 1.0)
     np.testing.assert_allclose(loss, 1.0, rtol=1e-5)  # a fresh network predicts 0 for images of 1
     assert float(jnp.std(seen["z"])) > 0.1
+
+
+def test_nearest_finds_planted_copies(tmp_path, capsys):
+    """Three of six samples are training images: at no distance, the right ones, and shown; the others are nothing special."""
+    rng = np.random.default_rng(0)
+    pictures = {name: rng.integers(0, 256, (12, 16, 16, 3), np.uint8) for name in ("train", "val", "samples")}
+    for name in ("train", "val"):
+        (tmp_path / name / "one").mkdir(parents=True)
+        for k, picture in enumerate(pictures[name]):
+            Image.fromarray(picture).save(tmp_path / name / "one" / f"{k:02}.png")
+    samples = np.concatenate([pictures["train"][[7, 0, 11]], pictures["samples"][:3]])
+    np.savez(tmp_path / "samples.npz", arr_0=samples)
+
+    def stream(batches):
+        return ({"features": batch.reshape(len(batch), -1).astype(np.float32)} for batch in batches)
+
+    distance, which = example("nearest").main(
+        tmp_path / "samples.npz",
+        tmp_path / "train",
+        tmp_path / "val",
+        tmp_path / "pairs.png",
+        SimpleNamespace(name="pixels", stream=stream),
+    )
+    assert which[:3].tolist() == [7, 0, 11] and not distance[:3].any() and distance[3:].min() > 1000
+    with Image.open(tmp_path / "pairs.png") as shown:
+        shown = np.asarray(shown)
+    assert shown.shape == (32, 6 * 16, 3) and np.array_equal(shown[:16, :48], shown[16:, :48])
+    printed = capsys.readouterr().out
+    assert "6 samples, 12 training images, 12 held-out ones; pixels" in printed and "samples: 0.00, 0.00" in printed
