@@ -9,15 +9,16 @@ again meets the same stop.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jitjax import atomic
 from jitjax.errors import UserError
 
 FILE = "skipped_steps.json"
@@ -163,13 +164,8 @@ class Anomalies:
     def _write(self) -> None:
         if not self._is_main:
             return
-        file = self._workdir / FILE
-        try:
-            temporary = file.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(dataclasses.asdict(self.skipped)) + "\n")
-            os.replace(temporary, file)
-        except OSError:  # the checkpoint will report the disk
-            pass
+        with contextlib.suppress(OSError):  # the checkpoint will report the disk
+            atomic.write_text(self._workdir / FILE, json.dumps(dataclasses.asdict(self.skipped)) + "\n")
 
 
 def _power_of_two(number: int) -> bool:

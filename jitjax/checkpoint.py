@@ -19,20 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jitjax import manifest, sharding
+from jitjax import finite, manifest, sharding
 from jitjax import model as jit_model
 from jitjax.errors import UserError
 from jitjax.settings import Optimizer
@@ -82,51 +80,6 @@ def defect(folder: Path, run: str | None) -> str | None:
     if run is not None and known["run"] != run:
         return "it was written by another run"
     return manifest.defect(folder, known)
-
-
-def all_finite(groups: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Whether every number of every float array in each tree is finite: a bool scalar a group on the devices; does not wait."""
-    # One small program a shape instead of one of a thousand reductions, which would take seconds to compile. Each device looks
-    # at what it holds; they talk to each other in the last program only. (Emulated devices that reduce many arrays at once can
-    # wait for each other for ever.)
-    return _all({name: [_flags_of(leaf.sharding)(leaf) for leaf in _floats(tree)] for name, tree in groups.items()})
-
-
-def compile_all_finite(groups: Mapping[str, Any]) -> None:
-    """Compile what `all_finite` needs for such trees (shape structs with shardings), so that it runs at once later."""
-    compiled = {}
-
-    def flag_of(leaf):
-        kind = leaf.shape, leaf.dtype, leaf.sharding
-        if kind not in compiled:
-            lowered = _flags_of(leaf.sharding).lower(leaf)
-            (placed,) = jax.tree.leaves(lowered.compile().output_shardings)
-            compiled[kind] = jax.ShapeDtypeStruct(lowered.out_info.shape, jnp.bool_, sharding=placed)
-        return compiled[kind]
-
-    _all.lower({name: [flag_of(leaf) for leaf in _floats(tree)] for name, tree in groups.items()}).compile()
-
-
-def _floats(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-
-@functools.lru_cache
-def _flags_of(placed: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
-    """Jitted: an array that is sharded like this -> a bool for each device, whether all that it holds is finite."""
-
-    def flag(x):
-        return jnp.all(jnp.isfinite(x))[None]
-
-    if not isinstance(placed, jax.sharding.NamedSharding):
-        return jax.jit(flag)
-    mesh, every = placed.mesh, jax.sharding.PartitionSpec(placed.mesh.axis_names)
-    return jax.jit(jax.shard_map(flag, mesh=mesh, in_specs=placed.spec, out_specs=every, check_vma=False))
-
-
-@jax.jit
-def _all(flags: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
-    return {name: jnp.all(jnp.concatenate(found)) if found else jnp.bool_(True) for name, found in flags.items()}
 
 
 def report_skipped(folder: Path, reason: str) -> None:
@@ -287,7 +240,7 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
         )
     except Exception as error:  # without checksums (jitjax 0.1.0) damage shows only here
         raise UserError(f"the checkpoint {folder} cannot be read ({reason_of(error)}): use another") from error
-    if not bool(all_finite({"weights": (restored["params"], restored["ema"])})["weights"]):
+    if not bool(finite.all_finite({"weights": (restored["params"], restored["ema"])})["weights"]):
         raise UserError(f"the checkpoint {folder} holds weights that are not finite: use an earlier one")
     params, *emas = map(jit_model.without_class_head, (restored["params"], *restored["ema"].values()))
     meta = {**meta, "geometry": {**meta["geometry"], "class_head": False}}

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jitjax import pipeline, processes, tables
+from jitjax import atomic, pipeline, processes, tables
 from jitjax.errors import UserError
 from jitjax.monitor import drawn_here, save_animation, save_grid, save_strip
 
@@ -214,12 +214,12 @@ class Folder:
         file = path / RECORD
         if file.exists():
             same_record(read_record(file), record, path)
-        elif any(path.iterdir()):
+        elif any(not file.name.endswith(atomic.SUFFIX) for file in path.iterdir()):
             raise UserError(f"--out={path} holds other files: name a new folder")
         else:
             names = pipe.class_names
             rows = {"labels_by_index": [int(n) for n in numbers], "class_names": list(names)}
-            write_text(file, json.dumps(record | rows))
+            atomic.write_text(file, json.dumps(record | rows))
 
     def _file(self, index: int) -> Path:
         return self._path / f"{index:0{self._digits}d}.png"
@@ -231,12 +231,11 @@ class Folder:
         if jax.process_index():
             return
         for index, image in zip(indices, images, strict=True):
-            partial = self._path / f".{index}.partial"
-            Image.fromarray(image).save(partial, format="PNG")
-            partial.replace(self._file(index))
+            with atomic.writing(self._file(index)) as partial:
+                Image.fromarray(image).save(partial, format="PNG")
 
     def finish(self) -> None:
-        for partial in self._path.glob(".*.partial"):
+        for partial in self._path.glob(f".*{atomic.SUFFIX}"):
             partial.unlink()
 
 
@@ -298,15 +297,14 @@ class Npz:
         self._images[list(indices)] = images
         self._images.flush()
         self._done[list(indices)] = True
-        write_text(self._log, json.dumps(self._record | {"done": np.flatnonzero(self._done).tolist()}))
+        atomic.write_text(self._log, json.dumps(self._record | {"done": np.flatnonzero(self._done).tolist()}))
 
     def finish(self) -> None:
         if not self._main:
             return
         if self._images is not None:
-            partial = self._path.with_name(f".{self._path.name}.partial.npz")
-            np.savez(partial, arr_0=self._images, arr_1=np.asarray(self._numbers, np.int64))
-            partial.replace(self._path)
+            with atomic.writing(self._path) as partial, open(partial, "wb") as file:
+                np.savez(file, arr_0=self._images, arr_1=np.asarray(self._numbers, np.int64))
             self._images = None
         self._partial.unlink(missing_ok=True)
         self._log.unlink(missing_ok=True)
@@ -324,12 +322,6 @@ def writable_folder(path: Path, flag: str = "--out") -> None:
         raise UserError(f"{flag}: the folder {path} cannot be made ({error.strerror}): name another") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{flag}: the folder {path} cannot be written (Permission denied): name another")
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def read_record(path: Path) -> dict[str, Any]:

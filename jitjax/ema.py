@@ -11,10 +11,8 @@ Steps count updates: after the first update step = 1.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jitjax import atomic
 from jitjax.errors import UserError
 
 Arrays = Mapping[str, Any]
@@ -235,14 +234,11 @@ def write_snapshot(folder: Path, step: int, sigma_rel: float, params: Arrays, *,
     if bad:
         raise UserError(f"{path}: {bad[0]} has values that {np.dtype(dtype).name} cannot hold; nothing was written")
     metadata = {"step": str(step), "sigma_rel": repr(float(sigma_rel)), "sha256": _checksum(arrays)}
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(arrays, temporary, metadata)
-        os.replace(temporary, path)
+        with atomic.writing(path) as partial:
+            safetensors.numpy.save_file(arrays, partial, metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written: {error}") from error
     return path
 

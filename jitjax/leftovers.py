@@ -10,11 +10,13 @@ import shutil
 from multiprocessing import shared_memory
 from pathlib import Path
 
+from jitjax import atomic
+
 _SHARED = Path("/dev/shm")
 _PREFIX = "jj"
-# By `draw_dataset`, `Workdir.write`, `run_record`, `TimeAccount`, `Anomalies` and, through safetensors, `Snapshots`.
-_WRITTEN = ("config.json", "versions.json", "run.json", "best.json", "parameters.txt")
-_PARTIAL = (".shapes.*.partial", "*.json.tmp", "ema/.tmp*", "ema/*.tmp*", *(f".{name}.*" for name in _WRITTEN))
+# In a workdir: what `draw_dataset` makes, what safetensors makes under a name of its own, and what `atomic.writing` makes.
+_KINDS = (".*.json", ".*.txt", ".wandb_run_id", "ema/.*.safetensors", "samples/.*.png", "samples/.*.txt")
+_PARTIAL = (".shapes.*.partial", "ema/.tmp*", *(kind + atomic.SUFFIX for kind in _KINDS))
 
 
 def name_segments(owner: int) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import xxhash
 
+from jitjax import atomic
+
 FILE = "checksums.json"
 FORMAT = 1
 # Orbax finishes these two after the checksums are taken. Neither affects what is read back: times, and a marker.
@@ -35,11 +37,7 @@ def write(folder: Path, *, step: int, run: str) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = list(pool.map(lambda name: _digest(folder / name, durable=True), files))
     content = {"format": FORMAT, "run": run, "step": step, "files": dict(zip(files, digests, strict=True))}
-    with open(folder / FILE, "w") as file:
-        file.write(_text(content))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    atomic.write_text(folder / FILE, _text(content), durable=True)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -90,17 +88,6 @@ def defect(folder: Path, content: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems refuse to sync a folder
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _listed(folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import uniform_filter1d
 
-from jitjax import settings, timing
+from jitjax import atomic, settings, timing
 from jitjax.errors import UserError
 from jitjax.monitor.metrics import read_records
 from jitjax.monitor.view import duration
@@ -134,12 +134,9 @@ def write_report(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike |
         data=json.dumps(_data(runs)).replace("</", "<\\/"),
         plotly=get_plotlyjs(),
     )
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
+        atomic.write_text(out, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"--out={out} cannot be written ({error.strerror}): choose another") from None
     return out
 

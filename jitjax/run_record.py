@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jitjax import checkpoint, manifest
+from jitjax import atomic, checkpoint, manifest
 from jitjax.errors import UserError
 from jitjax.workdir import BEST_FILE
 
@@ -64,7 +63,7 @@ def write(workdir: Path, run: Mapping[str, Any]) -> None:
     Raises:
       OSError: no space, no permission, or the disk failed.
     """
-    _write_json(workdir / checkpoint.RUN_FILE, run)
+    atomic.write_text(workdir / checkpoint.RUN_FILE, json.dumps(run) + "\n", durable=True)
 
 
 def write_best(workdir: Path, best: Mapping[str, Any]) -> None:
@@ -73,7 +72,7 @@ def write_best(workdir: Path, best: Mapping[str, Any]) -> None:
     Raises:
       OSError: as for `write`.
     """
-    _write_json(workdir / BEST_FILE, best)
+    atomic.write_text(workdir / BEST_FILE, json.dumps(best) + "\n", durable=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -81,15 +80,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return manifest.read(folder)
     except (ValueError, OSError):
         return None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _last_metric_step(workdir: Path) -> int:

@@ -10,6 +10,7 @@ Which old ones are deleted: `jitjax.retention`. The run's identity and the best 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -25,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jitjax import checkpoint, host_copy, manifest, processes, retention, run_record, settings
+from jitjax import atomic, checkpoint, finite, host_copy, manifest, processes, retention, run_record, settings
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
@@ -127,7 +128,7 @@ class Checkpoints:
             check(meta)
             try:
                 state, reason = self.restore(step, like), None
-                if group := not_finite(state):
+                if group := finite.not_finite(state):
                     reason = f"its {group} are not finite"
             except Exception as error:  # Orbax and TensorStore raise many kinds for files that are not what they were
                 state, reason = None, f"it cannot be read ({checkpoint.reason_of(error)})"
@@ -197,7 +198,7 @@ class Checkpoints:
 
         def prepare() -> None:
             with contextlib.suppress(Exception):  # the first save will say it
-                checkpoint.compile_all_finite(_groups(like))
+                finite.compile_all_finite(finite.groups_of(like))
                 if alone and jax.default_backend() != "cpu":
                     powers = {name: params for name, params in like.ema.items() if name.startswith(settings.POWER)}
                     leaves = jax.tree.leaves((like, powers))
@@ -218,8 +219,20 @@ class Checkpoints:
             raise UserError(f"--workdir={self._workdir}: {reason}: free some and run the same command again")
 
     def best(self) -> dict[str, Any] | None:
-        """{"step", "metric", "value"} of the checkpoint that was saved as the best; None where there is none."""
-        return checkpoint.read_best(self._workdir)
+        """{"step", "metric", "value"} of the checkpoint that was saved as the best, or is being saved; None: there is none.
+        All processes must ask, and get what process 0 knows.
+
+        Raises:
+          UserError: best.json is unreadable.
+        """
+        mark = problem = None
+        try:
+            mark = self._best or checkpoint.read_best(self._workdir)
+        except UserError as error:
+            problem = str(error)
+        if problem := processes.text_of_process_0(problem):
+            raise UserError(problem)
+        return json.loads(processes.text_of_process_0(json.dumps(mark)))
 
     def save(
         self,
@@ -254,7 +267,7 @@ class Checkpoints:
         if step in self._whole:
             self._mark_best()
             return
-        if group := not_finite(state):
+        if group := finite.not_finite(state):
             raise UserError(
                 f"the {group} are not finite at step {step:,}, so they are not saved; {self.last_good()}. "
                 "Lower --config.optim.lr, or set --config.optim.clip_norm=1"
@@ -350,7 +363,7 @@ class Checkpoints:
                 items = None  # the copy on the host is free as soon as Orbax has written it
             self._writer.wait_until_finished()
             if self._is_main:
-                manifest.sync_folder(self._folder)
+                atomic.sync_folder(self._folder)
                 self._run["saved"] = step
                 run_record.write(self._workdir, self._run)
             self._whole.add(step)
@@ -385,6 +398,8 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException) -> None:
         self._error, self._failed_at, self._reported = error, time.monotonic(), False
         self._failures += 1
+        if self._best is not None and self._best["step"] == step:
+            self._best = None  # the one before stays the best
         if self._failures < _MAX_FAILURES and jax.process_count() == 1 and not self._final:
             _log.warning(
                 "saving step %s failed (%s); training goes on, failure %d of at most %d in a row; %s",
@@ -422,9 +437,7 @@ class Checkpoints:
         """Delete old checkpoints."""
         retention.remove_unfinished(self._folder)
         try:
-            best = [
-                mark["step"] for mark in (self._best, self.best()) if mark
-            ]  # the first where best.json could not be written
+            marks = self._best, checkpoint.read_best(self._workdir)  # the first where best.json could not be written
         except UserError as error:
             _log.warning("no old checkpoint is deleted: %s", error)
             return
@@ -433,7 +446,7 @@ class Checkpoints:
             self._whole,
             keep_last=self._keep_last,
             keep_every=self._keep_every,
-            best=best,
+            best=[mark["step"] for mark in marks if mark],
         )
         for step in superseded:
             if retention.delete(self._folder, step):
@@ -457,20 +470,6 @@ class Checkpoints:
         except OSError as error:
             return f"{self._folder} cannot be written ({error.strerror})"
         return None
-
-
-def not_finite(state: TrainState) -> str:
-    """Name of the first part of `state` with a number that is not finite, "" where there is none. Waits for the device."""
-    finite = jax.device_get(checkpoint.all_finite(_groups(state)))
-    return next((name for name in _groups(state) if not finite[name]), "")
-
-
-def _groups(state: TrainState) -> dict[str, Any]:
-    return {
-        "weights": state.params,
-        **{f"EMA {decay} weights": params for decay, params in state.ema.items()},
-        "optimizer moments": state.opt_state,
-    }
 
 
 class _one_line:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jitjax import atomic
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
 
@@ -111,7 +112,6 @@ class Results:
         Raises:
           UserError: the file or the plot's place holds something else, e.g. another sweep; names what differs.
         """
-        from jitjax import draw  # only now: it imports JAX
 
         self.path, self.picture, self._known, self._write = path, path.with_suffix(".png"), {}, write
         if path.suffix != ".jsonl":
@@ -120,7 +120,7 @@ class Results:
             if self.picture.exists():
                 raise UserError(f"--out={path}: the plot would replace {self.picture}: name another file")
             if write:
-                draw.write_text(path, json.dumps({"setup": setup}) + "\n")
+                atomic.write_text(path, json.dumps({"setup": setup}) + "\n")
             return
         try:
             texts = path.read_text().splitlines()
@@ -134,7 +134,7 @@ class Results:
         if differing:
             raise UserError(f"--out={path} holds another sweep ({'; '.join(differing)}): name another file")
         if torn and write:
-            draw.write_text(path, "".join(f"{text}\n" for text in texts[:-1]))
+            atomic.write_text(path, "".join(f"{text}\n" for text in texts[:-1]))
         self._known = known
 
     def get(self, point: Point) -> dict[str, float] | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from jitjax import atomic
 
 FILE = "time.json"
 # "startup": from the first line of a start to the loop; "compile": until the first step is done; "step": the loop's own time,
@@ -142,9 +143,7 @@ class TimeAccount:
             "saves": self._saves,
         }
         with contextlib.suppress(OSError):
-            temporary = self._file.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(temporary, self._file)
+            atomic.write_text(self._file, json.dumps(content, indent=1) + "\n")
 
     def _read(self) -> tuple[dict[str, float], int, dict[int, float], int]:
         try:

@@ -11,12 +11,11 @@ import os
 import platform
 import socket
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jitjax import leftovers, paths
+from jitjax import atomic, leftovers, paths
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
 from jitjax.settings import Settings, differing_fields, flatten, to_dict
@@ -125,10 +124,7 @@ class Workdir:
         if not self.is_main:
             return
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self.path, prefix=f".{name}.", delete=False) as file:
-                file.write(text + "\n")
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, self.path / name)
+            atomic.write_text(self.path / name, text + "\n")
         except OSError as error:
             raise UserError(
                 f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jitjax import checkpoint, manifest, retention, run_record, saving, sharding
+from jitjax import checkpoint, finite, manifest, retention, run_record, saving, sharding
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
@@ -290,7 +290,7 @@ def test_nothing_compiles_after_close(tmp_path, monkeypatch):
         begun.set()
         time.sleep(0.3)
 
-    monkeypatch.setattr(checkpoint, "compile_all_finite", slow)
+    monkeypatch.setattr(finite, "compile_all_finite", slow)
     saved = saving.Checkpoints(tmp_path)
     thread = saved.reserve(LIKE)
     assert begun.wait(10)
@@ -330,10 +330,29 @@ def test_a_best_one_that_cannot_be_marked_stays_and_is_marked_later(tmp_path, ca
         saved.save(a_state(2), 2, META)
         saved.wait()
     assert caplog.text.count("step 1 is not marked as the best (No space left on device): tried again with the next save") == 2
-    assert saved.steps() == [1, 2] == committed and saved.best() is None
+    assert saved.steps() == [1, 2] == committed and checkpoint.read_best(tmp_path) is None and saved.best()["step"] == 1
     saved.save(a_state(3), 3, META)
     saved.close()
     assert saved.steps() == [1, 3] and saved.best() == {"step": 1, "metric": "eval/fid", "value": 3.0}
+
+
+def test_the_best_one_is_known_from_the_moment_it_is_saved(tmp_path, monkeypatch):
+    """A score that comes before the files are written is compared with it, and with the one before if that save fails."""
+    saved, wait = saving.Checkpoints(tmp_path, keep_last=1), threading.Event()
+    saved.save(a_state(1), 1, META, best={"metric": "eval/fid", "value": 3.0})
+    saved.wait()
+
+    def refuse(*args, **kwargs):
+        wait.wait(10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manifest, "write", refuse)
+    saved.save(a_state(2), 2, META, best={"metric": "eval/fid", "value": 2.0})
+    assert saved.best()["step"] == 2
+    wait.set()
+    with pytest.raises(UserError, match="the last good checkpoint is step 1"):
+        saved.wait()
+    assert saved.best()["step"] == 1
 
 
 def test_nothing_is_deleted_while_nobody_knows_which_is_the_best(tmp_path, caplog):

@@ -1,8 +1,10 @@
 """Scores during training, the best checkpoint, power-function EMAs in a run, and the sweep's search."""
 
 import json
+import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -15,6 +17,7 @@ from jitjax import cli, ema, sweep
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
+from jitjax.evaluation import live
 from jitjax.train import train
 
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")  # the mean colour of an image: three features
@@ -204,3 +207,10 @@ def test_another_models_scores_are_not_taken(scored, tmp_path, capsys):
     assert cli.main(["convert", "--from", str(scored), "--to", str(model), "--which", "model"]) == 0
     assert cli.main(argv) == 2
     assert "weights: {'model': " in capsys.readouterr().err
+
+
+def test_a_score_that_is_not_finite_is_never_the_best():
+    evaluation = SimpleNamespace(metric="eval/fid")
+    for before in (None, {"metric": "eval/fid", "value": 3.0}):
+        assert live.LiveEvaluation.best(evaluation, {"eval/fid": math.nan}, before) is None
+    assert live.LiveEvaluation.best(evaluation, {"eval/fid": 2.0}, {"metric": "eval/fid", "value": 3.0})["value"] == 2.0

@@ -27,6 +27,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jitjax import atomic
 from jitjax.data import rules
 from jitjax.data.files import failure, unreadable
 from jitjax.data.image import MAX_FILE_BYTES, BadImage
@@ -414,7 +415,7 @@ def decompress(path: str, target: str, where: str) -> None:
     """
     packed, total = os.path.getsize(path), 0
     try:
-        with outer_compression(path)(path, "rb") as source, open(target + ".tmp", "wb") as file:
+        with outer_compression(path)(path, "rb") as source, atomic.writing(target) as partial, open(partial, "wb") as file:
             while piece := source.read(_PIECE):
                 total += len(piece)
                 _refuse_bomb(total, packed, where)
@@ -423,7 +424,6 @@ def decompress(path: str, target: str, where: str) -> None:
         raise UserError(f"{where} is damaged: {' '.join(str(error).split())}; fetch it again") from None
     except OSError as error:
         raise UserError(f"{where} cannot be decompressed to {target}: {error.strerror or error}") from None
-    os.replace(target + ".tmp", target)
 
 
 def _refuse_bomb(total: int, packed: int, where: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jitjax import atomic
 from jitjax.data.files import unreadable
 from jitjax.data.image import BadImage, decode, is_constant
 from jitjax.data.inputs import Input
@@ -77,45 +78,44 @@ def write_shard(
 
     skipped: list[dict[str, str]] = []
     class_counts = np.zeros(max(1, len(source.classes)), np.int64)
-    temporary, constant = path + ".tmp", 0
+    constant = 0
     try:
-        writer = array_record_module.ArrayRecordWriter(temporary, WRITER_OPTIONS)
-        for index, data in zip(indices.tolist(), _read(source, indices), strict=True):
-            try:
-                if isinstance(data, BadImage):
-                    raise data
-                image = decode(
-                    data,
-                    settings.image_size,
-                    settings.exif_rotate,
-                    all_formats=settings.all_formats,
-                    high_depth=settings.high_depth,
-                )
-            except BadImage as error:
-                if fail_on_bad:
-                    raise UserError(f"{source.name(index)} cannot be used: {error}; repair it or use --on_bad skip") from None
-                skipped.append({"name": source.name(index), "reason": str(error)})
-            else:
-                label = int(source.labels[index])
-                class_counts[label] += 1
-                constant += is_constant(image)
-                writer.write(
-                    label.to_bytes(LABEL_BYTES, "little", signed=True) + encode(image, settings.encoding, settings.quality)
-                )
-            step()
-        writer.close()
-        _sync(temporary)
-        count = int(class_counts.sum())
-        entry = {
-            "file": os.path.basename(path),
-            "count": count,
-            "bytes": os.path.getsize(temporary),
-            "sha256": sha256(temporary),
-        }
-        os.replace(temporary, path)
+        with atomic.writing(path, durable=True) as partial:
+            writer = array_record_module.ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+            for index, data in zip(indices.tolist(), _read(source, indices), strict=True):
+                try:
+                    image = _pixels(data, settings)
+                except BadImage as error:
+                    name = source.name(index)
+                    if fail_on_bad:
+                        raise UserError(f"{name} cannot be used: {error}; repair it or use --on_bad skip") from None
+                    skipped.append({"name": name, "reason": str(error)})
+                else:
+                    label = int(source.labels[index])
+                    class_counts[label] += 1
+                    constant += is_constant(image)
+                    head = label.to_bytes(LABEL_BYTES, "little", signed=True)
+                    writer.write(head + encode(image, settings.encoding, settings.quality))
+                step()
+            writer.close()
+            count, size, digest = int(class_counts.sum()), os.path.getsize(partial), sha256(partial)
     except (OSError, RuntimeError, ValueError) as error:  # ArrayRecord turns a failed write into one of the latter two
         raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+    entry = {"file": os.path.basename(path), "count": count, "bytes": size, "sha256": digest}
     return {**entry, "class_counts": class_counts.tolist(), "skipped": skipped, "constant": constant}
+
+
+def _pixels(data: bytes | BadImage, settings: Settings) -> np.ndarray:
+    """(S, S, 3) uint8 from what `_read` gave. Raises BadImage."""
+    if isinstance(data, BadImage):
+        raise data
+    return decode(
+        data,
+        settings.image_size,
+        settings.exif_rotate,
+        all_formats=settings.all_formats,
+        high_depth=settings.high_depth,
+    )
 
 
 def _read(source: Input, indices: np.ndarray) -> Iterator[bytes | BadImage]:
@@ -161,20 +161,6 @@ def sha256(path: str) -> str:
 def write_json(path: str, content: Any) -> None:
     """Writes a JSON file so that it is there completely or not at all, even if the power goes. UserError: disk full."""
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-        _sync(os.path.dirname(path) or ".")
+        atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n", durable=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@ and without it."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ class LiveEvaluation:
         if self.metric not in scores:
             raise UserError(f"--config.eval.metric={self.metric.removeprefix('eval/')} is not among {', '.join(scores)}")
         value = scores[self.metric]
+        if not math.isfinite(value):
+            return None
         if before is not None and before["metric"] == self.metric:
             sign = -1 if higher_is_better(self.metric) else 1
             if sign * value >= sign * before["value"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jitjax import draw, pipeline, tables
+from jitjax import atomic, draw, pipeline, tables
 from jitjax.data import open_dataset
 from jitjax.errors import UserError
 from jitjax.evaluation.extractor import open_extractor
@@ -81,7 +81,7 @@ def evaluate(
     for line in report_lines(result):
         say(line)
     if json_file and jax.process_index() == 0:
-        draw.write_text(Path(json_file).expanduser(), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
+        atomic.write_text(Path(json_file).expanduser(), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
     return 0
 
 

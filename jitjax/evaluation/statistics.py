@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jitjax import atomic
 from jitjax.errors import UserError
 
 FID_EXTRACTOR = "inception-v3-2015-12-05"  # what files of other evaluators hold, which do not name their extractor
@@ -144,14 +145,11 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
         raise UserError(f"{path}: statistics are written as .npz; choose a name that ends so")
     values = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(statistics)}
     arrays = {name: np.asarray(value) for name, value in values.items() if value is not None}
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with atomic.writing(path, shared=True) as partial, open(partial, "wb") as file:
             np.savez(file, jitjax_format=np.int64(_FORMAT), **arrays)
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 

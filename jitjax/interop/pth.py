@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from jitjax import atomic
 from jitjax.errors import UserError
 from jitjax.interop import pickles
 from jitjax.interop.pickles import BadFile
@@ -243,7 +244,6 @@ def write_pth(path: str | Path, content: Any) -> None:
     """
     path, arrays, pickled = Path(path).expanduser(), [], io.BytesIO()
     _Pickler(pickled, arrays).dump(content)
-    partial = path.with_name(path.name + ".partial")
     entries: Iterator[tuple[str, Any]] = iter(
         [
             ("data.pkl", pickled.getvalue()),
@@ -255,12 +255,10 @@ def write_pth(path: str | Path, content: Any) -> None:
         ]
     )
     try:
-        with zipfile.ZipFile(partial, "w") as archive:
+        with atomic.writing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
             for name, value in entries:
                 _write_entry(archive, f"archive/{name}", value)
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 

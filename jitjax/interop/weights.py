@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jitjax import hub
+from jitjax import atomic, hub
 from jitjax.errors import UserError
 from jitjax.interop import adamw, diffusers, names, official
 from jitjax.interop.sources import Source, is_workdir, open_source
@@ -489,13 +489,10 @@ def _save(path: Any, tensors: Mapping[str, np.ndarray], geometry: Geometry, fact
     path = Path(path).expanduser()
     described = {"geometry": dataclasses.asdict(geometry), "facts": dict(facts), **more}
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in described.items()}}
-    partial = path.with_name(path.name + ".partial")
     try:
-        safetensors.numpy.save_file(dict(tensors), partial, metadata)
-        partial.chmod(0o644)  # safetensors makes a file that only its owner may read
-        partial.replace(path)
+        with atomic.writing(path) as partial:
+            safetensors.numpy.save_file(dict(tensors), partial, metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error}") from None
 
 

@@ -13,8 +13,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from jitjax import atomic
 from jitjax.kernels import planned
 
 CUSTOM_CALL = "mosaic_gpu_v2"
@@ -100,8 +99,7 @@ def _write(file: Path, content: bytes) -> None:
     at the next start only."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(hashlib.sha256(content).digest() + content)
-        os.replace(part.name, file)
+        with atomic.writing(file, shared=True) as partial:
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
     except OSError:
         pass

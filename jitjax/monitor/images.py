@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from jitjax import atomic
+
 SEPARATOR = 2  # pixels between images
 FONT_SIZE = 12
 LINE, BASELINE = 16, 12  # pixels of one line of text, and from its top to the foot of a letter
@@ -229,10 +231,6 @@ def _system_font(characters: str) -> ImageFont.FreeTypeFont | None:
 
 def _write(path: Path, save: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic.writing(path) as partial:
         save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from jitjax import atomic
 from jitjax.settings import Wandb
 
 RUN_ID_FILE = "wandb_run_id"
@@ -245,9 +246,7 @@ def _run_id(path: Path) -> str:
     except FileNotFoundError:
         pass
     run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(run_id + "\n")
-    os.replace(partial, path)
+    atomic.write_text(path, run_id + "\n")
     return run_id
 
 

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from conftest import ROOT
 
-from jitjax import leftovers
+from jitjax import atomic, leftovers
 from jitjax.errors import UserError
 from jitjax.workdir import Workdir, saved_config
 
@@ -40,17 +41,15 @@ def test_segments_go_with_the_next_start():
 
 def test_half_written_files_go_and_the_rest_stays(tmp_path):
     """With the next start, right after the kill; what the user keeps there is not touched."""
-    partial = [
-        ".shapes.ab12.partial",
-        ".config.json.x7f",
-        ".run.json.abc",
-        ".best.json.abc",
-        "time.json.tmp",
-        "ema/.tmpA1b",
-        "ema/1-0.05.tmp77",
-    ]
+    for folder in ("ema", "samples"):
+        (tmp_path / folder).mkdir()
+    written = ["config.json", "best.json", "parameters.txt", "wandb_run_id", "ema/1-0.05.safetensors", "samples/step_1.png"]
+    partial = [".shapes.ab12.partial", "ema/.tmpA1b"]
+    for name in written:
+        with pytest.raises(KeyboardInterrupt), patch.object(Path, "unlink"), atomic.writing(tmp_path / name) as file:
+            partial.append(str(file.relative_to(tmp_path)))
+            raise KeyboardInterrupt
     stay = ["config.json", "metrics.jsonl", "notes.txt", ".mine.partial", "samples.tmp", "ema/1-0.05.safetensors"]
-    (tmp_path / "ema").mkdir()
     for name in partial + stay:
         (tmp_path / name).write_text("x")
     Workdir(tmp_path).close()
