@@ -8,8 +8,10 @@ bracketed, then by its square root once. Warm-ups are compared at the best rate.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from jitjax.monitor.metrics import read_last
 from jitjax.settings import INT32, Settings
 from jitjax.workdir import BEST_FILE
 
+DOWN = 5
 FAILED = 2  # exit code of a run that cannot go on, e.g. whose numbers are not finite
 
 
@@ -49,7 +52,8 @@ def valley(value: Callable[[float], float], start: float, factor: float, limit: 
     """The argument with the least value among start * factor**k, and then among the neighbours by sqrt(factor).
 
     Args:
-      value: called once for each argument. Assumed to have one valley over the logarithm; infinite where nothing works.
+      value: called once for each argument. Assumed to have one valley over the logarithm; infinite for an argument that does
+        not work. Where the first three do not, up to `DOWN` steps down are tried.
       limit: most steps downhill.
     """
     known: dict[float, float] = {}
@@ -60,7 +64,11 @@ def valley(value: Callable[[float], float], start: float, factor: float, limit: 
         return known[power]
 
     best = min((0.0, 1.0, -1.0), key=at)
-    direction = best
+    while math.isinf(at(best)) and best > -DOWN:  # too high, as a rule
+        best -= 1
+    if math.isinf(at(best)):
+        return start * factor**best
+    direction = (best > 0) - (best < 0)
     while direction and abs(best) < limit and at(best + direction) < at(best):
         best += direction
     return start * factor ** min((best, best - 0.5, best + 0.5), key=at)
@@ -88,17 +96,25 @@ def tune(
       0, or the exit code of a trial that was stopped.
 
     Raises:
-      UserError: the first trial failed, or no score was made.
+      UserError: the first trial did not begin, none could be scored, or a run made no score.
     """
     found: dict[Trial, float] = {}
     scored: dict[Trial, dict[str, Any]] = {}
+    shown: list[str] = []
 
     def score(trial: Trial) -> float:
         if trial in found:
             return found[trial]
-        record, problem = run_trial(trial, config_arguments, settings, workdir / trial.folder, say)
+        folder = workdir / trial.folder
+        record, problem = run_trial(trial, config_arguments, settings, folder, say)
+        for warning in warnings_of(folder):
+            if warning not in shown:
+                shown.append(warning)
+                say(warning)
+        if record and not math.isfinite(record["value"]):
+            record, problem = None, f"its {record['metric']} is not finite"
         if record is None:
-            if not found:
+            if not found and not (folder / "metrics.jsonl").exists():  # a mistake in the command, not a rate that does not work
                 raise UserError(f"the first trial failed: {problem}")
             say(f"{trial.folder}: failed: {problem}")
             found[trial] = math.inf
@@ -115,14 +131,18 @@ def tune(
             score(Trial(round_to(rate, 3), warmup))
     except Stopped as stopped:
         return stopped.args[0]
-    best = min(found, key=found.get)
     say(f"\n{table(found, scored)}")
+    if not scored:
+        rates = sorted(trial.lr for trial in found)
+        raise UserError(f"no rate from {rates[0]:g} to {rates[-1]:g} works, see above: mend that, or give another --start")
+    best = min(scored, key=found.get)
     score_of_best = f"{scored[best]['metric']} {scored[best]['value']:.5g}"
     say(f"\nbest: {score_of_best} with lr {best.lr:g} after {best.warmup:,} steps of warm-up")
-    say(f"train with it: jitjax train {' '.join([*config_arguments, *best.flags])} --workdir {workdir}-best")
+    command = ["jitjax", "train", *config_arguments, *best.flags, "--workdir", f"{workdir}-best"]
+    say(f"train with it, after setting the run's own length: {shlex.join(command)}")
     say(
-        "found for this model, data, effective batch and length of run. For others search again: where it was measured "
-        "(docs/method.md, Learning rate) twice the width, and a quarter of the batch, each took the best rate to half or less"
+        "found for this model, data, effective batch and length of run; for others search again. Measured once "
+        "(docs/method.md, Learning rate): a quarter of the batch with four times the steps halved the best rate"
     )
     return 0
 
@@ -176,7 +196,18 @@ def result_of(folder: Path) -> dict[str, Any] | None:
         return None
     if last["step"] != steps or metric not in last:
         return None
-    return {"metric": metric, "value": last[metric], "loss": training.get("train/loss", math.nan)}
+    value, loss = (math.nan if number is None else number for number in (last[metric], training.get("train/loss")))
+    return {"metric": metric, "value": value, "loss": loss}  # files have null for what is not finite
+
+
+def warnings_of(folder: Path) -> list[str]:
+    """What a run's log warns of before the first step."""
+    try:
+        lines = [line.partition("  ")[2] for line in (folder / "log.txt").read_text().splitlines()]
+    except OSError:
+        return []
+    before = itertools.takewhile(lambda line: not line.startswith("first step after"), lines)
+    return [line for line in before if line.startswith("warning: ")]
 
 
 def table(found: dict[Trial, float], scored: dict[Trial, dict[str, Any]]) -> str:

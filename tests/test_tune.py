@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,47 @@ def test_complete_trials_are_read_and_the_winner_named(tmp_path):
     for (lr, warmup), value in (scores | {(5.66e-4, 10): 3}).items():
         complete(tmp_path, tune.Trial(lr, warmup), value)
     said = []
-    config = ["--config=configs/h200.py"]
+    config = ["--config=configs/h200.py", "--config.optim.power_emas=(0.1,0.05)", "--config.data.path=my photographs"]
     assert tune.tune(config, small_settings(), tmp_path, start=2e-4, factor=2.0, warmups=[100, 10], say=said.append) == 0
     assert any("best: eval/fd 3 with lr 0.000566 after 10 steps" in line for line in said)
-    assert any("--config.optim.lr=0.000566 --config.optim.warmup_steps=10" in line for line in said)
+    shown = next(line for line in said if line.startswith("train with it")).partition(": ")[2]
+    flags = ["--config.optim.lr=0.000566", "--config.optim.warmup_steps=10", "--workdir", f"{tmp_path}-best"]
+    assert shlex.split(shown) == ["jitjax", "train", *config, *flags]  # a shell takes it as it is
     complete(tmp_path / "unfinished", tune.Trial(1e-4, 1), 5)
     folder = tmp_path / "unfinished" / tune.Trial(1e-4, 1).folder
     (folder / "config.json").write_text(json.dumps({"planned_steps": 9}))
     assert tune.result_of(folder) is None and tune.result_of(tmp_path / "nothing") is None
+
+
+def test_a_rate_that_does_not_work_counts_as_the_worst(tmp_path, monkeypatch):
+    """Also the first one. What a run warns of at its start is shown once."""
+
+    def run_trial(trial, arguments, settings, folder, say):
+        folder.mkdir(parents=True)
+        (folder / "log.txt").write_text("now  warning: too few steps\nnow  first step after 1 s\nnow  warning: a jump\n")
+        (folder / "metrics.jsonl").touch()
+        if trial.lr > fails:
+            return None, "the loss is not finite at step 7"
+        return {"metric": "eval/fd", "value": math.nan if trial.lr > null else 1 / trial.lr, "loss": math.nan}, ""
+
+    monkeypatch.setattr(tune, "run_trial", run_trial)
+    said, arguments = [], dict(start=8e-4, factor=2.0, warmups=[1])
+    fails, null = 5e-4, 1.5e-4
+    assert tune.tune([], small_settings(), tmp_path / "a", **arguments, say=said.append) == 0
+    assert any("with lr 0.000141" in line for line in said) and said.count("warning: too few steps") == 1
+    assert not any("jump" in line for line in said) and any("failed: its eval/fd is not finite" in line for line in said)
+    fails = 0
+    with pytest.raises(UserError, match=r"no rate from 2.5e-05 to 0.0016 works"):
+        tune.tune([], small_settings(), tmp_path / "b", **arguments, say=said.append)
+
+
+def test_a_result_with_null_is_one_that_is_not_finite(tmp_path):
+    trial = tune.Trial(1e-4, 1)
+    complete(tmp_path, trial, 5)
+    for name, line in (("scores", {"step": 8, "eval/fd": None}), ("metrics", {"step": 8, "train/loss": None})):
+        (tmp_path / trial.folder / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    found = tune.result_of(tmp_path / trial.folder)
+    assert math.isnan(found["value"]) and math.isnan(found["loss"]) and "nan" in tune.table({trial: 1.0}, {trial: found})
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
@@ -80,4 +114,4 @@ def test_trials_train_score_and_continue(tmp_path, monkeypatch):
     for _ in range(2):  # the second time nothing is trained
         assert tune.tune([f"--config={config}"], small_settings(**scored), tmp_path / "t", **arguments, say=said.append) == 0
     assert sum("training ..." in line for line in said) == len(list((tmp_path / "t").iterdir()))
-    assert said[-2].startswith("train with it: jitjax train --config=")
+    assert said[-2].startswith("train with it, after setting the run's own length: jitjax train --config=")

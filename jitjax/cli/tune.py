@@ -1,6 +1,7 @@
 """Find the learning rate and warm-up with which runs score best, by training short ones.
 
-    jitjax tune --config configs/h200.py --config.data.path=./data/train --config.total_steps=2000 --workdir runs/tune
+    jitjax tune --config configs/h200.py --config.data.path=./data/train --config.total_steps=2000 \\
+        --config.optim.power_emas="(0.1,0.05)" --workdir runs/tune
 
 Each trial is a run in a folder of --workdir, scored at its end by the eval fields; interrupted, the same command goes on.
 The search starts at --config.optim.lr, or at 2e-4, the recipe's for 1,024 images a step. Make the runs short but not tiny, and
