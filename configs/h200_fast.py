@@ -17,13 +17,14 @@ by 1 and 3, three with AdamW by 4 and 6:
     with AdamW                             102.7 / 92.7      76.6 / 61.9      67.8 / 54.7
     with AdamW and the published times    127.8 / 106.0      99.3 / 76.9                        83.6 / 65.2
 
-Twice the rate scores the same with either optimizer. All that is sampled with `t_eps` 0.05; 0.005 leaves less noise in the
-pictures (guidance 4, after 7 minutes: 37.9 instead of 47.7). By IS-EfficientNet-Lite0 this and AdamW with the published times
-are level at the same minute, and AdamW with 0.6 is below: less noise gives sharper surfaces and later shapes.
+Twice the rate scores the same with this, and 2 to 6% lower with AdamW and guidance 4. All that is sampled with `t_eps` 0.05;
+0.005 leaves less noise in the pictures (guidance 4, after 7 minutes: 37.9 instead of 47.7). By IS-EfficientNet-Lite0 this and
+AdamW with the published times are level at the same minute, and AdamW with 0.6 is below: less noise gives sharper surfaces and
+later shapes.
 
-Muon makes a step of JiT-B/4 7 to 8% longer at batch 64, 2% at 256. The first two stages have h200.py's batch and length, which
-were not measured: nothing longer than ten minutes was trained, nothing without labels, and no larger batch. For long runs
-configs/h200.py is the published way.
+Muon makes a step of JiT-B/4 7 to 8% longer at batch 64, 2% at 256. The first two stages have h200.py's batch and length and
+7e-4 whatever the batch, which was not measured: nothing longer than ten minutes was trained, nothing without labels, and no
+larger batch. For long runs configs/h200.py is the published way.
 """
 
 import runpy

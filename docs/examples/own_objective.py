@@ -9,7 +9,7 @@ network predicts stays `settings.prediction` ("x", the clean image), so that sam
 
 With an attribute `activations` it gets what the network computed on the way, too, here for a regulariser. The run saves the
 function's name with its configuration and refuses to continue with another one. What the dispersive loss gave is in
-docs/fast.md (beside Muon, nothing); the pseudo-Huber loss is not measured.
+docs/fast.md (beside Muon it is worse); the pseudo-Huber loss is not measured.
 """
 
 import sys
