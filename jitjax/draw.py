@@ -214,12 +214,12 @@ class Folder:
         file = path / RECORD
         if file.exists():
             same_record(read_record(file), record, path)
-        elif any(not file.name.endswith(atomic.SUFFIX) for file in path.iterdir()):
+        elif any(other != atomic.partial_of(file) for other in path.iterdir()):
             raise UserError(f"--out={path} holds other files: name a new folder")
         else:
             names = pipe.class_names
             rows = {"labels_by_index": [int(n) for n in numbers], "class_names": list(names)}
-            atomic.write_text(file, json.dumps(record | rows))
+            atomic.write_text(file, json.dumps(record | rows), alone=True)
 
     def _file(self, index: int) -> Path:
         return self._path / f"{index:0{self._digits}d}.png"
@@ -231,11 +231,11 @@ class Folder:
         if jax.process_index():
             return
         for index, image in zip(indices, images, strict=True):
-            with atomic.writing(self._file(index)) as partial:
+            with atomic.writing(self._file(index), alone=True) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
 
     def finish(self) -> None:
-        for partial in self._path.glob(f".*{atomic.SUFFIX}"):
+        for partial in self._path.glob(atomic.partial_of(Path("[0-9]" * self._digits + ".png")).name):
             partial.unlink()
 
 
@@ -297,13 +297,13 @@ class Npz:
         self._images[list(indices)] = images
         self._images.flush()
         self._done[list(indices)] = True
-        atomic.write_text(self._log, json.dumps(self._record | {"done": np.flatnonzero(self._done).tolist()}))
+        atomic.write_text(self._log, json.dumps(self._record | {"done": np.flatnonzero(self._done).tolist()}), alone=True)
 
     def finish(self) -> None:
         if not self._main:
             return
         if self._images is not None:
-            with atomic.writing(self._path) as partial, open(partial, "wb") as file:
+            with atomic.writing(self._path, alone=True) as partial, open(partial, "wb") as file:
                 np.savez(file, arr_0=self._images, arr_1=np.asarray(self._numbers, np.int64))
             self._images = None
         self._partial.unlink(missing_ok=True)

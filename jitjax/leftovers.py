@@ -14,9 +14,8 @@ from jitjax import atomic
 
 _SHARED = Path("/dev/shm")
 _PREFIX = "jj"
-# In a workdir: what `draw_dataset` makes, what safetensors makes under a name of its own, and what `atomic.writing` makes.
-_KINDS = (".*.json", ".*.txt", ".wandb_run_id", "ema/.*.safetensors", "samples/.*.png", "samples/.*.txt")
-_PARTIAL = (".shapes.*.partial", "ema/.tmp*", *(kind + atomic.SUFFIX for kind in _KINDS))
+_PARTIAL = (".shapes.*.partial", "ema/.tmp*")  # in a workdir: by `draw_dataset` and, in `ema.write_snapshot`, by safetensors
+_WRITTEN = ("", "ema", "samples")  # folders of a workdir in which `atomic.writing` writes
 
 
 def name_segments(owner: int) -> None:
@@ -52,14 +51,17 @@ def remove_segments(folder: Path = _SHARED) -> int:
 
 
 def remove_partial(workdir: Path) -> list[str]:
-    """Remove files and folders that were half written when a run was killed. Call with the workdir's lock held: then nobody
-    writes them.
+    """Remove files and folders that were half written when a process was killed. Call with the workdir's lock held: then no
+    other run writes them. What another command is writing there at the moment (`jitjax sample`) stays.
 
     Returns:
       Their names.
     """
+    hidden = [path for folder in _WRITTEN for path in (workdir / folder).glob(f".*{atomic.SUFFIX}")]
+    written = [(path, re.fullmatch(atomic.PATTERN, path.name)) for path in hidden]
+    dead = [path for path, found in written if found and (int(found[1]) == os.getpid() or not _alive(int(found[1])))]
     names = []
-    for path in [path for pattern in _PARTIAL for path in workdir.glob(pattern)]:
+    for path in [*dead, *(path for pattern in _PARTIAL for path in workdir.glob(pattern))]:
         with contextlib.suppress(OSError):
             if path.is_dir():
                 shutil.rmtree(path)

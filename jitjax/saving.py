@@ -73,6 +73,7 @@ class Checkpoints:
         self._reported = False  # whether the last one was raised
         self._run: dict[str, Any] = {}
         self._best: dict[str, Any] | None = None  # of the save that is under way
+        self._unmarked: dict[str, Any] | None = None  # of a checkpoint that is whole, while best.json cannot be written
         had_folder = self._folder.is_dir()
         if self._is_main:
             with _one_line(self._workdir):
@@ -227,7 +228,7 @@ class Checkpoints:
         """
         mark = problem = None
         try:
-            mark = self._best or checkpoint.read_best(self._workdir)
+            mark = self._best or self._unmarked or checkpoint.read_best(self._workdir)
         except UserError as error:
             problem = str(error)
         if problem := processes.text_of_process_0(problem):
@@ -261,9 +262,7 @@ class Checkpoints:
         self._check_limit()
         if self._reserving is not None:
             self._reserving.join()
-        self._final = final
-        if best is not None:
-            self._best = {"step": step, **best}
+        self._best, self._final = None if best is None else {"step": step, **best}, final
         if step in self._whole:
             self._mark_best()
             return
@@ -340,6 +339,7 @@ class Checkpoints:
         """Like `wait`, but what was raised before is not raised again; afterwards no thread runs any more."""
         try:
             self._settle()
+            self._mark_best()
             if not self._reported:
                 self.wait()
         finally:
@@ -377,17 +377,19 @@ class Checkpoints:
         self._committed(step)
 
     def _mark_best(self) -> None:
-        """Write best.json if a saved checkpoint waits for that; what fails is tried again with the next save."""
-        if self._best is None or self._best["step"] not in self._whole:
-            return
-        if self._is_main:
+        """Write best.json if the checkpoint that was saved is to be the best. What fails is tried again with the next save and
+        at the end."""
+        if self._best is not None:
+            self._unmarked, self._best = self._best, None
+        if self._unmarked is not None and self._is_main:
             try:
-                run_record.write_best(self._workdir, self._best)
+                run_record.write_best(self._workdir, self._unmarked)
             except OSError as error:
-                step = f"{self._best['step']:,}"
-                _log.warning("step %s is not marked as the best (%s): tried again with the next save", step, error.strerror)
+                step, mark = f"{self._unmarked['step']:,}", json.dumps(self._unmarked)
+                problem = f"step {step} is the best, but best.json cannot be written ({error.strerror})"
+                _log.warning("%s: tried again with the next save; it should say %s", problem, mark)
                 return
-        self._best = None
+        self._unmarked = None
 
     def _settle(self) -> None:
         """Wait for the write in the background."""
@@ -398,8 +400,7 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException) -> None:
         self._error, self._failed_at, self._reported = error, time.monotonic(), False
         self._failures += 1
-        if self._best is not None and self._best["step"] == step:
-            self._best = None  # the one before stays the best
+        self._best = None  # the one before stays the best
         if self._failures < _MAX_FAILURES and jax.process_count() == 1 and not self._final:
             _log.warning(
                 "saving step %s failed (%s); training goes on, failure %d of at most %d in a row; %s",
@@ -437,7 +438,7 @@ class Checkpoints:
         """Delete old checkpoints."""
         retention.remove_unfinished(self._folder)
         try:
-            marks = self._best, checkpoint.read_best(self._workdir)  # the first where best.json could not be written
+            marks = self._unmarked, checkpoint.read_best(self._workdir)
         except UserError as error:
             _log.warning("no old checkpoint is deleted: %s", error)
             return

@@ -395,6 +395,8 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
     stop_after = StopAfter.parse(settings.stop_after)
     alone = run.peers.count == 1
     compiling = contextlib.ExitStack()  # until the first step is done
+    scores = best = None  # of the step that was scored last
+    scored = done
     compiling.enter_context(dog.untimed("compiling, and the first batch"))
     account = run.account
 
@@ -464,7 +466,7 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
             if snapshot:
                 with account.measure("save"):
                     run.snapshots.save(state.ema, done)
-            scores = best = None
+            scores, best, scored = None, None, done
             if score:
                 with account.measure("evaluation"):
                     scores = evaluate(run, state, done)
@@ -481,8 +483,8 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
             break
     dog.__exit__()  # the grace period takes over
     log.flush()
-    if not run.checkpoints.has(done):
-        save(final=True)
+    if not run.checkpoints.has(done):  # nothing was due, or that save failed
+        save(*((scores, best) if scored == done else ()), final=True)
     with account.measure("save"):
         run.snapshots.close()
         run.checkpoints.wait()

@@ -27,7 +27,7 @@ from jitjax.settings import INT32, Settings
 from jitjax.workdir import BEST_FILE
 
 DOWN = 5
-FAILED = 2  # exit code of a run that cannot go on, e.g. whose numbers are not finite
+FAILED, BROKE_DOWN = 2, "not finite"  # exit code of a run that cannot go on, and what its message says where the rate is why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def tune(
       0, or the exit code of a trial that was stopped.
 
     Raises:
-      UserError: the first trial did not begin, none could be scored, or a run made no score.
+      UserError: a trial failed for another reason than its rate, no rate works, or a run made no score.
     """
     found: dict[Trial, float] = {}
     scored: dict[Trial, dict[str, Any]] = {}
@@ -112,10 +112,10 @@ def tune(
                 shown.append(warning)
                 say(warning)
         if record and not math.isfinite(record["value"]):
-            record, problem = None, f"its {record['metric']} is not finite"
+            record, problem = None, f"its {record['metric'] or 'score'} is {BROKE_DOWN}"
         if record is None:
-            if not found and not (folder / "metrics.jsonl").exists():  # a mistake in the command, not a rate that does not work
-                raise UserError(f"the first trial failed: {problem}")
+            if BROKE_DOWN not in problem:  # a mistake or a fault: other rates would meet it, too
+                raise UserError(f"{trial.folder}: {problem}")
             say(f"{trial.folder}: failed: {problem}")
             found[trial] = math.inf
             return math.inf
@@ -127,7 +127,7 @@ def tune(
 
     try:
         rate = valley(lambda lr: score(Trial(round_to(lr, 3), warmups[0])), start, factor)
-        for warmup in warmups[1:]:
+        for warmup in warmups[1:] if scored else ():
             score(Trial(round_to(rate, 3), warmup))
     except Stopped as stopped:
         return stopped.args[0]
@@ -186,24 +186,28 @@ def run_trial(
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """{"metric", "value", "loss"} at the last step of a complete run; None for one that is not complete."""
+    """{"metric", "value", "loss"} at the last step of a complete run, NaN for what is not finite; None for one that is not
+    complete."""
     try:
         steps = json.loads((folder / "config.json").read_text())["planned_steps"]
-        metric = json.loads((folder / BEST_FILE).read_text())["metric"]
         (last,) = read_last(folder / "scores.jsonl", 1)
         (training,) = read_last(folder / "metrics.jsonl", 1)
+        if last["step"] != steps:
+            return None
+        metric = json.loads((folder / BEST_FILE).read_text())["metric"] if (folder / BEST_FILE).exists() else None
+        last = {None: None, **last}  # no checkpoint is the best where no score was finite
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if last["step"] != steps or metric not in last:
+    if metric not in last:
         return None
     value, loss = (math.nan if number is None else number for number in (last[metric], training.get("train/loss")))
-    return {"metric": metric, "value": value, "loss": loss}  # files have null for what is not finite
+    return {"metric": metric, "value": value, "loss": loss}  # the files have null
 
 
 def warnings_of(folder: Path) -> list[str]:
     """What a run's log warns of before the first step."""
     try:
-        lines = [line.partition("  ")[2] for line in (folder / "log.txt").read_text().splitlines()]
+        lines = [line.partition("  ")[2] for line in (folder / "log.txt").read_text(errors="replace").splitlines()]
     except OSError:
         return []
     before = itertools.takewhile(lambda line: not line.startswith("first step after"), lines)

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -27,27 +28,32 @@ def test_the_old_file_or_the_new_one_and_nothing_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_a_disk_that_is_full(tmp_path, durable):
+def test_a_disk_that_is_full(tmp_path, durable, monkeypatch):
     """/dev/full takes no byte."""
     atomic.write_text(tmp_path / "a", "old")
-    (tmp_path / f".a{atomic.SUFFIX}").symlink_to("/dev/full")
+    monkeypatch.setattr(atomic, "_create", lambda partial: partial.symlink_to("/dev/full"))
     with pytest.raises(OSError, match="No space left"):
         atomic.write_text(tmp_path / "a", "new", durable=durable)
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_what_a_kill_leaves_is_written_over(tmp_path):
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_a_kill_leaves(tmp_path, alone):
+    """Written over by the next attempt, or known by the number of the process that is gone; its permissions do not last."""
     script = """
         import os, signal, sys
         from jitjax import atomic
-        with atomic.writing(sys.argv[1]) as partial:
+        with atomic.writing(sys.argv[1], alone=bool(sys.argv[2])) as partial:
             partial.write_text("a long half of a file")
+            partial.chmod(0o600)
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path / "a"], check=False)
-    assert os.listdir(tmp_path) == [f".a{atomic.SUFFIX}"]
-    atomic.write_text(tmp_path / "a", "whole")
-    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "whole"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path / "a", "1" * alone], check=False)
+    (left,) = os.listdir(tmp_path)
+    assert left == atomic.partial_of(tmp_path / "a").name if alone else re.fullmatch(atomic.PATTERN, left)
+    atomic.write_text(tmp_path / "a", "whole", alone=alone)
+    assert (tmp_path / "a").read_text() == "whole" and stat.S_IMODE((tmp_path / "a").stat().st_mode) != 0o600
+    assert sorted(os.listdir(tmp_path)) == (["a"] if alone else [left, "a"])
 
 
 def test_others_may_read_what_safetensors_writes(tmp_path):
@@ -59,12 +65,12 @@ def test_others_may_read_what_safetensors_writes(tmp_path):
 
 
 def test_many_writers_of_one_file(tmp_path):
-    """With `shared` each has a file of its own, and the last one to end wins."""
+    """Each has a partial file of its own, and the last one to end wins."""
     file, contents = tmp_path / "a", [str(k) * 100_000 for k in range(8)]
 
     def write(content):
         for _ in range(20):
-            with atomic.writing(file, shared=True) as partial:
+            with atomic.writing(file) as partial:
                 partial.write_text(content)
 
     threads = [threading.Thread(target=write, args=[content]) for content in contents]

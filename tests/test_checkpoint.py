@@ -20,6 +20,7 @@ from jitjax import checkpoint, finite, manifest, retention, run_record, saving, 
 from jitjax.errors import UserError
 from jitjax.step import TrainState
 
+MANIFEST_WRITE = manifest.write
 META = {"geometry": {"width": 3}, "ema_decays": ["0.9"]}
 
 
@@ -329,11 +330,36 @@ def test_a_best_one_that_cannot_be_marked_stays_and_is_marked_later(tmp_path, ca
         saved.save(a_state(1), 1, META, best={"metric": "eval/fid", "value": 3.0})
         saved.save(a_state(2), 2, META)
         saved.wait()
-    assert caplog.text.count("step 1 is not marked as the best (No space left on device): tried again with the next save") == 2
+    line = "step 1 is the best, but best.json cannot be written (No space left on device): tried again with the next save; it "
+    assert caplog.text.count(line + 'should say {"step": 1, "metric": "eval/fid", "value": 3.0}') == 2
     assert saved.steps() == [1, 2] == committed and checkpoint.read_best(tmp_path) is None and saved.best()["step"] == 1
     saved.save(a_state(3), 3, META)
     saved.close()
     assert saved.steps() == [1, 3] and saved.best() == {"step": 1, "metric": "eval/fid", "value": 3.0}
+
+
+def test_a_disk_that_is_full_does_not_cost_the_best_one(tmp_path, monkeypatch):
+    """Neither the mark of the best one can be written nor the files of the next best; at the end there is room again."""
+    saved = saving.Checkpoints(tmp_path, keep_last=1)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_record, "write_best", refuse)
+        saved.save(a_state(1), 1, META, best={"metric": "eval/fid", "value": 3.0})
+        saved.wait()
+        patched.setattr(manifest, "write", refuse)
+        saved.save(a_state(2), 2, META, best={"metric": "eval/fid", "value": 2.0})
+        with pytest.raises(UserError, match="the last good checkpoint is step 1"):
+            saved.wait()
+        assert saved.best()["step"] == 1
+        patched.setattr(manifest, "write", MANIFEST_WRITE)
+        saved.save(a_state(3), 3, META)
+        saved.wait()
+    assert saved.steps() == [1, 3] and checkpoint.read_best(tmp_path) is None
+    saved.close()
+    assert checkpoint.read_best(tmp_path)["step"] == 1
 
 
 def test_the_best_one_is_known_from_the_moment_it_is_saved(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Scores during training, the best checkpoint, power-function EMAs in a run, and the sweep's search."""
 
+import errno
 import json
 import math
 import shlex
@@ -13,7 +14,7 @@ import pytest
 from conftest import small_settings
 
 import jitjax
-from jitjax import cli, ema, sweep
+from jitjax import checkpoint, cli, ema, manifest, sweep
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
@@ -207,6 +208,21 @@ def test_another_models_scores_are_not_taken(scored, tmp_path, capsys):
     assert cli.main(["convert", "--from", str(scored), "--to", str(model), "--which", "model"]) == 0
     assert cli.main(argv) == 2
     assert "weights: {'model': " in capsys.readouterr().err
+
+
+def test_the_last_step_is_the_best_though_its_first_save_failed(tmp_path, monkeypatch):
+    real, calls = manifest.write, []
+
+    def fails_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(manifest, "write", fails_once)
+    assert train(small_settings(**SCORED, **{**RUN, "total_steps": 2}), tmp_path) == 0
+    assert len(calls) == 2 and checkpoint.read_best(tmp_path)["step"] == 2
+    assert checkpoint.read_meta(tmp_path / "checkpoints" / "2")["scores"]
 
 
 def test_a_score_that_is_not_finite_is_never_the_best():

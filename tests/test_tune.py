@@ -11,6 +11,7 @@ from conftest import ROOT, small_settings
 from test_train import CONFIG_FILE
 
 from jitjax import cli, tune
+from jitjax.anomalies import Anomalies
 from jitjax.errors import UserError
 
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")
@@ -67,7 +68,6 @@ def test_a_rate_that_does_not_work_counts_as_the_worst(tmp_path, monkeypatch):
     def run_trial(trial, arguments, settings, folder, say):
         folder.mkdir(parents=True)
         (folder / "log.txt").write_text("now  warning: too few steps\nnow  first step after 1 s\nnow  warning: a jump\n")
-        (folder / "metrics.jsonl").touch()
         if trial.lr > fails:
             return None, "the loss is not finite at step 7"
         return {"metric": "eval/fd", "value": math.nan if trial.lr > null else 1 / trial.lr, "loss": math.nan}, ""
@@ -81,6 +81,36 @@ def test_a_rate_that_does_not_work_counts_as_the_worst(tmp_path, monkeypatch):
     fails = 0
     with pytest.raises(UserError, match=r"no rate from 2.5e-05 to 0.0016 works"):
         tune.tune([], small_settings(), tmp_path / "b", **arguments, say=said.append)
+
+
+def test_what_is_no_matter_of_the_rate_ends_the_search(tmp_path, monkeypatch):
+    """Also of a later trial. What a rate does to a run, its message calls not finite."""
+    ran = []
+
+    def run_trial(trial, *args):
+        ran.append(trial.lr)
+        return ({"metric": "eval/fd", "value": 1.0, "loss": 1.0}, "") if len(ran) < 3 else (None, "the GPU is out of memory")
+
+    monkeypatch.setattr(tune, "run_trial", run_trial)
+    with pytest.raises(UserError, match=r"lr_5e-05_warmup_1: the GPU is out of memory"):
+        tune.tune([], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1, 2], say=str)
+    assert len(ran) == 3
+    anomalies = Anomalies(tmp_path, policy="stop")
+    with pytest.raises(UserError, match=tune.BROKE_DOWN):
+        anomalies.add(1, {"train/loss": math.nan, "train/grad_norm": math.nan})
+
+
+def test_a_run_without_a_finite_score_is_complete_and_failed(tmp_path, monkeypatch):
+    """No checkpoint is the best, so there is no best.json."""
+    trial = tune.Trial(1e-4, 1)
+    complete(tmp_path, trial, 5)
+    folder = tmp_path / trial.folder
+    (folder / "best.json").unlink()
+    (folder / "scores.jsonl").write_text(json.dumps({"step": 8, "eval/fd": None}) + "\n")
+    assert math.isnan(tune.result_of(folder)["value"])
+    monkeypatch.setattr(tune, "valley", lambda value, start, factor: (value(start), start)[1])
+    with pytest.raises(UserError, match="no rate from 0.0001 to 0.0001 works"):
+        tune.tune([], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1, 5], say=str)
 
 
 def test_a_result_with_null_is_one_that_is_not_finite(tmp_path):
@@ -98,7 +128,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     for flags, says in (([], "--workdir is missing"), (["--workdir=x", "--warmup=-1"], "--warmup=-1: give steps")):
         assert cli.main([*command, *flags]) == 2
         assert says in capsys.readouterr().err
-    with pytest.raises(UserError, match="first trial failed: .*nosuch"):
+    with pytest.raises(UserError, match="lr_0.0001_warmup_1: .*nosuch"):
         tune.tune(["--config=configs/nosuch.py"], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1])
 
 

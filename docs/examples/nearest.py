@@ -14,7 +14,7 @@ from PIL import Image
 
 from jitjax import data, runtime
 
-PAIRS, ROWS = 16, 1024
+PAIRS, ROWS = 16, 256
 
 
 def main(samples, train, held_out, picture, extractor=None):
@@ -70,10 +70,12 @@ def main(samples, train, held_out, picture, extractor=None):
 
 def nearest(x, y):
     """(N,) distances of the rows of x (N, D) to their nearest rows of y (M, D), and (N,) which those are."""
-    distances, indices = [], []
+    distances, indices, squares_y = [], [], np.einsum("nd,nd->n", y, y)
     for start in range(0, len(x), ROWS):
         part = x[start : start + ROWS]
-        squares = (part**2).sum(1)[:, None] - 2 * part @ y.T + (y**2).sum(1)
+        squares = (-2 * part) @ y.T
+        squares += np.einsum("nd,nd->n", part, part)[:, None]
+        squares += squares_y
         indices.append(squares.argmin(1))
         distances.append(np.sqrt(np.maximum(squares.min(1), 0)))
     return np.concatenate(distances), np.concatenate(indices)

@@ -415,7 +415,11 @@ def decompress(path: str, target: str, where: str) -> None:
     """
     packed, total = os.path.getsize(path), 0
     try:
-        with outer_compression(path)(path, "rb") as source, atomic.writing(target) as partial, open(partial, "wb") as file:
+        with (
+            outer_compression(path)(path, "rb") as source,
+            atomic.writing(target, alone=True) as partial,
+            open(partial, "wb") as file,
+        ):
             while piece := source.read(_PIECE):
                 total += len(piece)
                 _refuse_bomb(total, packed, where)

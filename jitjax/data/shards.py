@@ -80,7 +80,7 @@ def write_shard(
     class_counts = np.zeros(max(1, len(source.classes)), np.int64)
     constant = 0
     try:
-        with atomic.writing(path, durable=True) as partial:
+        with atomic.writing(path, durable=True, alone=True) as partial:
             writer = array_record_module.ArrayRecordWriter(str(partial), WRITER_OPTIONS)
             for index, data in zip(indices.tolist(), _read(source, indices), strict=True):
                 try:
@@ -161,6 +161,6 @@ def sha256(path: str) -> str:
 def write_json(path: str, content: Any) -> None:
     """Writes a JSON file so that it is there completely or not at all, even if the power goes. UserError: disk full."""
     try:
-        atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n", durable=True)
+        atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n", durable=True, alone=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

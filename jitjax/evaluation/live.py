@@ -80,7 +80,7 @@ class LiveEvaluation:
         """
         if self.metric not in scores:
             raise UserError(f"--config.eval.metric={self.metric.removeprefix('eval/')} is not among {', '.join(scores)}")
-        value = scores[self.metric]
+        value = float(scores[self.metric])
         if not math.isfinite(value):
             return None
         if before is not None and before["metric"] == self.metric:

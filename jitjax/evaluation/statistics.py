@@ -147,7 +147,7 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
     arrays = {name: np.asarray(value) for name, value in values.items() if value is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.writing(path, shared=True) as partial, open(partial, "wb") as file:
+        with atomic.writing(path) as partial, open(partial, "wb") as file:
             np.savez(file, jitjax_format=np.int64(_FORMAT), **arrays)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

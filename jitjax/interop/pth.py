@@ -255,7 +255,7 @@ def write_pth(path: str | Path, content: Any) -> None:
         ]
     )
     try:
-        with atomic.writing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with atomic.writing(path, alone=True) as partial, zipfile.ZipFile(partial, "w") as archive:
             for name, value in entries:
                 _write_entry(archive, f"archive/{name}", value)
     except OSError as error:

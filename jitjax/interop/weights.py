@@ -490,7 +490,7 @@ def _save(path: Any, tensors: Mapping[str, np.ndarray], geometry: Geometry, fact
     described = {"geometry": dataclasses.asdict(geometry), "facts": dict(facts), **more}
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in described.items()}}
     try:
-        with atomic.writing(path) as partial:
+        with atomic.writing(path, alone=True) as partial:
             safetensors.numpy.save_file(dict(tensors), partial, metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}") from None

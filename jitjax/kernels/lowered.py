@@ -99,7 +99,7 @@ def _write(file: Path, content: bytes) -> None:
     at the next start only."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.writing(file, shared=True) as partial:
+        with atomic.writing(file) as partial:
             partial.write_bytes(hashlib.sha256(content).digest() + content)
     except OSError:
         pass

@@ -49,10 +49,14 @@ def test_half_written_files_go_and_the_rest_stays(tmp_path):
         with pytest.raises(KeyboardInterrupt), patch.object(Path, "unlink"), atomic.writing(tmp_path / name) as file:
             partial.append(str(file.relative_to(tmp_path)))
             raise KeyboardInterrupt
-    stay = ["config.json", "metrics.jsonl", "notes.txt", ".mine.partial", "samples.tmp", "ema/1-0.05.safetensors"]
+    other = subprocess.Popen(["sleep", "60"])  # another command, which draws into the run's folder at the moment
+    drawn = f"samples/.drawn.png.{other.pid}-0123abcd{atomic.SUFFIX}"
+    stay = ["config.json", "metrics.jsonl", "notes.txt", ".mine.partial", "samples.tmp", "ema/1-0.05.safetensors", drawn]
     for name in partial + stay:
         (tmp_path / name).write_text("x")
     Workdir(tmp_path).close()
+    other.kill()
+    other.wait()
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert {*stay} <= left <= {*stay, "ema", ".lock", "samples"}
 
