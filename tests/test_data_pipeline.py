@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import input_matrix
 import numpy as np
@@ -19,7 +21,7 @@ from conftest import ROOT
 from data_files import caltech_folder, official_pixels
 from input_matrix import BATCH, BATCHES, EVERY, PROCESSES, SEED, SIZE, STARTS, Reference
 
-from jitjax.data import check_fingerprint, make_iterator, open_dataset, to_device
+from jitjax.data import HostIterator, check_fingerprint, make_iterator, open_dataset, to_device
 from jitjax.data.dataset import DataSet
 from jitjax.errors import UserError
 from jitjax.prepare import prepare
@@ -271,3 +273,21 @@ def test_what_is_not_a_data_set_is_refused_by_name(tmp_path):
         with pytest.raises(UserError, match=rf"(?s)--config\.data\.path.*{match}|{match}.*--config\.data\.path") as caught:
             open_dataset(path, SIZE)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), r"memory ran out .*num_workers.*Cannot allocate memory"),
+        (MemoryError(), r"memory ran out .*MemoryError"),
+        (RuntimeError("Worker process was terminated unexpectedly with exit code -9"), "a data worker was killed"),
+    ],
+)
+def test_a_worker_without_memory_is_one_line_however_it_shows(error, says):
+    def chunks():
+        raise error
+        yield
+
+    source = SimpleNamespace(dataset=SimpleNamespace(image_size=8), local_batch=4, chunks_per_batch=1)
+    with pytest.raises(UserError, match=says):
+        next(HostIterator(chunks(), source, num_workers=1))

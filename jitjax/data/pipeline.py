@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -188,6 +189,13 @@ class HostIterator(Iterator[dict[str, np.ndarray]]):
                     f"--config.data.num_workers or give the machine more; {error}"
                 ) from error
             raise
+        except (MemoryError, OSError) as error:  # of a worker, in which Grain raised it
+            if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+                raise
+            raise UserError(
+                "memory ran out while images were read (/dev/shm included): lower --config.data.num_workers or give the "
+                f"machine more; {type(error).__name__}: {error}"
+            ) from error
 
     def _count(self, bad: BadFile) -> None:
         if bad.index in self.bad_files:
