@@ -18,6 +18,7 @@ from PIL import Image
 from jitjax import atomic, pipeline, processes, tables
 from jitjax.errors import UserError
 from jitjax.monitor import drawn_here, save_animation, save_grid, save_strip
+from jitjax.monitor.images import legend_of, written_here
 
 RECORD = "samples.json"  # in a folder of PNGs: what they were drawn with
 LARGEST_GRID = 1024  # images
@@ -63,6 +64,8 @@ def draw(
         _check_replaceable(film, "--path")
     if ending == ".png":
         _check_replaceable(target, "--out")
+        if (legend := legend_of(target)).exists() and not written_here(legend):
+            raise UserError(f"--out={out}: names that do not fit go into {legend}, which is no such list: name another file")
     pipe = pipeline.load(model, which)
     if jax.process_index() == 0:
         for note in pipe.notes:

@@ -204,7 +204,8 @@ class Pipeline:
     # ------------------------------------------------------------ labels
 
     def label_of(self, label: int | str | None) -> int:
-        """The class number of a number or name; None is the null class.
+        """The class number of a number or name; None is the null class. Text is a name first, and a number where no class has
+        a number for a name.
 
         Raises:
           UserError: out of range, a fraction, or an unknown name.
@@ -222,6 +223,11 @@ class Pipeline:
                     raise UserError(f"label {label!r}: this model has no class names, only numbers in [0, {n})")
                 near = difflib.get_close_matches(label, self.class_names, 3, 0.5) or list(self.class_names[:5])
                 raise UserError(f"label {label!r} is none of the {n} classes of this model; near: {', '.join(near)}")
+            if numbers := [name for name in self.class_names if name.isdigit()]:  # one of them could be meant
+                raise UserError(
+                    f"label {label!r}: the classes of this model have numbers for names ({', '.join(numbers[:3])}, ...) and "
+                    "none is called so: use their names"
+                )
             label = int(label)
         try:
             number = int(label)
@@ -234,7 +240,17 @@ class Pipeline:
             raise UserError(f"label {number} is out of range: this model has classes {allowed}")
         return number
 
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """How files became the pixels that it was trained on, as far as its checkpoint says: for `jitjax.data.open_dataset`."""
+        data = (self.run.get("config") or {}).get("data") or {}
+        return {name: data[name] for name in settings.DECODING if name in data}
+
     # ------------------------------------------------------------ sampling
+
+    def sampler_options(self, **options: Any) -> settings.Sampler:
+        """All options of a sampler, the unnamed ones as this model is sampled by default. Raises as `sampler_options`."""
+        return sampler_options(**{"t_eps": self.diffusion.sample_t_eps} | options)
 
     def sample(
         self,
@@ -298,7 +314,7 @@ class Pipeline:
                 raise UserError(f"num={num} with {len(listed)} labels: give one of the two")
             numbers = [self.label_of(label) for label in listed]
         seed = _whole("seed", seed, 0)
-        chosen = sampler_options(**{"t_eps": self.diffusion.sample_t_eps} | options)
+        chosen = self.sampler_options(**options)
         if chosen.cfg_scale != 1 and self.geometry.num_classes == 0:
             raise UserError(f"cfg_scale={chosen.cfg_scale}: guidance needs a model with classes, this one has none")
         mesh = sharding.make_mesh(None, 1, 1)

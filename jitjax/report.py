@@ -131,7 +131,7 @@ def write_report(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike |
         logs="".join(
             f"<details><summary>{_text(run.name)}</summary><pre>{_text(''.join(run.log))}</pre></details>" for run in runs
         ),
-        data=json.dumps(_data(runs)).replace("</", "<\\/"),
+        data=json.dumps(_data(runs), allow_nan=False).replace("</", "<\\/"),
         plotly=get_plotlyjs(),
     )
     try:
@@ -195,7 +195,7 @@ class _Curves:
             self.step = step
             self.not_finite += "train/loss" in record and record["train/loss"] is None
             for name, value in record.items():
-                if isinstance(value, int | float):
+                if isinstance(value, int | float) and math.isfinite(value):
                     steps, values = self._columns[name]
                     while steps and steps[-1] >= step:
                         steps.pop(), values.pop()

@@ -47,7 +47,6 @@ def delete(folder: Path, step: int) -> bool:
     try:
         os.rename(source, doomed)
         shutil.rmtree(doomed)
-        return True
     except OSError as error:
         _log.warning("checkpoint %d could not be deleted (%s)", step, error.strerror)
     return not os.path.exists(source)

@@ -67,7 +67,7 @@ def write(workdir: Path, run: Mapping[str, Any]) -> None:
 
 
 def write_best(workdir: Path, best: Mapping[str, Any]) -> None:
-    """Write best.json, durably: {"step", "metric", "value"}.
+    """Write best.json, durably: {"step", "metric", "value", "how"}.
 
     Raises:
       OSError: as for `write`.

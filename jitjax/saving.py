@@ -220,7 +220,7 @@ class Checkpoints:
             raise UserError(f"--workdir={self._workdir}: {reason}: free some and run the same command again")
 
     def best(self) -> dict[str, Any] | None:
-        """{"step", "metric", "value"} of the checkpoint that was saved as the best, or is being saved; None: there is none.
+        """{"step", "metric", "value", "how"} of the checkpoint that is the best, or is being saved as it; None: there is none.
         All processes must ask, and get what process 0 knows.
 
         Raises:
@@ -251,7 +251,7 @@ class Checkpoints:
         when to try again. `wait` raises where the last save failed.
 
         Args:
-          best: {"metric", "value"}: from now on this is the best checkpoint. It stays until there is a better one, and
+          best: {"metric", "value", "how"}: from now on this is the best checkpoint. It stays until there is a better one, and
             <workdir>/checkpoints/best means it.
           final: training ends here: a failure is left to `wait`.
 

@@ -15,7 +15,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jitjax import hub, paths
@@ -68,6 +68,9 @@ SIGMA_REL = dict(low=0, high=0.288, open_low=True)
 EPOCHS = dict(POSITIVE, high=1e9, unit="epochs")
 
 
+DECODING = ("exif_rotate", "all_formats", "high_depth")
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     path: str = free("", "Image folder, archive, Parquet files, or a directory made by `jitjax prepare`.")
@@ -85,7 +88,11 @@ class Data:
 
     def reading(self) -> dict[str, Any]:
         """How the files are read: keyword arguments of `jitjax.data.open_dataset`."""
-        return {name: getattr(self, name) for name in ("split", "labels", "exif_rotate", "all_formats", "high_depth")}
+        return {"split": self.split, "labels": self.labels, **self.decoding()}
+
+    def decoding(self) -> dict[str, Any]:
+        """How a file becomes pixels, of whichever images: keyword arguments of `jitjax.data.open_dataset`, too."""
+        return {name: getattr(self, name) for name in DECODING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +212,7 @@ class Eval:
     held_out: str = free("", "Images for eval/loss; '': the validation split beside the training images, where there is one.")
     extractor: str = free("auto", "inception, efficientnet-lite0 or FILE.onnx; auto: inception where its weights are.")
     inception: str = free("", "The FID Inception's weights; '': $JITJAX_INCEPTION or the cache.")
-    metric: str = free("", "Score that decides which checkpoint is the best; '': the Fréchet distance.")
+    metric: str = free("", "Score that decides which checkpoint is the best, e.g. mind or loss; '': the Fréchet distance.")
     steps: int = free(20, "Steps of the time grid.", low=1, high=10**5)
     method: str = free("abm2", "Solver.", choices=METHODS)
     grid: str = free("power:1.6", "Time grid; docs/sampling.md compares them.", **GRID)
@@ -504,12 +511,15 @@ def check_interval(interval: tuple[float, ...], flag: str) -> None:
         raise UserError(f"{flag}=({low:g},{high:g}): the first time must be smaller than the second, e.g. (0.1,1.0)")
 
 
-def differing_fields(old: Mapping[str, Any], new: Settings) -> list[str]:
+def differing_fields(old: Mapping[str, Any], new: Settings, also: Collection[str] = ()) -> list[str]:
     """Fields that change what a run computes and differ from a saved run's, e.g. "seed: 0 -> 1".
 
     Fields that only change where, how fast and how loudly a run computes are free to differ. So is the run length while the
     learning rate is constant: a longer run then begins as the shorter one did. A field that the version which saved did not
     have yet counts as its default, which does what that version did. What only Muon reads is free where it is not used.
+
+    Args:
+      also: fields that are compared although they are free.
     """
     before, found = dict(flatten(old)), []
     if not before:
@@ -518,7 +528,7 @@ def differing_fields(old: Mapping[str, Any], new: Settings) -> list[str]:
     adamw = new.optim.name == before.get("optim.name", "adamw") == "adamw"
     for name, field in fields().items():
         unused = (constant and name in RUN_LENGTHS) or (adamw and name.startswith("optim.muon_"))
-        if field.rule.free or unused:
+        if (field.rule.free or unused) and name not in also:
             continue
         a, b = before.get(name, field.default), get(new, name)
         a = tuple(a) if isinstance(a, list) else a

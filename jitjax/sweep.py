@@ -123,9 +123,8 @@ class Results:
                 atomic.write_text(path, json.dumps({"setup": setup}) + "\n")
             return
         try:
-            texts = path.read_text().splitlines()
-            torn = bool(texts) and not texts[-1].endswith("}")  # by a kill
-            lines = [json.loads(text) for text in (texts[:-1] if torn else texts)]
+            *whole, rest = path.read_text().split("\n")  # a kill or a full disk may have cut the last line anywhere
+            lines = [json.loads(text) for text in whole]
             before = lines[0]["setup"]
             known = {Point(x["which"], x["cfg_scale"], tuple(x["interval"])): dict(x["scores"]) for x in lines[1:]}
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -133,8 +132,8 @@ class Results:
         differing = [f"{k}: {before.get(k)} -> {setup.get(k)}" for k in {**before, **setup} if before.get(k) != setup.get(k)]
         if differing:
             raise UserError(f"--out={path} holds another sweep ({'; '.join(differing)}): name another file")
-        if torn and write:
-            atomic.write_text(path, "".join(f"{text}\n" for text in texts[:-1]))
+        if rest and write:
+            atomic.write_text(path, "".join(f"{text}\n" for text in whole))
         self._known = known
 
     def get(self, point: Point) -> dict[str, float] | None:
@@ -201,6 +200,7 @@ def sweep(
     batch_size: int | None,
     dtype: str | None,
     extractor: dict[str, Any],
+    split: str,
     options: dict[str, Any],
 ) -> int:
     """Search, print a table, plot it, and print the command that evaluates the winner again.
@@ -213,7 +213,7 @@ def sweep(
     from jitjax import draw, pipeline
     from jitjax.evaluation.extractor import open_extractor
     from jitjax.evaluation.models import evaluate_pipeline
-    from jitjax.evaluation.score import open_reference, slug
+    from jitjax.evaluation.score import computed, open_reference, slug
 
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
@@ -221,9 +221,12 @@ def sweep(
     pipe = pipeline.load(model)
     emas = list(pipe.weights) if which == "all" else [pipe.using(name.strip()).which for name in which.split(",")]
     chosen = open_extractor(**extractor)
-    found, notes = open_reference(reference, chosen, pipe.geometry.image_size)
+    found, notes = open_reference(reference, chosen, pipe.geometry.image_size, reading=pipe.decoding | {"split": split})
     numbers = draw.label_numbers(pipe, labels, num)
     null = pipe.geometry.num_classes
+    there, _ = computed(num, found, chosen)
+    if metric and metric not in there:
+        raise UserError(f"--metric={metric} is not computed here: use one of {', '.join(there)}")
     metric = metric or slug(chosen.distance)
     shown = [None if n == null else n for n in numbers]
     for interval in intervals:  # refuses settings that no sampler can run with before anything is written
@@ -258,8 +261,6 @@ def sweep(
             )
             scores = result.values
             results.add(point, scores)
-        if metric not in scores:
-            raise UserError(f"--metric={metric} is not computed here: use one of {', '.join(scores)}")
         if fresh:
             say(f"{point.which}  guidance {point.cfg_scale:g}  interval {point.interval}: {metric} {scores[metric]:.5g}")
         return -scores[metric] if higher_is_better(metric) else scores[metric]
@@ -280,6 +281,7 @@ def sweep(
         say(f"note: that is an end of --cfg_scale={cfg_scale}; a better one may lie beyond")
     flags = {
         "reference": reference,
+        "split": split or None,
         "num": len(numbers),
         "labels": labels,
         "which": best.which,

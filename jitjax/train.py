@@ -266,13 +266,18 @@ def build(
         )
     evaluation = None
     if plan.eval_steps:
+        held_out_path = "" if own_dataset else path
+        held_out, unused = live.find_held_out(settings.eval.held_out, held_out_path, settings.data, dataset, conditional)
+        notes += unused
         evaluation = live.build(
             settings.eval,
             dataset,
-            live.find_held_out(settings.eval.held_out, "" if own_dataset else path, settings.data, dataset, conditional),
+            held_out,
+            settings.eval.which or settings.optim.emas[0],
             geometry,
             process,
             mesh,
+            reading=settings.data,
             noise=settings.diffusion,
             objective=objective,
             class_conditional=conditional,
@@ -471,7 +476,13 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
                 with account.measure("evaluation"):
                     scores = evaluate(run, state, done)
             if scores:
-                best = run.evaluation.best(scores, run.checkpoints.best())
+                before = run.checkpoints.best()
+                best = run.evaluation.best(scores, before)
+                if best and before and not run.evaluation.compares_with(before):
+                    monitor.note(
+                        f"the best checkpoint so far, of step {before['step']:,}, was scored otherwise and is not compared "
+                        f"({before['metric']}; {before.get('how')})"
+                    )
             if best:
                 monitor.summary({"best/step": done, best["metric"].replace("eval/", "best/"): best["value"]})
             if timely or regular or best:
@@ -505,8 +516,10 @@ def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:
     """Score the live EMA, and log it."""
     begun = time.perf_counter()
     run.monitor.note("evaluating ...")
-    scores = run.evaluation(state.ema[run.eval_ema])
+    scores, notes = run.evaluation(state.ema[run.eval_ema])
     run.monitor.scores(done, scores)
+    for note in notes:
+        run.monitor.note(f"evaluation: {note}")
     run.monitor.note(f"evaluation of EMA {run.eval_ema} took {time.perf_counter() - begun:.1f} s")
-    run.folder.append("scores.jsonl", {"step": done, "ema": run.eval_ema, **scores})
+    run.folder.append("scores.jsonl", {"step": done, "ema": run.eval_ema, "how": run.evaluation.how, **scores})
     return scores

@@ -23,10 +23,14 @@ from jitjax import tables
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
 from jitjax.monitor.metrics import read_last
-from jitjax.settings import INT32, Settings
+from jitjax.settings import INT32, RUN_LENGTHS, Eval, Settings, differing_fields
 from jitjax.workdir import BEST_FILE
 
 DOWN = 5
+# Of the fields that a run may change, those on which a trial's score depends.
+COMPARED = {"batch_size", "optim.accumulation_steps", "data.path", *RUN_LENGTHS}
+COMPARED |= {f"eval.{field.name}" for field in dataclasses.fields(Eval)}
+COMPARED -= {"eval.every_steps", "eval.every_epochs", "eval.batch_size"}
 FAILED, BROKE_DOWN = 2, "not finite"  # exit code of a run that cannot go on, and what its message says where the rate is why
 
 
@@ -38,6 +42,11 @@ class Trial:
     @property
     def folder(self) -> str:
         return f"lr_{self.lr:.4g}_warmup_{self.warmup}"
+
+    def of(self, settings: Settings) -> Settings:
+        """The trial's own settings."""
+        optim = dataclasses.replace(settings.optim, lr=self.lr, warmup_steps=self.warmup)
+        return dataclasses.replace(settings, optim=optim)
 
     @property
     def flags(self) -> list[str]:
@@ -158,9 +167,15 @@ def run_trial(
 
     Raises:
       Stopped: by a signal, or without having saved; the same command goes on.
-      UserError: the run made no score.
+      UserError: the run made no score, or a complete one is of another configuration.
     """
     if (record := result_of(folder)) is not None:
+        differing = differing_fields(json.loads((folder / "config.json").read_text()), trial.of(settings), also=COMPARED)
+        if differing:
+            raise UserError(
+                f"--workdir={folder.parent} holds trials of another configuration ({trial.folder}: {'; '.join(differing)}): "
+                "use another workdir"
+            )
         return record, ""
     command = [sys.executable, "-m", "jitjax", "train", *config_arguments, *trial.flags, f"--workdir={folder}"]
     if settings.eval.every_steps is None and settings.eval.every_epochs is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from jitjax import atomic, leftovers, paths
 from jitjax.errors import UserError
+from jitjax.monitor.metrics import line_of
 from jitjax.plan import fit_devices
 from jitjax.settings import Settings, differing_fields, flatten, to_dict
 
@@ -131,7 +132,7 @@ class Workdir:
             ) from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one JSON line to a file (process 0 only).
+        """Add one JSON line to a file (process 0 only), as in `metrics.jsonl`.
 
         Raises:
           UserError: no space or no permission.
@@ -140,7 +141,7 @@ class Workdir:
             return
         try:
             with (self.path / name).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(line_of(record))
         except OSError as error:
             raise UserError(
                 f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from jitjax.errors import UserError
 from jitjax.evaluation import extractor as extractors
 from jitjax.evaluation import images as image_sets
 from jitjax.evaluation.images import open_images
-from jitjax.evaluation.score import class_balanced_labels, make_statistics, open_reference, score
+from jitjax.evaluation.score import class_balanced_labels, computed, make_statistics, open_reference, score
 from jitjax.evaluation.seams import seam_index
 from jitjax.evaluation.statistics import FID_EXTRACTOR, read_statistics, write_statistics
 
@@ -70,7 +71,8 @@ def test_scores_are_those_of_the_features_and_say_what_they_are():
     x, y = toy(generated), toy(real)
     assert result.values["fd_toy"] == pytest.approx(metrics.frechet_distance(x["features"], y["features"]), rel=1e-9)
     assert result.values["sfid"] == pytest.approx(metrics.frechet_distance(x["spatial"], y["spatial"]), rel=1e-9)
-    assert (result.values["kid"], result.values["kid_std"]) == metrics.kid(x["features"], y["features"], 100, 120, 3)
+    assert result.values["kid"] == metrics.kid(x["features"], y["features"], 100, 120, 3)[0]
+    assert "kid_std" not in result.values and any("subsets of 120 images, without a spread" in note for note in result.notes)
     assert (result.values["precision"], result.values["recall"]) == metrics.precision_recall(x["features"], y["features"])
     assert result.values["mind"] == metrics.mind(x["features"], y["features"], 3)
     assert result.values["is_toy"] == metrics.inception_score(x["logits"], seed=3)[0]
@@ -123,14 +125,15 @@ def test_statistics_of_a_data_set_are_cached_under_its_fingerprint(tmp_path):
     toy, folder = made(), write_folder(tmp_path / "set", pictures(30, 0))
     first, notes = open_reference(folder, toy, SIZE)
     again, notes_again = open_reference(folder, toy, SIZE)
-    assert not notes and "earlier run" in notes_again[0]
+    read = f"reference: 30 images without labels from {folder}"
+    assert notes == [read] and notes_again[0] == read and "earlier run" in notes_again[1]
     np.testing.assert_array_equal(first.sigma, again.sigma)
     assert again.source == str(folder)
     other, notes_other = open_reference(folder, made(name="toy2"), SIZE)
-    assert not notes_other and other.extractor == "toy2"
+    assert notes_other == [read] and other.extractor == "toy2"
     write_folder(tmp_path / "set", pictures(31, 1))
     changed, notes_changed = open_reference(folder, toy, SIZE)
-    assert not notes_changed and changed.count == 31
+    assert len(notes_changed) == 1 and changed.count == 31
 
 
 def test_statistics_of_rewritten_files_are_made_anew(tmp_path):
@@ -143,7 +146,20 @@ def test_statistics_of_rewritten_files_are_made_anew(tmp_path):
     for i, image in enumerate(pictures(30, 0)):
         Image.fromarray(255 - image).save(folder / f"{i}.bmp")
     after, notes = open_reference(folder, toy, SIZE)
-    assert not notes and not np.allclose(before.mu, after.mu)
+    assert len(notes) == 1 and not np.allclose(before.mu, after.mu)
+
+
+def test_statistics_of_files_read_otherwise_are_made_anew(tmp_path):
+    """The same files with 16 bits, scaled and clipped."""
+    toy, folder = made(), tmp_path / "deep"
+    folder.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 2**16, (20, SIZE, SIZE)).astype(np.uint16)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    scaled, _ = open_reference(folder, toy, SIZE, reading={"high_depth": "range"})
+    clipped, notes = open_reference(folder, toy, SIZE, reading={"high_depth": "clip"})
+    assert len(notes) == 1 and not np.allclose(scaled.mu, clipped.mu)
+    again, notes = open_reference(folder, toy, SIZE, reading={"high_depth": "range"})
+    assert "earlier run" in notes[1] and np.array_equal(scaled.mu, again.mu)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -169,7 +185,9 @@ def test_a_folder_is_read_at_the_size_of_the_samples_and_skipped_images_are_repo
     (folder / "00003.png").write_bytes((folder / "00003.png").read_bytes()[:60])
     reference, notes = open_reference(folder, made(), SIZE)
     assert (reference.count, reference.image_size) == (19, SIZE)
-    assert "1 images could not be decoded" in notes[0] and "00003.png" in notes[0]
+    assert "1 images could not be decoded" in notes[1] and "00003.png" in notes[1]
+    _, notes = open_reference(folder, made(), SIZE)
+    assert "earlier run" in notes[1] and "1 images could not be decoded" in notes[2]
 
 
 def test_moments_alone_leave_out_what_needs_features(tmp_path):
@@ -207,6 +225,19 @@ def test_what_is_undefined_for_few_images_is_left_out_and_said():
     assert set(one.values) == {"mind"} and any("FD-Toy left out" in note for note in one.notes)
     with pytest.raises(UserError, match="no images"):
         score([], reference, toy)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("reference_images", [0, 1, 3, 50], ids=lambda n: f"of{n}")
+def test_what_will_be_computed_is_known_before_any_image(count, reference_images):
+    toy = made()
+    reference, _ = open_reference(_npz(pictures(50, 0)), toy, SIZE)
+    features = reference.features[:reference_images] if reference_images else None
+    reference = dataclasses.replace(reference, features=features, mu_s=reference.mu_s if reference_images else None)
+    names, notes = computed(count, reference, toy)
+    result = score([pictures(count, 1)], reference, toy)
+    assert names == [name for name in result.values if not name.endswith("_std")]
+    assert set(notes) <= set(result.notes)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_scored(tmp_path):

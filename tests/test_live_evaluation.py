@@ -4,8 +4,8 @@ import errno
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import chex
 import jax
@@ -15,15 +15,23 @@ from conftest import small_settings
 
 import jitjax
 from jitjax import checkpoint, cli, ema, manifest, sweep
+from jitjax import data as data_lib
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
-from jitjax.evaluation import live
+from jitjax.evaluation import higher_is_better, live
 from jitjax.train import train
 
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")  # the mean colour of an image: three features
 SCORED = dict(eval__every_steps=2, eval__num_images=16, eval__steps=2, eval__batch_size=1, eval__extractor=EXTRACTOR)
 RUN = dict(total_steps=6, optim__power_emas=(0.05, 0.1), checkpoint__keep_last=1, checkpoint__ema_every_steps=1)
+
+
+def scoring(metric):
+    """What decides which score is the best."""
+    evaluation = live.LiveEvaluation.__new__(live.LiveEvaluation)
+    evaluation.metric, evaluation.how = metric, "so"
+    return evaluation
 
 
 def metrics(workdir):
@@ -60,11 +68,10 @@ def test_scores_are_written_and_the_best_checkpoint_stays(scored):
     buckets = [value for name, value in lines[-1].items() if name.startswith("eval/loss_t")]
     assert len(buckets) == 5 and np.mean(buckets) == pytest.approx(lines[-1]["eval/loss"])
     best = min(lines, key=lambda line: line["eval/mind"])
-    assert json.loads((scored / "best.json").read_text()) == {
-        "step": best["step"],
-        "metric": "eval/mind",
-        "value": best["eval/mind"],
-    }
+    how = "16 images of EMA power:0.05 against 512 images of mean"
+    assert all(how in line["how"] and "steps 2, method abm2" in line["how"] for line in lines)
+    expected = {"step": best["step"], "metric": "eval/mind", "value": best["eval/mind"], "how": best["how"]}
+    assert json.loads((scored / "best.json").read_text()) == expected
     steps = {int(path.name) for path in (scored / "checkpoints").iterdir()}
     assert steps == {best["step"], 6}  # keep_last is 1
     assert jitjax.load(scored / "checkpoints/best").step == jitjax.load(scored / "best").step == best["step"]
@@ -75,7 +82,11 @@ def test_scores_are_of_the_first_power_function_ema_unless_another_is_named(scor
     argv.append(f"--extractor={EXTRACTOR}")
     for flags, which in (([], "power:0.05"), (["--which=0.5"], "0.5")):
         assert cli.main([*argv, *flags, f"--json={tmp_path / 'scores.json'}"]) == 0
-        assert json.loads((tmp_path / "scores.json").read_text())["weights"] == which
+        found = json.loads((tmp_path / "scores.json").read_text())
+        assert found["weights"] == which
+        depends = ("t_eps", "steps", "method", "grid", "cfg_scale", "labels", "dtype")
+        assert [found[name] for name in depends] == [0.05, 1, "heun", "uniform", 1.0, "all", "float32"]
+        assert "t_eps 0.05" in capsys.readouterr().out
     capsys.readouterr()
     assert list(jitjax.load(scored).weights) == ["model", "power:0.05", "power:0.1", "0.9", "0.5"]
     settings_lib.check(small_settings(optim__power_emas=(0.1,), eval__which="0.5"))
@@ -119,10 +130,40 @@ def test_no_score_no_best(unscored):
         jitjax.load(unscored / "checkpoints/best")
 
 
-def test_a_metric_that_is_not_computed_names_those_that_are(tmp_path):
+@pytest.mark.parametrize("metric", ["fiid", "kid_std", "seam_index", "inception_score"])
+def test_a_metric_that_is_not_computed_is_refused_before_the_first_step(metric, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
-    with pytest.raises(UserError, match=r"eval.metric=fiid is not among .*eval/mind"):
-        train(small_settings(**RUN, **SCORED, eval__metric="fiid"), tmp_path)
+    with pytest.raises(UserError, match=rf"eval.metric={metric} is not computed here: use one of fd_mean_colour, .*mind"):
+        train(small_settings(**RUN, **SCORED, eval__metric=metric), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_better_score_is_the_higher_one_of_those_that_count_hits():
+    for name in ("inception_score", "is_efficientnet_lite0", "precision", "recall"):
+        assert higher_is_better(name) and higher_is_better(f"eval/{name}")
+        before = {"metric": f"eval/{name}", "value": 3.0, "how": "so"}
+        assert scoring(f"eval/{name}").best({f"eval/{name}": 2.0}, before) is None
+    for name in ("fid", "fd_efficientnet_lite0", "sfid", "kid", "mind", "loss", "loss_t0.11"):
+        assert not higher_is_better(f"eval/{name}")
+
+
+@pytest.mark.parametrize("broken", ["one", "all"])
+def test_held_out_images_that_cannot_be_decoded_are_reported(broken, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
+    folder = draw_dataset(tmp_path / "shapes", image_size=8, per_class=2) / "train"
+    files = sorted(folder.rglob("*.png"))
+    for file in files if broken == "all" else files[3:4]:
+        file.write_bytes(file.read_bytes()[:60])
+    other = str(draw_dataset(tmp_path / "other", image_size=8, per_class=2) / "train")
+    evaluation = dict(eval__held_out=str(folder), eval__reference=other)
+    assert train(small_settings(**SCORED, **{**RUN, "total_steps": 2}, **evaluation), tmp_path / "run") == 0
+    (scores,) = [json.loads(line) for line in (tmp_path / "run/scores.jsonl").read_text().splitlines()]
+    count, first = (len(files), files[0]) if broken == "all" else (1, files[3])
+    assert (scores["eval/loss"] is None) == (broken == "all")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"eval/loss: {count} held-out images could not be decoded, the first: {first}: " in said
+    assert "evaluation: N is 16, not 50000" in said and said.count("not 50000") == 1
+    assert cli.main(["status", str(tmp_path / "run")]) == 0 and "last score fd_mean_colour" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- sweep
@@ -169,6 +210,22 @@ def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
     assert "seed: 0 -> 1" in capsys.readouterr().err
 
 
+def test_a_sweep_goes_on_wherever_its_last_line_was_cut(tmp_path):
+    path, points = tmp_path / "s.jsonl", [sweep.Point("model", scale, (0.0, 1.0)) for scale in (1.0, 2.0, 3.0)]
+    results = sweep.Results(path, {"seed": 0})
+    for point in points[:2]:
+        results.add(point, {"mind": point.cfg_scale})
+    whole = path.read_bytes()
+    last = len(whole.splitlines()[-1]) + 1
+    for cut in range(1, last + 1):
+        path.write_bytes(whole[:-cut])
+        results = sweep.Results(path, {"seed": 0})
+        assert results.get(points[0]) == {"mind": 1.0} and results.get(points[1]) is None
+        results.add(points[2], {"mind": 3.0})
+        again = sweep.Results(path, {"seed": 0})
+        assert again.get(points[2]) == {"mind": 3.0} and again.get(points[0]) == {"mind": 1.0}
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -200,7 +257,8 @@ def test_another_models_scores_are_not_taken(scored, tmp_path, capsys):
     argv = ["sweep", str(model), "--reference", str(scored / "shapes/train"), "--num=16", "--cfg_scale=1", "--steps=1"]
     argv += ["--labels=1,2", "--which=model", f"--extractor={EXTRACTOR}", "--metric=mind", f"--out={tmp_path / 's.jsonl'}"]
     assert cli.main(["convert", "--from", str(scored), "--to", str(model), "--which", "0.9"]) == 0
-    assert cli.main([*argv, "--steps=0"]) == 2 and not (tmp_path / "s.jsonl").exists()  # a mistake leaves nothing behind
+    for mistake in ("--steps=0", "--metric=kid_std", "--metric=fiid"):
+        assert cli.main([*argv, mistake]) == 2 and not (tmp_path / "s.jsonl").exists()  # a mistake leaves nothing behind
     assert cli.main(argv) == 0
     again = shlex.split(capsys.readouterr().out.split("again: jitjax ")[1])
     assert again[again.index("--labels") + 1] == "1,2" and again[again.index("--extractor") + 1] == str(EXTRACTOR)
@@ -226,7 +284,54 @@ def test_the_last_step_is_the_best_though_its_first_save_failed(tmp_path, monkey
 
 
 def test_a_score_that_is_not_finite_is_never_the_best():
-    evaluation = SimpleNamespace(metric="eval/fid")
+    evaluation = scoring("eval/fid")
     for before in (None, {"metric": "eval/fid", "value": 3.0}):
-        assert live.LiveEvaluation.best(evaluation, {"eval/fid": math.nan}, before) is None
-    assert live.LiveEvaluation.best(evaluation, {"eval/fid": 2.0}, {"metric": "eval/fid", "value": 3.0})["value"] == 2.0
+        assert evaluation.best({"eval/fid": math.nan}, before) is None
+    assert evaluation.best({"eval/fid": 2.0}, {"metric": "eval/fid", "value": 3.0})["value"] == 2.0
+
+
+def test_scores_that_were_made_otherwise_are_not_compared():
+    evaluation = scoring("eval/fid")
+    better, otherwise = {"metric": "eval/fid", "value": 1.0, "how": "so"}, {"metric": "eval/fid", "value": 1.0, "how": "not so"}
+    assert evaluation.best({"eval/fid": 2.0}, better) is None
+    assert evaluation.best({"eval/fid": 2.0}, otherwise) == {"metric": "eval/fid", "value": 2.0, "how": "so"}
+
+
+def test_a_run_that_is_continued_with_another_reference_has_a_new_best(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
+    run = dict(total_steps=4, eval__metric="loss") | {name: value for name, value in SCORED.items() if name != "eval__metric"}
+    held_out = draw_dataset(tmp_path / "shapes", image_size=8, per_class=2) / "train"
+    arguments = dict(run, eval__held_out=str(held_out), checkpoint__keep_last=1)
+    assert train(small_settings(**arguments, stop_after="2steps"), tmp_path / "run") == 0
+    first = checkpoint.read_best(tmp_path / "run")
+    assert train(small_settings(**arguments | {"eval__num_images": 12}), tmp_path / "run") == 0
+    best = checkpoint.read_best(tmp_path / "run")
+    assert first["step"] == 2 and best["step"] == 4 and "12 images of" in best["how"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the best checkpoint so far, of step 2, was scored otherwise and is not compared" in said
+
+
+def test_a_validation_split_that_cannot_be_used_is_named(tmp_path):
+    """And classes of the training images are none."""
+    data = settings_lib.Data(image_size=8)
+    root = draw_dataset(tmp_path / "shapes", image_size=8, per_class=2)
+    train_set = data_lib.open_dataset(root / "train", 8)
+
+    def found(conditional=True):
+        return live.find_held_out("", str(root / "train"), data, train_set, conditional)
+
+    shutil.copytree(root / "train", root / "val")
+    held_out, notes = found()
+    assert held_out.path == str(root / "val") and not notes
+    one = sorted((root / "val").iterdir())[0]
+    shutil.rmtree(one)
+    held_out, notes = found()
+    assert held_out is None and len(notes) == 1 and "is not used for eval/loss: it has other classes (7) than" in notes[0]
+    assert found(conditional=False)[0].path == str(root / "val")
+    one.mkdir()
+    held_out, notes = found()
+    assert held_out is None and "val is not used for eval/loss" in notes[0] and "holds no image" in notes[0]
+    shutil.rmtree(root / "val")
+    (root / "train" / one.name).rename(root / "train" / "val_dev")
+    again = data_lib.open_dataset(root / "train", 8, split=".")
+    assert live.find_held_out("", str(root / "train"), data, again, False) == (None, [])

@@ -270,7 +270,9 @@ def test_the_status_of_a_run_started_elsewhere_comes_from_its_files_also_while_i
     for folder in ("checkpoints/100", "checkpoints/300", "checkpoints/400.partial-1", "samples"):
         (tmp_path / folder).mkdir(parents=True)
     save_grid(tmp_path / "samples" / "step_00000200.png", np.zeros((1, 8, 8, 3), np.uint8))
-    (tmp_path / "scores.jsonl").write_text('{"step": 100, "eval/fid": 9.0}\n{"step": 200, "ema": "0.9", "eval/fid": 7.5}\n')
+    (tmp_path / "scores.jsonl").write_text(
+        '{"step": 100, "eval/fid": 9.0}\n{"step": 200, "ema": "0.9", "eval/fid": 7.5}\n{"step": 9000, "eval/fid": 1.0}\n'
+    )
     account = {"starts": 2, "doing": "preview", "seconds": {"step": 1800.0, "save": 1800.0}}
     (tmp_path / "time.json").write_text(json.dumps(account))
     stream = io.StringIO()

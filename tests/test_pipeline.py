@@ -232,8 +232,24 @@ def test_sample_replaces_its_own_files_only(exported, tmp_path, capsys):
         assert f"{name} exists and is no picture of jitjax's" in capsys.readouterr().err
         assert (tmp_path / name).read_bytes() == mine
         (tmp_path / name).unlink()
+    (tmp_path / "new.txt").write_text("my notes\n")
+    assert cli.main([*common, f"--out={tmp_path / 'new.png'}"]) == 2
+    assert "new.txt, which is no such list" in capsys.readouterr().err
+    (tmp_path / "new.txt").write_text("0\ta name\n")
+    assert cli.main([*common, f"--out={tmp_path / 'new.png'}"]) == 0
+    capsys.readouterr()
     for _ in range(2):
         assert cli.main([*common, f"--out={tmp_path / 'grid.png'}", f"--path={tmp_path / 'film.gif'}"]) == 0
+
+
+def test_a_number_is_a_name_where_classes_have_numbers_for_names(pipe):
+    """As in a set with the folders 1, 2, 3, ...: 0 could mean the first class, and 1 the second."""
+    count = pipe.geometry.num_classes
+    numbered = dataclasses.replace(pipe, class_names=tuple(str(k + 1) for k in range(count)))
+    assert [numbered.label_of("1"), numbered.label_of(str(count)), numbered.label_of(0)] == [0, count - 1, 0]
+    with pytest.raises(UserError, match=r"label '0': the classes of this model have numbers for names \(1, 2"):
+        numbered.label_of("0")
+    assert dataclasses.replace(pipe, class_names=()).label_of("0") == 0
 
 
 def test_a_disk_that_is_full_costs_one_line(exported, tmp_path, capsys, monkeypatch):

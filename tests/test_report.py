@@ -38,6 +38,7 @@ def make_run(workdir, steps=300, facts=True, **overrides):
     monitor.note("<script>a note</script>")
     monitor.close()
     scored = [(100, 9.0), (200, 5.0), (300, 99.0), (200, 4.0), (250, 3.0), (900, 1.0)]  # went back to 100, and to 250
+    scored.insert(1, (150, float("nan")))  # as versions before wrote it
     lines = [
         {"step": s, "ema": "0.9", "eval/fid": v, "eval/kid": v / 9, "eval/kid_std": 0.5, "eval/loss": v} for s, v in scored
     ]
@@ -47,7 +48,11 @@ def make_run(workdir, steps=300, facts=True, **overrides):
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.S)[1])
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.S)[1]
+    return json.loads(text, parse_constant=refuse)
 
 
 def panels_of(page):

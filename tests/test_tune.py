@@ -13,6 +13,7 @@ from test_train import CONFIG_FILE
 from jitjax import cli, tune
 from jitjax.anomalies import Anomalies
 from jitjax.errors import UserError
+from jitjax.settings import to_dict
 
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")
 
@@ -35,11 +36,12 @@ def test_rates_that_fail_bound_the_valley():
     assert tune.valley(lambda rate: math.inf if rate > 5e-4 else -rate, 2e-4, 2.0) == pytest.approx(4e-4)
 
 
-def complete(folder, trial, value, steps=8):
+def complete(folder, trial, value, steps=8, settings=None):
     """The files of a complete run."""
     folder = folder / trial.folder
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"planned_steps": steps}))
+    settings = trial.of(small_settings(total_steps=steps) if settings is None else settings)
+    (folder / "config.json").write_text(json.dumps({**to_dict(settings), "planned_steps": steps}))
     (folder / "best.json").write_text(json.dumps({"metric": "eval/fd", "value": value - 1}))  # an earlier, better score
     (folder / "scores.jsonl").write_text(json.dumps({"step": steps, "ema": "0.9", "eval/fd": value}) + "\n")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "train/loss": 0.25}) + "\n")
@@ -51,7 +53,8 @@ def test_complete_trials_are_read_and_the_winner_named(tmp_path):
         complete(tmp_path, tune.Trial(lr, warmup), value)
     said = []
     config = ["--config=configs/h200.py", "--config.optim.power_emas=(0.1,0.05)", "--config.data.path=my photographs"]
-    assert tune.tune(config, small_settings(), tmp_path, start=2e-4, factor=2.0, warmups=[100, 10], say=said.append) == 0
+    settings = small_settings(total_steps=8)
+    assert tune.tune(config, settings, tmp_path, start=2e-4, factor=2.0, warmups=[100, 10], say=said.append) == 0
     assert any("best: eval/fd 3 with lr 0.000566 after 10 steps" in line for line in said)
     shown = next(line for line in said if line.startswith("train with it")).partition(": ")[2]
     flags = ["--config.optim.lr=0.000566", "--config.optim.warmup_steps=10", "--workdir", f"{tmp_path}-best"]
@@ -110,7 +113,30 @@ def test_a_run_without_a_finite_score_is_complete_and_failed(tmp_path, monkeypat
     assert math.isnan(tune.result_of(folder)["value"])
     monkeypatch.setattr(tune, "valley", lambda value, start, factor: (value(start), start)[1])
     with pytest.raises(UserError, match="no rate from 0.0001 to 0.0001 works"):
-        tune.tune([], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1, 5], say=str)
+        tune.tune([], small_settings(total_steps=8), tmp_path, start=1e-4, factor=2.0, warmups=[1, 5], say=str)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(total_steps=2000), "total_steps: 8 -> 2000"),
+        (dict(total_steps=8, seed=3), "seed: 7 -> 3"),
+        (dict(total_steps=8, batch_size=16), "batch_size: 2 -> 16"),
+        (dict(total_steps=8, eval__metric="loss"), "eval.metric: -> loss"),
+        (dict(total_steps=8, eval__num_images=17), "eval.num_images: 5000 -> 17"),
+        (dict(total_steps=8, optim__schedule="cosine"), "optim.schedule: constant -> cosine"),
+    ],
+)
+def test_trials_of_another_configuration_are_refused(change, says, tmp_path):
+    trial, before = tune.Trial(1e-4, 1), dict(seed=7, batch_size=2)
+    complete(tmp_path, trial, 5, settings=small_settings(total_steps=8, **before))
+    with pytest.raises(
+        UserError, match=r"trials of another configuration .lr_0.0001_warmup_1: .*use another workdir"
+    ) as refused:
+        tune.tune([], small_settings(**before | change), tmp_path, start=1e-4, factor=2.0, warmups=[1], say=str)
+    assert says in str(refused.value)
+    free = dict(total_steps=8, log__every_steps=3, eval__every_steps=8, wandb__name="x")
+    assert tune.run_trial(trial, [], small_settings(**before | free), tmp_path / trial.folder, str)[0]["value"] == 5
 
 
 def test_a_result_with_null_is_one_that_is_not_finite(tmp_path):

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_extractor(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that scores."""
     parser.add_argument("--reference", metavar="PATH", help="folder, prepared set, .npz of images, or file of statistics")
+    parser.add_argument("--split", default="", metavar="NAME", help="split of that folder; default the training split")
     parser.add_argument("--extractor", default="auto", metavar="NAME",
                         help="inception, efficientnet-lite0 or FILE.onnx; default: inception if it is found")  # fmt: skip
     parser.add_argument("--inception", metavar="FILE", help="the FID Inception's weights; default: the cache")
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_drawing(args, f"{args.target} is a set of images, scored as it is")
     extractor = dict(which=args.extractor, weights=args.inception)
     if stats:
-        return report.make(args.data, args.out, image_size=args.image_size, extractor=extractor)
+        return report.make(args.data, args.out, image_size=args.image_size, extractor=extractor, split=args.split)
     return report.evaluate(
         args.target,
         args.reference,
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dtype=args.dtype,
         extractor=extractor,
+        split=args.split,
         options=sampling_options(args),
         json_file=args.json,
     )

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
         dtype=args.dtype,
+        split=args.split,
         extractor=dict(which=args.extractor, weights=args.inception),
         options={name: value for name, value in options.items() if value is not None},
     )

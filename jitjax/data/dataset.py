@@ -141,7 +141,7 @@ def open_dataset(
     """
     path = os.path.expanduser(os.fspath(path))
     where = f"{flag}={path}"
-    ask = Ask(where, "--config.data.split", "--config.data.labels")
+    ask = Ask(where, "--config.data.split" if flag.startswith("--config.") else "--split", "--config.data.labels")
     if not path:
         raise UserError(f"{flag} is not set; give it a folder of images or a prepared directory")
     require(path, where, "a folder of images or a prepared directory")

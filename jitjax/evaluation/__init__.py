@@ -11,4 +11,5 @@ Nothing is imported here, so that reading statistics does not start JAX:
 
 def higher_is_better(score: str) -> bool:
     """Of a score by its name, with or without "eval/"; distances and losses are better when lower."""
-    return score.removeprefix("eval/") in ("inception_score", "precision", "recall")
+    name = score.removeprefix("eval/")
+    return name in ("inception_score", "precision", "recall") or name.startswith("is_")  # "is_efficientnet_lite0"

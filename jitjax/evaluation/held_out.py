@@ -50,6 +50,8 @@ class HeldOutLoss:
         self._numbers = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), LARGEST)).round().astype(np.int64))
         normal = NormalDist(noise.p_mean, noise.p_std)
         self.times = [float(1 / (1 + np.exp(-normal.inv_cdf((i + 0.5) / BUCKETS)))) for i in range(BUCKETS)]
+        self.names = ["eval/loss", *(f"eval/loss_t{t:.2f}" for t in self.times)]
+        self._skipped: dict[int, str] = {}  # images that could not be decoded so far: why
         graphdef = jit_model.graphdef_of(geometry)
         specs = sharding.specs(jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0)), mesh)
         times = jnp.asarray(self.times, jnp.float32)
@@ -75,8 +77,17 @@ class HeldOutLoss:
         sharded = jax.shard_map(losses, mesh=mesh, in_specs=(specs, batch, batch, batch, batch), out_specs=P(), check_vma=False)
         self._losses: Callable[..., Any] = jax.jit(sharded)
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left out so far."""
+        if not self._skipped:
+            return []
+        first = min(self._skipped)
+        example = f"{self._dataset.source.name(first)}: {self._skipped[first]}"
+        return [f"eval/loss: {len(self._skipped)} held-out images could not be decoded, the first: {example}"]
+
     def __call__(self, params: jit_model.Params) -> dict[str, float]:
-        """All processes must call it. An image that cannot be decoded is left out."""
+        """All processes must call it. An image that cannot be decoded is left out (`notes`); NaN if none can."""
         sums, count = np.zeros(BUCKETS), 0
         place = NamedSharding(self._mesh, sharding.BATCH)
         size = self._dataset.image_size
@@ -86,8 +97,9 @@ class HeldOutLoss:
             labels = np.full(self._batch, self._null, np.int32)
             rows, read = images[: len(numbers)], np.zeros(len(numbers), np.int32)
             used = np.arange(self._batch) < len(numbers)
-            for k, _ in self._dataset.source.read(numbers, rows, read):
+            for k, why in self._dataset.source.read(numbers, rows, read):
                 used[k] = False
+                self._skipped[int(numbers[k])] = why
             if self._conditional:
                 labels[: len(numbers)] = read
             indices = np.resize(numbers, self._batch).astype(np.int32)
@@ -96,6 +108,5 @@ class HeldOutLoss:
             ]
             sums += np.asarray(self._losses(params, *arrays), np.float64)
             count += int(used.sum())
-        means = sums / max(count, 1)
-        buckets = {f"eval/loss_t{t:.2f}": float(value) for t, value in zip(self.times, means, strict=True)}
-        return {"eval/loss": float(means.mean()), **buckets}
+        means = sums / count if count else np.full(BUCKETS, np.nan)
+        return dict(zip(self.names, [float(means.mean()), *map(float, means)], strict=True))

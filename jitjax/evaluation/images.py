@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from jitjax.data.dataset import DataSet, open_dataset
 from jitjax.data.image import BadImage
+from jitjax.data.rules import HERE
 from jitjax.errors import UserError
 from jitjax.evaluation.statistics import NpzImages, npz_images
 
@@ -112,7 +113,7 @@ def open_images(path: str | os.PathLike) -> NpzImages | FileImages:
     if not path.is_dir():
         state = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise UserError(f"{path}: {state}; images to score are a folder of image files, or an .npz with arr_0")
-    dataset = open_dataset(path, 8, flag="TARGET")  # for its list of files only
+    dataset = open_dataset(path, 8, split=HERE, flag="TARGET")  # for its list of files only
     if dataset.kind != "folder":
         raise UserError(f"{path}: a prepared directory is a reference; images to score are a folder of files, or an .npz")
     paths = tuple(dataset.source.name(index) for index in range(len(dataset)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,21 @@ from jax.sharding import Mesh
 from jitjax import kernels, settings
 from jitjax import model as jit_model
 from jitjax.data import DataSet, open_dataset
+from jitjax.data.rules import split_of
 from jitjax.diffusion import Diffusion, Objective
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
 from jitjax.evaluation.extractor import Extractor, open_extractor
 from jitjax.evaluation.held_out import HeldOutLoss
 from jitjax.evaluation.models import evaluate_batches
-from jitjax.evaluation.score import open_reference, slug
+from jitjax.evaluation.score import computed, open_reference, slug
 from jitjax.evaluation.statistics import Statistics
 from jitjax.pipeline import Sampler
 from jitjax.settings import Eval
 
 
 class LiveEvaluation:
-    """evaluation(params) -> {"eval/fid": ..., "eval/mind": ..., "eval/loss": ...}."""
+    """evaluation(params) -> ({"eval/fid": ..., "eval/mind": ..., "eval/loss": ...}, notes that no call before had)."""
 
     def __init__(
         self,
@@ -40,22 +42,29 @@ class LiveEvaluation:
         patch: int,
         batch_size: int,
         held_out: HeldOutLoss | None,
+        how: str,
         metric: str = "",
-        say: Callable[[str], None] = lambda line: None,
     ):
         """Args:
         labels: (N,) class of each image.
         patch: the model's, for the seam index.
         batch_size: images drawn at once over all devices.
+        how: what the scores depend on; only scores with the same text are compared.
         metric: score by which checkpoints are compared; "": the Fréchet distance.
-        say: takes lines for the user.
+
+        Raises:
+          UserError: the metric is not computed of these images with this reference.
         """
         self._sampler, self._extractor, self._reference = sampler, extractor, reference
         self._labels, self._patch, self._batch = labels, patch, batch_size
-        self._held_out, self._say, self._said = held_out, say, set()
+        self._held_out, self._known, self.how = held_out, set(), how
         self.metric = f"eval/{metric or slug(extractor.distance)}"
+        there, _ = computed(len(labels), reference, extractor)
+        there += [name.removeprefix("eval/") for name in held_out.names] if held_out else []
+        if metric and metric not in there:
+            raise UserError(f"--config.eval.metric={metric} is not computed here: use one of {', '.join(there)}")
 
-    def __call__(self, params: jit_model.Params) -> dict[str, float]:
+    def __call__(self, params: jit_model.Params) -> tuple[dict[str, float], list[str]]:
         """All processes must call it."""
 
         def batches() -> Iterator[np.ndarray]:
@@ -65,39 +74,41 @@ class LiveEvaluation:
                 yield self._sampler(params, 0, indices, labels, size=self._batch)
 
         result = evaluate_batches(batches(), self._reference, self._extractor, patch=self._patch)
-        for note in result.scores.notes:
-            if note not in self._said:
-                self._said.add(note)
-                self._say(f"evaluation: {note}")
         values = {f"eval/{name}": value for name, value in result.values.items()}
-        return values | (self._held_out(params) if self._held_out else {})
+        notes = list(result.scores.notes)
+        if self._held_out:
+            values |= self._held_out(params)
+            notes += self._held_out.notes
+        new = [note for note in notes if note not in self._known]
+        self._known.update(new)
+        return values, new
 
     def best(self, scores: dict[str, float], before: dict[str, Any] | None) -> dict[str, Any] | None:
-        """{"metric", "value"} if these scores beat the best `before` them (None: there was none), else None.
-
-        Raises:
-          UserError: the metric was not computed.
-        """
-        if self.metric not in scores:
-            raise UserError(f"--config.eval.metric={self.metric.removeprefix('eval/')} is not among {', '.join(scores)}")
+        """{"metric", "value", "how"} if these scores beat the best `before` them (None: there was none), else None."""
         value = float(scores[self.metric])
         if not math.isfinite(value):
             return None
-        if before is not None and before["metric"] == self.metric:
+        if before is not None and self.compares_with(before):
             sign = -1 if higher_is_better(self.metric) else 1
             if sign * value >= sign * before["value"]:
                 return None
-        return {"metric": self.metric, "value": value}
+        return {"metric": self.metric, "value": value, "how": self.how}
+
+    def compares_with(self, before: dict[str, Any]) -> bool:
+        """Whether the best score so far was made as these are. (The version before did not say how.)"""
+        return before["metric"] == self.metric and before.get("how", self.how) == self.how
 
 
 def build(
     options: Eval,
     dataset: DataSet,
     held_out: DataSet | None,
+    ema: str,
     geometry: jit_model.Geometry,
     process: Diffusion,
     mesh: Mesh,
     *,
+    reading: settings.Data,
     noise: settings.Diffusion,
     objective: Objective,
     class_conditional: bool,
@@ -110,14 +121,17 @@ def build(
 
     Args:
       dataset, held_out: images of the training, and those for eval/loss (None: no such loss).
-      noise, objective: of the training.
+      ema: name of the EMA that is scored.
+      reading, noise, objective: of the training.
 
     Raises:
       UserError: extractor or reference cannot be used.
     """
     chosen = open_extractor(options.extractor, weights=options.inception or None)
     reference = options.reference or (held_out if options.held_out else dataset)
-    found, notes = open_reference(reference, chosen, geometry.image_size)
+    found, notes = open_reference(
+        reference, chosen, geometry.image_size, reading=reading.decoding(), flag="--config.eval.reference"
+    )
     common = dict(dtype=dtype, ops=ops, comm_dtype=comm_dtype)
     held_out_loss = held_out and HeldOutLoss(
         held_out,
@@ -132,6 +146,9 @@ def build(
     classes, count = geometry.num_classes, options.num_images
     labels = np.arange(count) * classes // count if class_conditional else np.full(count, classes)
     sampler = options.sampler() if class_conditional else dataclasses.replace(options.sampler(), cfg_scale=1.0)
+    # Coarsely, as the last bits of features differ between machines; of the reference not its path, which may move.
+    against = f"{found.count or 'unknown'} images of mean {abs(found.mu).mean():.3g}"
+    drawn = ", ".join(f"{name} {value}" for name, value in settings.to_dict(sampler).items())
     evaluation = LiveEvaluation(
         Sampler(geometry, process, sampler, mesh, **common),
         chosen,
@@ -140,8 +157,8 @@ def build(
         patch=geometry.patch_size,
         batch_size=options.batch_size * mesh.size,
         held_out=held_out_loss,
+        how=f"{chosen.name}, {count} images of EMA {ema} against {against}; {drawn}",
         metric=options.metric,
-        say=say,
     )
     where = f"eval/loss on {held_out.path} ({len(held_out):,} images)" if held_out is not None else "no held-out images"
     say(f"evaluation: {chosen.name} against {found.source}, best by {evaluation.metric}; {where}")
@@ -150,8 +167,11 @@ def build(
     return evaluation
 
 
-def find_held_out(wanted: str, path: str, reading: settings.Data, dataset: DataSet, class_conditional: bool) -> DataSet | None:
-    """The images for eval/loss: those asked for, else the validation split beside the training images, else None.
+def find_held_out(
+    wanted: str, path: str, reading: settings.Data, dataset: DataSet, class_conditional: bool
+) -> tuple[DataSet | None, list[str]]:
+    """The images for eval/loss: those asked for, else the validation split beside the training images, else None. And notes:
+    why a validation split that is there is not used.
 
     Args:
       path: of the training images; "" for a data set that lies in no folder.
@@ -159,20 +179,40 @@ def find_held_out(wanted: str, path: str, reading: settings.Data, dataset: DataS
     Raises:
       UserError: those asked for cannot be used, or have other classes.
     """
-    how, size = reading.reading(), reading.image_size
-    if wanted:
-        found = open_dataset(wanted, size, **how)
-        if class_conditional and found.class_names != dataset.class_names:
-            raise UserError(
-                f"--config.eval.held_out={wanted} has other classes ({len(found.class_names)}) than the training images "
-                f"({len(dataset.class_names)}): name held-out images of the same classes"
-            )
-        return found
-    for folder in (Path(path), Path(path).parent) if path else ():
-        try:
-            found = open_dataset(folder, size, **how | {"split": "val"})
-        except UserError:
-            continue
+    how, size = {"labels": reading.labels, **reading.decoding()}, reading.image_size
+
+    def other_classes(found: DataSet) -> str:
         if not class_conditional or found.class_names == dataset.class_names:
-            return found
-    return None
+            return ""
+        return f"has other classes ({len(found.class_names)}) than the training images ({len(dataset.class_names)})"
+
+    if wanted:
+        flag, split = "--config.eval.held_out", "val" if _validation_splits(Path(wanted)) else ""
+        found = open_dataset(wanted, size, **how, split=split, flag=flag)
+        if problem := other_classes(found):
+            raise UserError(f"{flag}={wanted} {problem}: name held-out images of the same classes")
+        return found, []
+    notes = []
+    for folder in (Path(path), Path(path).parent) if path else ():
+        there = _validation_splits(folder)
+        try:
+            found = open_dataset(folder, size, **how, split="val")
+        except UserError as error:
+            notes += [f"{folder / there[0]} is not used for eval/loss: {error}"] if there else []
+            continue
+        if any(Path(found.path).is_relative_to(Path(dataset.path) / name) for name in dataset.class_names):
+            continue  # a class of the training images
+        if problem := other_classes(found):
+            notes.append(f"{found.path} is not used for eval/loss: it {problem}")
+            continue
+        return found, []
+    return None, notes
+
+
+def _validation_splits(folder: Path) -> list[str]:
+    """The folders in it whose names are those of validation splits."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder.expanduser()) if entry.is_dir())
+    except OSError:
+        return []
+    return [name for name in names if (split := split_of(name)) and split.sure and split.role == "val"]

@@ -16,6 +16,7 @@ from jitjax.evaluation.images import DataImages, open_images
 from jitjax.evaluation.models import Evaluation, evaluate_batches, evaluate_pipeline
 from jitjax.evaluation.score import make_statistics, open_reference
 from jitjax.evaluation.statistics import npz_images, write_statistics
+from jitjax.settings import to_dict
 
 
 def evaluate(
@@ -29,6 +30,7 @@ def evaluate(
     batch_size: int | None,
     dtype: str | None,
     extractor: dict[str, Any],
+    split: str,
     options: dict[str, Any],
     json_file: str | None,
 ) -> int:
@@ -44,7 +46,7 @@ def evaluate(
     chosen = open_extractor(**extractor)
     if is_images(path):
         images = open_images(path)
-        found, notes = open_reference(reference, chosen, images.image_size)
+        found, notes = open_reference(reference, chosen, images.image_size, reading={"split": split})
         with draw.progress(len(images), "extracting") as advance:
             result = evaluate_batches(
                 iter(images),
@@ -58,11 +60,12 @@ def evaluate(
     else:
         pipe = pipeline.load(target, which)
         notes = list(pipe.notes)
-        found, more = open_reference(reference, chosen, pipe.geometry.image_size)
+        found, more = open_reference(reference, chosen, pipe.geometry.image_size, reading=pipe.decoding | {"split": split})
         notes += more
         numbers = draw.label_numbers(pipe, labels, num)
         null = pipe.geometry.num_classes
-        about = {"model": target, "weights": pipe.which, "step": pipe.step, **_shown(options)}
+        about = {"model": target, "weights": pipe.which, "step": pipe.step, "labels": labels}
+        about |= to_dict(pipe.sampler_options(**options)) | {"dtype": pipeline.compute_dtype(dtype)}
         with draw.progress(len(numbers), f"sampling {pipe.which}") as advance:
             result = evaluate_pipeline(
                 pipe,
@@ -97,7 +100,7 @@ def report_lines(result: Evaluation) -> list[str]:
     return [*result.scores.lines, *seams, share]
 
 
-def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, Any]) -> int:
+def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, Any], split: str) -> int:
     """Statistics of a folder, a prepared set or an .npz of images, into a file.
 
     Raises:
@@ -111,7 +114,7 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
         if image_size not in (None, images.image_size):
             raise UserError(f"--image_size={image_size}: the images of {data} have {images.image_size} px")
     else:
-        dataset = open_dataset(path, image_size, flag="DATA")
+        dataset = open_dataset(path, image_size, split=split, flag="DATA")
         tables.say(dataset.summary)
         images = DataImages(dataset)
     with draw.progress(len(images), "extracting") as advance:
@@ -138,10 +141,6 @@ def is_images(path: Path) -> bool:
 def _patch_of(image_size: int) -> int:
     """Images alone do not say the patch: 16 patches along a side, as in all published models."""
     return max(2, image_size // 16)
-
-
-def _shown(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def _steps(advance: Any) -> Any:

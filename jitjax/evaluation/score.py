@@ -27,6 +27,7 @@ from jitjax.evaluation.statistics import (
     read_statistics,
     write_statistics,
 )
+from jitjax.settings import DECODING
 
 PAPER_IMAGES = 50_000
 # Guidance of the published evaluations, inside times 0.1 to 1.0 (official README; G: paper). No value for 64 px is published.
@@ -67,6 +68,8 @@ def open_reference(
     extractor: Extractor,
     image_size: int,
     *,
+    reading: Mapping[str, Any] | None = None,
+    flag: str = "--reference",
     cache: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Statistics, list[str]]:
@@ -76,6 +79,8 @@ def open_reference(
       reference: a file of statistics (.npz of jitjax, torch-fidelity's fork, edm, ADM; edm2's pickle), an .npz of images
         (`arr_0`), a folder of images or prepared directory, an open data set, or statistics.
       image_size: of the scored images, in pixels; folders are read at this size, as training reads them.
+      reading: how the files of a folder are read, where that is not the default (`jitjax.data.open_dataset`). flag: what
+        messages call the reference.
       cache: save statistics of data sets in the cache folder and use them again; the key holds the data set's fingerprint.
       progress: called with the number of reference images done, where features must be extracted.
 
@@ -86,7 +91,8 @@ def open_reference(
     if isinstance(reference, str | os.PathLike):
         path = Path(reference).expanduser()
         if path.is_dir():
-            reference = open_dataset(path, image_size, flag="--reference")
+            reference = open_dataset(path, image_size, flag=flag, **(reading or {}))
+            notes.append(f"reference: {reference.summary}")
         elif path.suffix == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)
@@ -121,14 +127,16 @@ def dataset_statistics(
     dataset: DataSet, extractor: Extractor, *, cache: bool = True, progress: Callable[[int], None] | None = None
 ) -> tuple[Statistics, list[str]]:
     """Statistics of a data set, from the cache where it has them, and notes about skipped images and the cache."""
-    made_of = [dataset.fingerprint, _written(dataset), dataset.image_size, extractor.name, extractor.resize]
+    made_of = [dataset.fingerprint, _content(dataset), dataset.image_size, extractor.name, extractor.resize]
     key = json.dumps([*made_of, REFERENCE_FEATURES, CACHE_VERSION], sort_keys=True)
     file = cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     if cache and file.is_file():
         try:
             found = dataclasses.replace(read_statistics(file), source=dataset.path)
             found.check(extractor=extractor.name, dim=extractor.dim, image_size=dataset.image_size, resize=extractor.resize)
-            return found, [f"{dataset.path}: statistics of an earlier run, from {file}"]
+            skipped = len(dataset) - (found.count or len(dataset))
+            left_out = [f"{dataset.path}: {skipped} images could not be decoded"] if skipped else []
+            return found, [f"{dataset.path}: statistics of an earlier run, from {file}", *left_out]
         except UserError as error:
             unusable = [f"cached statistics were made anew: {error}"]
     else:
@@ -146,11 +154,12 @@ def dataset_statistics(
     return made, notes
 
 
-def _written(dataset: DataSet) -> str:
-    """When each file of a folder was last written, as one checksum: a fingerprint has names and sizes only."""
+def _content(dataset: DataSet) -> str:
+    """When each file of a folder was last written and how it is decoded, as one checksum: a fingerprint has names and sizes
+    only."""
     if dataset.kind != "folder":
         return ""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps({name: getattr(dataset.source, name) for name in DECODING}).encode())
     for index in range(len(dataset)):
         found = os.stat(dataset.source.name(index))
         digest.update(b"%d %d " % (found.st_mtime_ns, found.st_ctime_ns))
@@ -326,40 +335,66 @@ def _scores(
 ) -> dict[str, float]:
     values: dict[str, float] = {}
     count, y = len(x), reference.features
-    if count < 2:
-        notes.append(f"{extractor.distance} left out: a covariance needs at least 2 images, there are {count}")
-    else:
+    names, left_out = computed(count, reference, extractor)
+    notes += left_out
+    if slug(extractor.distance) in names:
         own = FeatureStatistics(extractor.dim)
         own.update(x)
         fewest = min(count, reference.count or count)
         notes += [note for note in [metrics.singular_covariance(fewest, extractor.dim)] if note]
         values[slug(extractor.distance)] = metrics.frechet_of_moments(own.mu, own.sigma, reference.mu, reference.sigma)
-        if spatial is not None and reference.mu_s is None:
-            notes.append(f"sFID left out: {reference.source} has no spatial statistics (mu_s, sigma_s)")
-        elif spatial is not None:
-            values["sfid"] = metrics.frechet_of_moments(spatial.mu, spatial.sigma, reference.mu_s, reference.sigma_s)
-    if logits is not None and count >= IS_SPLITS:
-        name = "inception_score" if extractor.distance == "FID" else slug(f"is-{extractor.name}")
+    if "sfid" in names:
+        values["sfid"] = metrics.frechet_of_moments(spatial.mu, spatial.sigma, reference.mu_s, reference.sigma_s)
+    if (name := _inception_score(extractor)) in names:
         values[name], values[f"{name}_std"] = metrics.inception_score(logits, IS_SPLITS, True, seed)
-    elif logits is not None:
-        notes.append(f"IS left out: it needs at least {IS_SPLITS} images, there are {count}")
-    if y is None:
-        notes.append(f"KID, precision, recall and MIND left out: {reference.source} holds means and covariances only")
-        return values
-    if len(y) != reference.count:
+    if y is not None and len(y) != reference.count:
         notes.append(f"KID, precision, recall and MIND use {len(y)} images of the reference")
-    fewest = min(count, len(y))
-    size = min(KID_SUBSET_SIZE, fewest)
-    if size >= 2:
-        values["kid"], values["kid_std"] = metrics.kid(x, y, KID_SUBSETS, size, seed)
-        if size < KID_SUBSET_SIZE:
-            notes.append(f"KID with subsets of {size}, not {KID_SUBSET_SIZE}: there are no more images")
-    if fewest > NEIGHBOURS:
+    if "kid" in names:
+        fewest = min(count, len(y))
+        size = min(KID_SUBSET_SIZE, fewest)
+        values["kid"], spread = metrics.kid(x, y, KID_SUBSETS, size, seed)
+        if size < fewest:
+            values["kid_std"] = spread
+        else:
+            notes.append(f"KID from subsets of {size} images, without a spread: there are no more, so they are all alike")
+    if "precision" in names:
         values["precision"], values["recall"] = metrics.precision_recall(x, y, NEIGHBOURS)
-    else:
-        notes.append(f"precision and recall left out: k={NEIGHBOURS} needs more than {NEIGHBOURS} images, there are {fewest}")
-    values["mind"] = metrics.mind(x, y, seed)
+    if "mind" in names:
+        values["mind"] = metrics.mind(x, y, seed)
     return values
+
+
+def computed(count: int, reference: Statistics, extractor: Extractor) -> tuple[list[str], list[str]]:
+    """(names of the scores that `score` computes of `count` images, notes: what it leaves out and why)."""
+    names, notes = [], []
+
+    def choose(found: list[str], title: str, missing: str | None) -> None:
+        if missing is None:
+            names.extend(found)
+        else:
+            notes.append(f"{title} left out: {missing}")
+
+    few = f"a covariance needs at least 2 images, there are {count}" if count < 2 else None
+    choose([slug(extractor.distance)], extractor.distance, few)
+    if "spatial" in extractor.outputs:
+        lacking = f"{reference.source} has no spatial statistics (mu_s, sigma_s)" if reference.mu_s is None else None
+        choose(["sfid"], "sFID", few or lacking)
+    if "logits" in extractor.outputs:
+        few = f"it needs at least {IS_SPLITS} images, there are {count}" if count < IS_SPLITS else None
+        choose([_inception_score(extractor)], "IS", few)
+    if reference.features is None:
+        choose([], "KID, precision, recall and MIND", f"{reference.source} holds means and covariances only")
+        return names, notes
+    fewest = min(count, len(reference.features))
+    choose(["kid"], "KID", f"it needs at least 2 images, there are {fewest}" if fewest < 2 else None)
+    few = f"k={NEIGHBOURS} needs more than {NEIGHBOURS} images, there are {fewest}" if fewest <= NEIGHBOURS else None
+    choose(["precision", "recall"], "precision and recall", few)
+    choose(["mind"], "MIND", None)
+    return names, notes
+
+
+def _inception_score(extractor: Extractor) -> str:
+    return "inception_score" if extractor.distance == "FID" else slug(f"is-{extractor.name}")
 
 
 def slug(name: str) -> str:

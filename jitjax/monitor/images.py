@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,10 +52,24 @@ def save_grid(
     path = Path(path)
     if unreadable:
         lines = "".join(f"{number}\t{name}\n" for number, name in unreadable.items())
-        _write(path.with_suffix(".txt"), lambda partial: partial.write_text(lines, encoding="utf-8"))
+        _write(legend_of(path), lambda partial: partial.write_text(lines, encoding="utf-8"))
     signed = PngImagePlugin.PngInfo()
     signed.add_text("Software", MAKER)
     return _write(path, lambda partial: sheet.save(partial, format="PNG", pnginfo=signed))
+
+
+def legend_of(path: Path) -> Path:
+    """The text file beside a grid."""
+    return path.with_suffix(".txt")
+
+
+def written_here(legend: Path) -> bool:
+    """Whether a text file is one that `save_grid` wrote: a number, a tab and a name in each line."""
+    try:
+        lines = legend.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+    return bool(lines) and all(re.fullmatch(r"\d+\t.*", line) for line in lines)
 
 
 def drawn_here(path: str | os.PathLike) -> bool:

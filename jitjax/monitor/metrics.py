@@ -40,13 +40,12 @@ class MetricsFile:
             raise
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends the line of one step. Floats keep full precision; infinities and NaN, which JSON lacks, become null.
+        """Appends the line of one step (`line_of`).
 
         Raises:
           OSError: e.g. the disk is full. The line is kept and goes out, whole and in order, with a later call.
         """
-        line = json.dumps({"step": step} | {name: _number(value) for name, value in metrics.items()}, allow_nan=False)
-        self._unwritten += line.encode() + b"\n"
+        self._unwritten += line_of({"step": step, **metrics}).encode()
         while self._unwritten:
             # A nearly full disk takes part of a line: go on from there next time, so that no line is torn or doubled.
             self._unwritten = self._unwritten[os.write(self._fd, self._unwritten) :]
@@ -95,8 +94,13 @@ def read_records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         yield from (record for line in file if (record := _parse(line)) is not None)
 
 
-def _number(value: Any) -> int | float | None:
-    if isinstance(value, int):
+def line_of(record: Mapping[str, Any]) -> str:
+    """A line of such a file. Floats keep full precision; infinities and NaN, which JSON lacks, become null."""
+    return json.dumps({name: _json(value) for name, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _json(value: Any) -> str | int | float | None:
+    if isinstance(value, str | int):
         return value
     value = float(value)
     return value if math.isfinite(value) else None

@@ -62,8 +62,10 @@ def print_status(
         if steps := [int(match[1]) for match in matches if match]:
             view.marks = {**view.marks, name: max(steps)}
     scores = workdir / "scores.jsonl"
-    if scores.exists() and (last := read_last(scores, 1)):
-        view.scores = (last[0]["step"], {name: last[0][name] for name in last[0] if name.startswith(SCORES)})
+    if scores.exists() and records:  # those of later steps are of a run that went back since
+        *_, last = [None, *(line for line in read_last(scores, STEPS) if line["step"] <= records[-1]["step"])]
+        if last:
+            view.scores = last["step"], {name: x for name, x in last.items() if name.startswith(SCORES) and x is not None}
     if (console := Console(file=file, highlight=False)).is_terminal:
         console.print(view)
     else:
