@@ -174,7 +174,7 @@ def find(path: str | Path) -> tuple[Path, int]:
       UserError: there is no whole checkpoint, or the one that `path` names is not.
     """
     path, workdir = Path(path).expanduser().absolute(), workdir_of(path)
-    if path.name == BEST:
+    if means_best(path):
         best = read_best(workdir)
         if best is None:
             raise UserError(f"{path}: no checkpoint of this run was scored, so none is the best (--config.eval.every_epochs)")
@@ -204,9 +204,15 @@ def find(path: str | Path) -> tuple[Path, int]:
 def workdir_of(path: str | Path) -> Path:
     """The workdir that a path to it, to its folder of checkpoints, to one of them or to `best` lies in."""
     path = Path(path).expanduser().absolute()
-    if path.parent.name == DIRECTORY and (path.name.isdecimal() or path.name == BEST):
+    best = means_best(path)
+    if path.parent.name == DIRECTORY and (path.name.isdecimal() or best):
         return path.parent.parent
-    return path.parent if path.name in (DIRECTORY, BEST) else path
+    return path.parent if path.name == DIRECTORY or best else path
+
+
+def means_best(path: Path) -> bool:
+    """Whether a path means the best checkpoint: the name `best` where nothing is called so (a workdir may be)."""
+    return path.name == BEST and not os.path.exists(path)
 
 
 def read_best(workdir: Path) -> dict[str, Any] | None:

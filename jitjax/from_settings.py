@@ -72,7 +72,7 @@ def first_state(setup: Setup, process: diffusion.Diffusion, class_names: tuple[s
         return state, []
     names = class_names if settings.model.class_conditional else ()
     state, report = transfer.initialise_from(
-        settings.init_from, state, setup.geometry.class_start, process, names, settings.optim, settings.dtype
+        settings.init_from, state, setup.geometry, process, names, settings.optim, settings.dtype
     )
     return state, [f"from {settings.init_from}: {report}"]
 

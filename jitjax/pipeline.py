@@ -484,9 +484,10 @@ def load(path: str | Path, which: str | None = None) -> Pipeline:
     from jitjax.interop import weights as weight_files
 
     path = hub.download(str(path)) if hub.is_name(path) else Path(path).expanduser()
-    if not os.path.exists(path) and path.name != checkpoint.BEST:  # also where a name is too long to look for
+    best = checkpoint.means_best(path)
+    if not os.path.exists(path) and not best:  # also where a name is too long to look for
         raise UserError(f"{path}: no such file or folder; give a workdir, a checkpoint, an exported folder or a weights file")
-    if path.name == checkpoint.BEST or (path.is_dir() and sources.is_workdir(path)):
+    if best or (path.is_dir() and sources.is_workdir(path)):
         pipe = from_checkpoint(checkpoint.load_weights(path), checkpoint.workdir_of(path))
     else:
         pipe = from_weights(weight_files.read_weights(path))

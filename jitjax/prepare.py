@@ -25,12 +25,13 @@ import numpy as np
 from jitjax import cli, tables
 from jitjax.data import pool
 from jitjax.data.inputs import Input, open_input
-from jitjax.data.prepared import FORMAT, VERSION, index_checksum, read_index
+from jitjax.data.prepared import FORMAT, VERSION, empty_classes, index_checksum, read_index
 from jitjax.data.shards import Settings, check_shard, shard_name, write_json, write_shard
 from jitjax.data.tree import INDEX_FILE, LOCK_FILE, PARTIAL_FOLDER, PLAN_FILE
 from jitjax.errors import UserError
 
 MAX_RAW_SIZE = 64  # larger images are stored as PNG unless --encoding is given
+_JPEG_QUALITY = 95
 _IMAGES_PER_SHARD, _MAX_DEFAULT_SHARDS = 1024, 256
 
 
@@ -40,7 +41,7 @@ def prepare(
     image_size: int,
     *,
     encoding: str | None = None,
-    quality: int = 95,
+    quality: int | None = None,
     exif_rotate: bool = False,
     limit: int | None = None,
     shards: int | None = None,
@@ -54,7 +55,7 @@ def prepare(
     high_depth: str = "clip",
     zip_names: str | None = None,
 ) -> dict[str, Any]:
-    """Prepares a data set; the arguments are those of the command line. Does nothing where it is done already.
+    """Prepares a data set; the arguments are those of the command line. Writes nothing where it is done already.
 
     Returns:
       The content of `index.json`.
@@ -62,6 +63,11 @@ def prepare(
     Raises:
       UserError: bad input, bad settings, a full disk, or an output that belongs to something else.
     """
+    encoding = encoding or ("raw" if image_size <= MAX_RAW_SIZE else "png")
+    if quality and encoding != "jpeg":
+        raise UserError(
+            f"--quality={quality} is for --encoding jpeg, and this set is stored as {encoding}; leave --quality out"
+        )
     output = os.path.expanduser(output)
     partial = os.path.join(output, PARTIAL_FOLDER)
     with _locked(output):
@@ -81,11 +87,10 @@ def prepare(
         shards = shards or max(1, min(_MAX_DEFAULT_SHARDS, total // _IMAGES_PER_SHARD))
         if shards > total:
             raise UserError(f"--shards={shards} is more than the {total} images; lower it")
-        encoding = encoding or ("raw" if image_size <= MAX_RAW_SIZE else "png")
         settings = Settings(
             image_size=image_size,
             encoding=encoding,
-            quality=quality if encoding == "jpeg" else 0,
+            quality=(quality or _JPEG_QUALITY) if encoding == "jpeg" else 0,
             exif_rotate=exif_rotate,
             limit=limit,
             shards=shards,
@@ -96,14 +101,22 @@ def prepare(
         index = _finished(output, plan)
         if index is not None:
             shutil.rmtree(partial, ignore_errors=True)
-            print(f"{output} is complete already: {index['count']} images")
+            print(f"{output} is complete already")
+            _report(output, index)
+            if on_bad == "fail" and index["skipped"]:
+                first = index["skipped"][0]
+                raise UserError(
+                    f"--output={output} was prepared with {len(index['skipped'])} skipped, the first {first['name']} "
+                    f"({first['reason']}); repair them and give a new folder, or use --on_bad skip"
+                )
             return index
         _begin(output, partial, plan)
         _check_space(output, total, settings)
-        # --limit takes every n-th, so that all classes stay
+        # --limit takes every n-th: of each class its share, of one with fewer than n images maybe none, which is reported
         chosen = np.arange(total, dtype=np.int64) * len(source) // total
         bounds = [k * total // shards for k in range(shards + 1)]
-        entries: dict[int, dict[str, Any]] = {k: e for k in range(shards) if (e := _done_shard(output, partial, k, shards))}
+        done = {k: e for k in range(shards) if (e := _done_shard(output, partial, k, shards))}
+        entries: dict[int, dict[str, Any]] = {k: e for k, e in done.items() if on_bad != "fail" or not e["skipped"]}
         jobs = {k: chosen[bounds[k] : bounds[k + 1]] for k in range(shards) if k not in entries}
         if entries:
             print(f"continuing: {len(entries)} of {shards} shards are done")
@@ -135,6 +148,8 @@ def check(output: str, workers: int | None = None) -> int:
         for _, problem in workers_pool.run(_check_job, calls):
             if problem:
                 raise UserError(f"{where}: {problem}; prepare the data set again")
+    if empty := empty_classes(index):
+        tables.say(f"warning: {empty}")
     return index["count"]
 
 
@@ -197,11 +212,15 @@ def _begin(output: str, partial: str, plan: dict[str, Any]) -> None:
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], output: str, state: str) -> None:
+    then, here = before.get("input", {}), now["input"]
+    if "modified" in here and "modified" not in then:  # prepared by an earlier version
+        now = {**now, "input": {key: value for key, value in here.items() if key != "modified"}}
     if before == now:
         return
     old, new = before.get("settings", {}), now["settings"]
     differing = [f"{k} {old.get(k)} instead of {new.get(k)}" for k in {**new, **old} if old.get(k) != new.get(k)]
-    change = ", ".join(differing) or "other input files"
+    same_files = {**then, "modified": here.get("modified")} == here
+    change = ", ".join(differing) or ("input files that were modified since" if same_files else "other input files")
     raise UserError(f"--output={output} {state} with {change}; give a new folder or delete this one")
 
 
@@ -233,6 +252,8 @@ def _report(output: str, index: dict[str, Any]) -> None:
         print(f"skipped {bad['name']}: {bad['reason']}".encode(errors="backslashreplace").decode())
     if len(skipped) > 20:
         print(f"... and {len(skipped) - 20} more, all listed in {INDEX_FILE}")
+    if empty := empty_classes(index):
+        tables.say(f"warning: {empty}")
     if constant := index.get("constant"):
         tables.say(
             f"warning: {constant} images came out constant, all of one colour; 16-bit and float pictures are clipped as the "

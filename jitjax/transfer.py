@@ -9,10 +9,16 @@ import jax.numpy as jnp
 
 from jitjax import diffusion, pipeline, step
 from jitjax.errors import UserError
-from jitjax.model import Params
+from jitjax.model import Geometry, Params
 from jitjax.settings import Optimizer
 
 LABELS = "y_embedder.table"
+# Fields of the geometry that no parameter's shape shows, and what they are. Dropout is a setting of the new run.
+UNSHOWN = {
+    "image_size": "trained at {} pixels, now at {}",
+    "context_start": "context tokens began at block {}, now at block {}",
+    "class_start": "conditioned on the class from block {} on, now from block {}",
+}
 
 
 @dataclasses.dataclass
@@ -69,7 +75,7 @@ def transfer(source: Params, fresh: Params) -> tuple[Params, Report]:
 def initialise_from(
     path: str,
     state: step.TrainState,
-    class_start: int,
+    geometry: Geometry,
     process: diffusion.Diffusion,
     class_names: tuple[str, ...],
     optim: Optimizer,
@@ -78,7 +84,7 @@ def initialise_from(
     """A step-0 state with another model's weights and EMAs (its weights for a decay it lacks).
 
     Args:
-      path: what `jitjax.load` takes. state: of the new run, at step 0. class_start: of the new run's geometry.
+      path: what `jitjax.load` takes. state, geometry: of the new run, the state at step 0.
 
     Raises:
       UserError: the other model predicts something else, or has no weights.
@@ -95,8 +101,10 @@ def initialise_from(
     ema = {decay: transfer(weights.get(decay, raw), state.params)[0] for decay in state.ema}
     for decay in sorted(set(state.ema) - set(weights)):
         report.fresh.append(f"EMA {decay} (from the weights)")
-    if pipe.geometry.class_start != class_start:
-        report.notes.append(f"conditioned on the class from block {pipe.geometry.class_start} on, now from block {class_start}")
+    for field, text in UNSHOWN.items():
+        before, now = getattr(pipe.geometry, field), getattr(geometry, field)
+        if before != now and (field != "context_start" or (pipe.geometry.context_length and geometry.context_length)):
+            report.notes.append(text.format(before, now))
     if pipe.diffusion.noise_scale != process.noise_scale:
         report.notes.append(f"trained with noise_scale {pipe.diffusion.noise_scale}, now {process.noise_scale}")
     if len(pipe.class_names) == len(class_names) and pipe.class_names != class_names:

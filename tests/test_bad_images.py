@@ -92,6 +92,33 @@ UNDECODABLE = {
 }
 
 
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits from (H, W, 3) uint16, which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_high_depth_scales_what_pillow_gives_and_refuses_the_rest():
+    """Of colour of 16 bits Pillow gives the upper 8: the range of the type within 1, but no picture's own."""
+    values = np.linspace(0, 65535, 8 * 8 * 3).astype(np.uint16).reshape(8, 8, 3)
+    for how in ("clip", "range"):
+        assert np.abs(decode(png16(values), 8, high_depth=how) - values / 257).max() < 1
+    with pytest.raises(BadImage, match="16 bits with colour or alpha.*high_depth=range or scale"):
+        decode(png16(values >> 4), 8, high_depth="picture")
+
+
+def test_range_is_one_scale_for_all_pictures_of_a_type():
+    grey = {top: encoded(Image.fromarray(np.full((8, 8), top, np.int32)), "TIFF") for top in (30_000, 60_000, 65_535, 70_000)}
+    assert [int(decode(grey[top], 8, high_depth="range")[0, 0, 0]) for top in (30_000, 60_000, 65_535)] == [117, 233, 255]
+    with pytest.raises(BadImage, match="values from 70000 to 70000 are outside 0..65535; use high_depth=picture or scale"):
+        decode(grey[70_000], 8, high_depth="range")
+
+
 def test_the_collection_of_awkward_files():
     files = sorted(shared("data/bad").iterdir())
     assert len(files) == 22

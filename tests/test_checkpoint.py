@@ -143,6 +143,16 @@ def test_the_one_before_is_taken(copy, damage, caplog):
         checkpoint.find(copy / "checkpoints" / "20")
 
 
+def test_a_workdir_may_be_called_best(copy):
+    """`best` means the best checkpoint where nothing has that name."""
+    run = copy.rename(copy.parent / "best")
+    run_record.write_best(run, {"step": 20, "metric": "eval/fid", "value": 3.0})
+    for path, step in ((run, 30), (run / "checkpoints", 30), (run / "checkpoints" / "10", 10)):
+        assert checkpoint.find(path) == (run, step)
+    for path in (run / "best", run / "checkpoints" / "best"):
+        assert checkpoint.find(path) == (run, 20)
+
+
 def test_what_else_lies_there_does_not_matter(copy, caplog):
     """A file and a folder of something else named like later steps, Orbax's own metadata gone, notes."""
     folder = copy / "checkpoints"

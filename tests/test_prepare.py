@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from data_files import caltech_folder, official_pixels
+from PIL import Image
 
 from jitjax import cli
 from jitjax.data import open_dataset
+from jitjax.data.prepared import index_checksum
 from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
 
@@ -79,6 +83,106 @@ def test_run_twice_it_does_nothing_and_other_settings_are_refused(folder, prepar
         prepare(str(other), str(prepared), SIZE, shards=4)
     with pytest.raises(UserError, match="not empty"):
         prepare(str(folder), str(other), SIZE)
+
+
+def bitmaps(root: Path, classes: str, count: int = 3) -> Path:
+    """Small pictures that all take the same number of bytes."""
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(np.full((8, 8, 3), 9 * k + number, np.uint8)).save(root / name / f"{number}.bmp")
+    return root
+
+
+def damage(file: Path) -> bytes:
+    """Replaces a file by one of the same size that cannot be decoded; returns what it held."""
+    before = file.read_bytes()
+    file.write_bytes(b"\0" * len(before))
+    return before
+
+
+def test_input_that_was_replaced_by_files_of_the_same_size_is_noticed(tmp_path, capsys):
+    root, output = bitmaps(tmp_path / "set", "ab"), tmp_path / "out"
+    data = damage(root / "b" / "1.bmp")
+    prepare(str(root), str(output), 8, workers=0)
+    capsys.readouterr()
+    prepare(str(root), str(output), 8, workers=0)
+    said = capsys.readouterr().out
+    assert "complete already" in said and "skipped b/1.bmp: not an image" in said and "1 skipped" in said
+    with pytest.raises(UserError, match=r"was prepared with 1 skipped, the first b/1.bmp \(not an image.*--on_bad skip"):
+        prepare(str(root), str(output), 8, workers=0, on_bad="fail")
+    (root / "b" / "1.bmp").write_bytes(data)
+    with pytest.raises(UserError, match="was prepared with input files that were modified since; give a new folder"):
+        prepare(str(root), str(output), 8, workers=0)
+    assert len(open_dataset(output, 8)) == 5  # it can still be read
+
+
+def test_when_files_were_written_is_no_part_of_what_they_hold(tmp_path, capsys):
+    """The same set from a copy of the files continues a run, and so does one prepared by a version that noted no times."""
+    root, output = bitmaps(tmp_path / "set", "ab"), tmp_path / "out"
+    prepare(str(root), str(output), 8, workers=0)
+    prepare(str(shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)), str(tmp_path / "again"), 8, workers=0)
+    assert (output / "index.json").read_bytes() != (tmp_path / "again" / "index.json").read_bytes()
+    assert open_dataset(output, 8).fingerprint == open_dataset(tmp_path / "again", 8).fingerprint
+    index = json.loads((output / "index.json").read_text())
+    del index["plan"]["input"]["modified"]
+    index["checksum"] = index_checksum(index)
+    (output / "index.json").write_text(json.dumps(index))
+    assert open_dataset(output, 8).fingerprint == open_dataset(tmp_path / "again", 8).fingerprint
+    assert open_dataset(output, 8).fingerprint["checksum"] == index["checksum"]
+    prepare(str(root), str(output), 8, workers=0)
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_what_an_interrupted_preparation_skipped_is_fatal_where_bad_images_are(tmp_path, monkeypatch):
+    root, output = bitmaps(tmp_path / "set", "ab"), tmp_path / "out"
+    damage(root / "a" / "1.bmp")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("jitjax.prepare._index", interrupt)  # all shards are written
+        prepare(str(root), str(output), 8, shards=2, workers=0)
+    with pytest.raises(UserError, match="a/1.bmp cannot be used"):
+        prepare(str(root), str(output), 8, shards=2, workers=0, on_bad="fail")
+    assert prepare(str(root), str(output), 8, shards=2, workers=0)["count"] == 5
+
+
+def test_classes_without_an_image_are_named(tmp_path, capsys, caplog):
+    root, output = bitmaps(tmp_path / "set", "abc"), tmp_path / "out"
+    for file in (root / "b").iterdir():
+        damage(file)
+    prepare(str(root), str(output), 8, workers=0)
+    assert main(["--check", str(output)]) == 0
+    assert capsys.readouterr().out.count("warning: no image of 1 of the 3 classes: b\n") == 2
+    assert open_dataset(output, 8).class_names == ("a", "b", "c")
+    assert "out: no image of 1 of the 3 classes: b" in caplog.text
+    prepare(str(root), str(tmp_path / "few"), 8, limit=2, workers=0)
+    assert "warning: no image of 2 of the 3 classes: b, c\n" in capsys.readouterr().out
+
+
+def test_a_prepared_split_among_class_folders_is_not_trained_on(prepared, tmp_path):
+    root = bitmaps(tmp_path / "set", "xyz")
+    shutil.copytree(prepared, root / "val32")
+    for split in ("", "."):
+        dataset = open_dataset(root, SIZE, split=split)
+        assert (dataset.kind, dataset.class_names) == ("folder", ("x", "y", "z")) and "val32/ (prepared)" in dataset.summary
+    for split in ("val", "val32"):
+        assert open_dataset(root, SIZE, split=split).kind == "prepared"
+    flat = bitmaps(tmp_path / "flat", "x") / "x"
+    for name in ("val32", "small"):
+        shutil.copytree(prepared, flat / name)
+        assert (len(open_dataset(flat, SIZE)), open_dataset(flat, SIZE).kind) == (3, "folder")
+    shutil.copytree(prepared, tmp_path / "alone" / "test32")
+    with pytest.raises(
+        UserError, match=r"holds the splits test32 and none for training; choose one with --config.data.split=NAME"
+    ):
+        open_dataset(tmp_path / "alone", SIZE)
+    assert open_dataset(tmp_path / "alone", SIZE, split="test").kind == "prepared"
+    for name in ("set/train32", "alone/train32", "single/small"):
+        shutil.copytree(prepared, tmp_path / name)
+        assert open_dataset((tmp_path / name).parent, SIZE).path == str(tmp_path / name)
 
 
 def test_killed_it_looks_unfinished_and_continues_to_the_same_bytes(folder, prepared, tmp_path, capsys):
@@ -427,12 +531,37 @@ def test_the_prepared_size_must_be_the_configured_one(prepared):
             "--encoding: invalid choice",
         ),
         (["--data_pth", "FOLDER"], "--data_pth"),
+        *(
+            (["--data_path", path, "--output", "OUT", "--image_size", "32", *flags], says)
+            for path, flags, says in (
+                (
+                    "FOLDER",
+                    ("--label_column", "y"),
+                    "--data_path=FOLDER is a folder of images, and --label_column is for Parquet",
+                ),
+                (
+                    "FOLDER",
+                    ("--image_column", "x"),
+                    "--data_path=FOLDER is a folder of images, and --image_column is for Parquet",
+                ),
+                (
+                    "FOLDER",
+                    ("--zip_names", "gbk"),
+                    "--data_path=FOLDER is a folder of images, and --zip_names is for zips; leave",
+                ),
+                ("ZIP", ("--label_column", "y"), "--data_path=ZIP is a zip, and --label_column is for Parquet and Arrow"),
+                ("ZIP", ("--image_column", "x"), "--data_path=ZIP is a zip, and --image_column is for Parquet and Arrow"),
+                ("FOLDER", ("--quality", "90"), "--quality=90 is for --encoding jpeg, and this set is stored as raw; leave"),
+            )
+        ),
         (["--check", "FOLDER"], "not a finished prepared directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
-    replaced = [a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    assert cli.guarded(lambda: main(replaced)) == 2
+    archive = write_zip(tmp_path / "set.zip", files_of(folder))
+    names = {"FOLDER": str(folder), "ZIP": str(archive), "OUT": str(tmp_path / "out")}
+    *arguments, message = [functools.reduce(lambda s, name: s.replace(*name), names.items(), a) for a in (*arguments, message)]
+    assert cli.guarded(lambda: main(arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()

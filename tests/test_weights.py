@@ -7,6 +7,7 @@ import datetime
 import json
 import pathlib
 import pickle
+import shutil
 import types
 import zipfile
 
@@ -285,6 +286,7 @@ UNREAD = {  # content beside "model", and what the error names
     "by number": ({"ema": {str(k): value for k, value in enumerate(state(EMA).values())}}, "not read: ema"),
     "inside an optimizer": ({"optimizer": {"ema_params": list(state(EMA).values())}}, "not read: optimizer.ema_params"),
     "a second model": ({"teacher": state(EMA)}, "not read: teacher"),
+    "a second model under a name that is not read": ({"optimal": state(EMA)}, "not read: optimal"),
     "a second model, not an EMA by its name": ({"cinema": state(EMA)}, "not read: cinema"),
     "too few blocks": ({"ema": lacking(EMA, "blocks.1.")}, "model_ema1 is not complete: model also has"),
 }
@@ -296,6 +298,16 @@ def test_no_other_set_stands_in_for_an_ema_that_cannot_be_read(tmp_path, kind):
     with pytest.raises(UserError, match=message):
         read(tmp_path, {"model": state(RAW), **content}, which="model_ema1")
     assert same(one(read(tmp_path, {"model": state(RAW), **content}, which="model")), RAW)
+
+
+def test_a_network_under_a_name_that_is_not_read_is_noted(tmp_path):
+    content = {
+        "model": state(RAW),
+        "schedule_free": {"z": state(EMA)},
+        "optimizer": {"state": {0: {"exp_avg": next(iter(state(RAW).values()))}}},
+    }
+    noted = [note for note in read(tmp_path, content).notes if "whole network" in note]
+    assert noted == ["left out: schedule_free, a whole network: what begins with 'sched' is not read as weights"]
 
 
 def test_another_model_is_read_under_the_file_s_own_name(tmp_path):
@@ -617,6 +629,17 @@ def test_a_workdir_is_read_like_a_file(epsilon_run):
     with pytest.raises(UserError, match="which='model_ema2' is not in the file: use one of model, model_ema1"):
         read_weights(epsilon_run, which="model_ema2")
     assert read_weights(epsilon_run / "checkpoints" / "5").step == 5
+    with pytest.raises(UserError, match="--context_start=2: .* is a workdir, which records where.*leave --context_start out"):
+        convert.main(["--from", str(epsilon_run), "--to", "x.safetensors", "--context_start", "2"])
+
+
+def test_folders_called_best_are_those_folders(tmp_path, epsilon_run):
+    from jitjax import pipeline
+
+    run = shutil.copytree(epsilon_run, tmp_path / "runs" / "best")
+    assert same(pipeline.load(run).weights["model"], RAW)
+    write_folder(tmp_path / "best", {"model": EMA}, G, {"prediction": "x", "noise_scale": 1.0})
+    assert same(pipeline.load(tmp_path / "best").weights["model"], EMA)
 
 
 def test_converting_both_ways_to_diffusers_is_exact(tmp_path):
@@ -705,8 +728,10 @@ def test_a_run_starts_from_every_form(tmp_path):
     config = small_settings(data__image_size=16, optim__ema_decays=(0.9999, 0.5))
     fresh = step.init_state(G, config.optim, config.dtype, jax.random.key(0))
     process = pipeline.load(tmp_path / "wrapped.pth.tar").diffusion
+    other = dataclasses.replace(G, image_size=32, context_start=1)
     begun, report = transfer.initialise_from(
-        str(tmp_path / "wrapped.pth.tar"), fresh, 0, process, (), config.optim, config.dtype
+        str(tmp_path / "wrapped.pth.tar"), fresh, other, process, (), config.optim, config.dtype
     )
+    assert report.notes[:2] == ["trained at 16 pixels, now at 32", "context tokens began at block 0, now at block 1"]
     assert same(begun.params, RAW) and same(begun.ema["0.9999"], EMA) and same(begun.ema["0.5"], RAW)
     assert report.fresh == ["EMA 0.5 (from the weights)"]

@@ -700,8 +700,12 @@ _arrays = npz(x_train=stack(0, 3), y_train=np.array([1, 0, 1]), x_test=stack(5, 
 add("npz", {"x.npz": _arrays}, [1, 0, 1], "01", seeds=range(3), one_file=True)
 add("npz", {"x.npz": _arrays}, [0, 1], "01", prepare={"split": "test"}, seeds=[5, 6], one_file=True)
 add("npz", {"y.npz": npz(mu=np.zeros(8), sigma=np.zeros((8, 8)))}, refused="no single array", one_file=True)
-_hot = {"x.npz": npz(arr_0=stack(0, 3), labels=np.eye(3))}
-add("npz", _hot, [0, 0, 0], (), says="not read: labels", one_file=True)
+_hot = {"x.npz": npz(arr_0=stack(0, 3), labels=np.eye(3)[[2, 0, 1]])}
+add("npz", _hot, [2, 0, 1], "012", seeds=range(3), one_file=True)
+add("npz", _hot, [2, 0, 1], "012", prepare={"labels": "labels"}, one_file=True)
+_soft = {"x.npz": npz(arr_0=stack(0, 3), y=np.full((3, 4), 0.25))}
+add("npz", _soft, [0, 0, 0], (), says="not read: y (3, 4)", one_file=True)
+add("npz", _soft, refused=r"array y has the shape \(3, 4\); labels are \(3,\) numbers", prepare={"labels": "y"}, one_file=True)
 add("npz", {"x.npz": npz(arr_0=stack(0, 3))}, refused="no split called val", prepare={"split": "val"}, one_file=True)
 
 # --- archives

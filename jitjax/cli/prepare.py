@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ENCODINGS,
         help=f"default: raw up to {MAX_RAW_SIZE} px, png above; only jpeg loses anything",
     )
-    parser.add_argument("--quality", type=at_least(1), default=95, help="of --encoding jpeg (default 95)")
+    parser.add_argument("--quality", type=at_least(1), help="of --encoding jpeg (default 95)")
     parser.add_argument("--exif_rotate", action="store_true", help="turn photographs as their EXIF orientation says")
     parser.add_argument("--split", default="", help="which split to read, by name or role; . for all (default: training)")
     parser.add_argument(
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="16-bit and float pictures: clip as the official loader (default), or scale by the type's or the picture's range",
     )
     parser.add_argument("--zip_names", metavar="ENCODING", help="of file names in an old zip, such as gbk")
-    parser.add_argument("--limit", type=at_least(1), help="use only so many images, spread evenly over the set")
+    parser.add_argument(
+        "--limit", type=at_least(1), help="use only so many images, spread evenly over the set; small classes may get none"
+    )
     parser.add_argument("--shards", type=at_least(1), help="number of files (default: one per 1024 images, at most 256)")
     parser.add_argument(
         "--on_bad", choices=("skip", "fail"), default="skip", help="what to do with an image that cannot be decoded"

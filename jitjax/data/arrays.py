@@ -1,5 +1,6 @@
 """Images in a NumPy `.npz` file, as ADM's and its successors' sampling and evaluation scripts write them: `arr_0` holds (n, H,
-W, 3) uint8 pixels, `arr_1`, where it is there, class numbers. Splits are arrays with a split's name (`x_train`, `y_train`).
+W, 3) uint8 pixels, `arr_1`, where it is there, class numbers or one-hot rows. Splits are arrays with a split's name
+(`x_train`, `y_train`).
 """
 
 from __future__ import annotations
@@ -42,12 +43,21 @@ class ArrayInput:
                 self._images, (self._shape, _) = images[0], shapes[images[0]]
                 count = self._shape[0]
                 vectors = [n for n, (shape, _) in shapes.items() if shape in ((count,), (count, 1))]
-                usual = [n for n in vectors if n == "arr_1" or _LABEL_WORDS.intersection(words_of(n))]
+                rows = [n for n, (shape, kind) in shapes.items() if _may_be_one_hot(shape, kind, count)]
+                usual = [n for n in [*vectors, *rows] if n == "arr_1" or _LABEL_WORDS.intersection(words_of(n))]
                 usual = [n for n in usual if not split_of(n) or split_of(n) == split_of(self._images)]
+                usual = [n for n in usual if n in vectors] or [n for n in usual if _is_one_hot(file[n])]
                 wanted = [labels] if labels not in ("", NO_LABELS) else usual if not labels else []
-                if len(wanted) > 1 or (wanted and wanted[0] not in vectors):
+                if len(wanted) == 1 and wanted[0] in names and wanted[0] not in vectors:
+                    if wanted[0] not in rows or not _is_one_hot(file[wanted[0]]):
+                        raise UserError(
+                            f"{where}: array {wanted[0]} has the shape {shapes[wanted[0]][0]}; labels are ({count},) numbers, "
+                            f"or ({count}, K) with a single 1 in each row and 0 elsewhere"
+                        )
+                elif len(wanted) > 1 or (wanted and wanted[0] not in vectors):
                     raise UserError(f"{where} holds the arrays {listed(names)}; name the labels with {ask.labels}=NAME")
-                values = file[wanted[0]].reshape(-1).tolist() if wanted else []
+                array = file[wanted[0]] if wanted else np.zeros(0)
+                values = (array.argmax(1) if set(wanted) & set(rows) else array.reshape(-1)).tolist()
         except OSError as error:
             raise unreadable(error, where) from None
         except (ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -59,7 +69,7 @@ class ArrayInput:
             numbered = number_labels(values, None, f"{where} array {wanted[0]}")
         self.labels, self.classes = numbered.numbers, numbered.classes
         rest = [n for n, (shape, _) in shapes.items() if shape[:1] == (count,) and n not in (self._images, *wanted)]
-        unread = rest if not labels else []
+        unread = [n if n in vectors else f"{n} {shapes[n][0]}" for n in rest] if not labels else []
         text = f"{where}: not read: {listed(unread)}; if one is the labels, name it with {ask.labels}" if unread else ""
         self.notes = tuple(note for note in (text, numbered.note) if note)
         left = [name for name in names if name not in (self._images, *wanted)]
@@ -94,6 +104,14 @@ class ArrayInput:
                     yield BadImage(f"damaged .npz: {error}")
                     continue
                 yield b"P6 %d %d 255\n" % (width, height) + pixels if len(pixels) == size else BadImage("damaged .npz")
+
+
+def _may_be_one_hot(shape: tuple[int, ...], kind: np.dtype, count: int) -> bool:
+    return len(shape) == 2 and shape[0] == count and shape[1] > 1 and kind.kind in "biuf"
+
+
+def _is_one_hot(array: np.ndarray) -> bool:
+    return bool(((array == 0) | (array == 1)).all() and ((array == 1).sum(axis=1) == 1).all())
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:

@@ -157,6 +157,8 @@ def open_dataset(
             raise UserError(f"{where} is a prepared directory: its labels are chosen already; leave {ask.labels} unset")
         index = prepared.read_index(root, where)
         prepared.check_usable(index, image_size, where, **options)
+        if empty := prepared.empty_classes(index):
+            _log.warning("%s: %s", where, empty)
         source = prepared.PreparedSource.from_index(root, index)
         text = summary(index["count"], index["classes"], f"{root} (prepared)", "", ())
         return DataSet(root, "prepared", image_size, tuple(index["classes"]), prepared.fingerprint(index), source, text)

@@ -12,13 +12,15 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 from jitjax.data.jpeg import decode_plain_jpeg
 from jitjax.data.resample import centre_square
 from jitjax.data.rules import FORMATS, MORE_FORMATS
 
-# What becomes of 16-bit, 32-bit and float pictures. "clip": every value above 255 is white, as in the official loader;
-# "range": the range of the type (float: 0..1) becomes 0..255; "picture": each picture's own least and greatest value do.
+# What becomes of grey 16-bit, 32-bit and float pictures. "clip": every value above 255 is white, as in the official loader;
+# "range": 0..65535 of integers and 0..1 of floats become 0..255; "picture": each picture's own least and greatest value do.
+# Of 16 bits with colour or alpha Pillow gives the upper 8 alone: that is "range" within 1, and "picture" is refused.
 HIGH_DEPTH = ("clip", "range", "picture")
 # Pillow's own hard limit, on which the official loader fails too; here it also holds for the enlarged copy of an oblong
 # picture.
@@ -102,6 +104,8 @@ def open_picture(
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadImage(f"{picture.width}x{picture.height} pixels are more than the {MAX_PIXELS} allowed")
+            if high_depth == "picture" and _loses_bits(picture):
+                raise BadImage("16 bits with colour or alpha, of which Pillow gives 8: use high_depth=range or scale the files")
             if exif_rotate:
                 picture = ImageOps.exif_transpose(picture)
             picture.load()
@@ -125,6 +129,15 @@ def is_high_depth(picture: Image.Image) -> bool:
     return picture.mode in ("I", "F") or picture.mode.startswith("I;16")
 
 
+def _loses_bits(picture: Image.Image) -> bool:
+    """Whether an opened PNG or TIFF has more than 8 bits a channel, of which `load` will give the upper 8 alone."""
+    if is_high_depth(picture):
+        return False
+    if picture.format == "TIFF":
+        return max(picture.tag_v2.get(BITSPERSAMPLE, (8,))) > 8
+    return picture.format == "PNG" and any(";16" in str(tile[3]) for tile in picture.tile)
+
+
 def _scaled(picture: Image.Image, high_depth: str) -> Image.Image:
     """An 8-bit grey picture of a high-depth one, by "range" or "picture"."""
     values = np.asarray(picture).astype(np.float64)
@@ -132,9 +145,11 @@ def _scaled(picture: Image.Image, high_depth: str) -> Image.Image:
         raise BadImage("it holds values that are not finite")
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if high_depth == "range":
-        top = 1.0 if picture.mode == "F" else 65535.0 if high <= 65535 else 2.0**31 - 1
+        top = 1.0 if picture.mode == "F" else 65535.0  # one for all files: 32-bit integers are mostly 16-bit values
         if low < 0 or high > top:
-            raise BadImage(f"values from {low:g} to {high:g} are outside 0..{top:g}; scale each picture by its own range")
+            raise BadImage(
+                f"values from {low:.9g} to {high:.9g} are outside 0..{top:g}; use high_depth=picture or scale the files"
+            )
         low, high = 0.0, top
     return Image.fromarray(np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +21,8 @@ from jitjax.data.rules import Ask
 from jitjax.data.tables import TableInput
 from jitjax.data.tree import FolderTree, reading
 from jitjax.errors import UserError
+
+_THREADS = 16  # a network disk answers many questions at once, each slowly
 
 
 class Input(Protocol):
@@ -46,7 +51,7 @@ class FolderInput:
     def __init__(self, tree: FolderTree, ask: Ask, split: str, labels: str):
         listing = list_images(tree, ask, split=split, labels=labels)
         self._root = tree.path(listing.root)
-        self._names, self._fingerprint = listing.names, listing.fingerprint()
+        self._names, self._listed = listing.names, listing.fingerprint()
         self.labels, self.classes = listing.labels, listing.classes
         self.notes, self.summary = listing.notes, listing.summary(self._root)
 
@@ -57,12 +62,26 @@ class FolderInput:
         return self._names[index]
 
     def fingerprint(self) -> dict[str, int | str]:
-        return self._fingerprint
+        """That of the listing, which has names and sizes only, and one of when each file was last written ("modified")."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            times = pool.map(self._modified, np.array_split(np.arange(len(self)), _THREADS))
+            return {**self._listed, "modified": hashlib.sha256(np.concatenate(list(times)).tobytes()).hexdigest()}
+
+    def _modified(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) int64 nanoseconds; -1 for a file that is not there."""
+        times = np.full(len(indices), -1, np.int64)
+        for k, index in enumerate(indices.tolist()):
+            with contextlib.suppress(OSError):
+                times[k] = os.stat(self._path(index)).st_mtime_ns
+        return times
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._root, self._names[index])
 
     def read(self, indices: Iterable[int]) -> Iterator[bytes | BadImage]:
         for index in indices:
             try:
-                yield read_file(os.path.join(self._root, self._names[index]))
+                yield read_file(self._path(index))
             except BadImage as error:
                 yield error
 
@@ -99,12 +118,15 @@ def open_input(
             folder = FolderTree(path, endings)
             containers = find_containers(folder, ask)
             if not containers:
+                columns = {"label_column": label_column, "image_column": image_column}
+                _refuse(ask, "is a folder of images", **columns, zip_names=zip_names)
                 return FolderInput(folder, ask, split, labels)
             chosen, left, settled = choose_files(containers, ask, split)
             others, notes = beside(folder, ask)
             files, left = [os.path.join(path, name) for name in chosen], [*left, *others]
             prefixes = [rules.stem(name) for name in chosen] if len(files) > 1 else []
         if files[0].lower().endswith(rules.TABLE_ENDINGS):
+            _refuse(ask, "is read as a table", zip_names=zip_names)
             return TableInput(
                 files,
                 ask._replace(labels="--label_column") if label_column else ask,
@@ -116,15 +138,30 @@ def open_input(
                 notes=notes,
             )
         if path.lower().endswith(".npz"):
+            _refuse(ask, "is an .npz file", image_column=image_column, zip_names=zip_names)
             return ArrayInput(path, ask, split, label_column or labels)
         if archive.is_zip(files[0]):
+            _refuse(ask, "is a zip", label_column=label_column, image_column=image_column)
             return archive.ArchiveInput(archive.open_zip(path, ask, endings, zip_names), ask, split, labels, path)
         if files[0].lower().endswith(rules.TAR_ENDINGS) or archive.outer_compression(path) is not None:
+            _refuse(ask, "is read as a tar", label_column=label_column, image_column=image_column, zip_names=zip_names)
             plain = [_plain_tar(file, scratch, k, ask.where) for k, file in enumerate(files)]
             tree = archive.open_tars(plain, ask, endings, labels, prefixes)
             tree.notes += notes
             return archive.ArchiveInput(tree, ask, split, labels, path, left, settled=settled)
     raise UserError(f"{ask.where} is neither a folder nor a zip, tar (plain, gz, bz2, xz), Parquet, Arrow or .npz file")
+
+
+def _refuse(ask: Ask, what: str, **flags: str | None) -> None:
+    """Refuses flags that have no meaning for this kind of input."""
+    remedies = {
+        "label_column": f"is for Parquet and Arrow files; choose labels with {ask.labels}, or leave it out",
+        "image_column": "is for Parquet and Arrow files; leave it out",
+        "zip_names": "is for zips; leave it out",
+    }
+    for name, value in flags.items():
+        if value:
+            raise UserError(f"--{name}={value}: {ask.where} {what}, and --{name} {remedies[name]}")
 
 
 def _plain_tar(path: str, scratch: str, number: int, where: str) -> str:

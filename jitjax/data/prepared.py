@@ -35,8 +35,11 @@ LABEL_BYTES = 4
 def find(path: str, ask: Ask, split: str) -> str | None:
     """The prepared directory at `path`, or the one of a split below it; None where there is none.
 
+    Of prepared directories beside folders or images, the one of the split asked for is taken, without `split` the one for
+    training; where none is, the folder is to be read as it is.
+
     Raises:
-      UserError: there is one, but its preparation was interrupted; or there are several.
+      UserError: there is one, but its preparation was interrupted; there are several, or none but one of another split.
     """
     found = path if is_prepared(path) else None
     if found is None and os.access(path, os.R_OK | os.X_OK):
@@ -45,13 +48,21 @@ def find(path: str, ask: Ask, split: str) -> str | None:
         ready = [name for name in folders if is_prepared(os.path.join(path, name))]
         wanted = (rules.split_of(split) or rules.Split("", True)).role if split else "train"
         raw = [name for name in folders if name not in ready and (s := rules.split_of(name)) and s.role == wanted]
-        if ready and not raw and (rules.is_split_layout(ready) or len(ready) == len(folders)):
-            found = os.path.join(path, ready[0] if len(ready) == 1 and not split else rules.pick_split(ready, split, ask))
+        alone = bool(ready) and len(ready) == len(folders) and not _holds_pictures(path)
+        asked = split not in ("", rules.HERE) or any((s := rules.split_of(name)) and s.role == wanted for name in ready)
+        if alone and len(ready) == 1 and not split and not rules.split_of(ready[0]):
+            found = os.path.join(path, ready[0])
+        elif ready and not raw and (alone or (asked and rules.is_split_layout(ready))):
+            found = os.path.join(path, rules.pick_split(ready, split, ask))
     elif found and split:
         raise UserError(f"{ask.where} is a prepared directory: its split is chosen already; leave {ask.split} unset")
     if found is not None and not os.path.isfile(os.path.join(found, INDEX_FILE)):
         raise UserError(f"{ask.where} is not completely prepared; run the same jitjax prepare command again")
     return found
+
+
+def _holds_pictures(path: str) -> bool:
+    return any(name.lower().endswith(rules.ENDINGS) and not rules.system_file(name) for name in os.listdir(path))
 
 
 def read_index(root: str, where: str) -> dict[str, Any]:
@@ -85,7 +96,21 @@ def index_checksum(index: dict[str, Any]) -> str:
 
 
 def fingerprint(index: dict[str, Any]) -> dict[str, int | str]:
-    return {"count": index["count"], "classes": len(index["classes"]), "checksum": index["checksum"]}
+    """Of the images alone: the same for a set that was prepared from a copy of the files, whose modification times differ."""
+    plan = index.get("plan", {})
+    if "modified" in plan.get("input", {}):
+        plan = {**plan, "input": {key: value for key, value in plan["input"].items() if key != "modified"}}
+        index = {**index, "plan": plan}
+    return {"count": index["count"], "classes": len(index["classes"]), "checksum": index_checksum(index)}
+
+
+def empty_classes(index: dict[str, Any]) -> str:
+    """Names the classes of which the set has no image, all skipped or none taken by `--limit`; "" where there is none."""
+    names = [name for name, count in zip(index["classes"], index["class_counts"], strict=True) if not count]
+    if not names:
+        return ""
+    shown = rules.listed(names).encode(errors="backslashreplace").decode()
+    return f"no image of {len(names):,} of the {len(index['classes']):,} classes: {shown}"
 
 
 def check_usable(

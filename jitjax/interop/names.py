@@ -143,7 +143,11 @@ def find_sets(content: Any, path: Any, notes: list[str], unread: list[str]) -> l
             key = str(key)
             if item is None and not keys and (is_ema(key) or key in ("model", "state_dict", "net")):
                 notes.append(f"{key} is None in the file")
-            if NOT_WEIGHTS.search(key):
+            if other := NOT_WEIGHTS.search(key):
+                if _holds_network(item):
+                    label = ".".join([*keys, key])
+                    notes.append(f"left out: {label}, a whole network: what begins with {other[0]!r} is not read as weights")
+                    unread.append(label)
                 unread.extend(f"{key}.{name}" for name in (_emas_in(item) if key.startswith("opt") else []))
                 continue
             before = len(found) + len(lists)
@@ -183,6 +187,13 @@ def _below(value: Any, max_depth: int = MAX_DEPTH) -> Iterator[Any]:
 def _holds_values(value: Any) -> bool:
     """Whether there may be weights in a branch: tensors, or objects that are not read."""
     return any(isinstance(item, Stray) or (is_tensor(item) and bool(tuple(item.shape))) for item in _below(value))
+
+
+def _holds_network(value: Any) -> bool:
+    """Whether a state dict of a JiT is in a branch that is not searched for weights; moments by name look the same."""
+    branches = [item for item in _below(value) if isinstance(item, Mapping)]
+    tensors = (key for branch in branches for key, item in branch.items() if isinstance(key, str) and is_tensor(item))
+    return any(split_name(key)[1] == "x_embedder.proj1.weight" for key in tensors)
 
 
 def _emas_in(value: Any) -> list[str]:

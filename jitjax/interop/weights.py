@@ -106,16 +106,22 @@ def read_weights(
         hf://OWNER/NAME on the Hugging Face Hub, see `jitjax.hub`.
       which: read this set alone: "model", "model_ema1", "model_ema2", the file's own name for it, or a decay. A file
         with one set has no choice, and `notes` says so.
-      context_start: first block that sees the context tokens; default as in the published sizes.
+      context_start: first block that sees the context tokens; default as in the published sizes. Not of a workdir, which
+        records it.
       moments: read the state of AdamW too.
 
     Raises:
-      UserError: missing, damaged, hostile, not a JiT's, not finite, or without `which`.
+      UserError: missing, damaged, hostile, not a JiT's, not finite, or without `which`; a workdir with `context_start`.
     """
     path = hub.download(str(path)) if hub.is_name(path) else Path(path).expanduser()
     if path.is_dir() and is_workdir(path):
         from jitjax.interop import workdir  # orbax, and most of jitjax
 
+        if context_start is not None:
+            raise UserError(
+                f"--context_start={context_start}: {path} is a workdir, which records where its context tokens start; leave "
+                "--context_start out"
+            )
         found = workdir.read_run(path, which=which, moments=moments)
         _check_values(found, path)
         return found
