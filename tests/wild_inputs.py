@@ -251,6 +251,26 @@ add("class like a split", _names, [0, 0, 1, 1, 2, 2], ("bullet_train", "cat", "d
 add("class like a split", classes_of("", ("bus", "car", "train")), refused="split=")
 _names = classes_of("", ("bus", "car", "train"))
 add("class like a split", _names, [0, 0, 1, 1, 2, 2], ("bus", "car", "train"), options={"split": "."})
+_classes = ("bus", "car", "train")  # in a split: classes, whatever their names
+_names = [*classes_of("train/", _classes), *classes_of("val/", _classes)]
+for _split, _seeds in {"": range(6), "train": range(6), "val": range(6, 12)}.items():
+    _says = "train read as a class; if it is a split give that folder itself"
+    add("classes in a split", _names, [0, 0, 1, 1, 2, 2], _classes, options={"split": _split}, says=_says, seeds=_seeds)
+add("classes in a split", _names, [0] * 6 + [1] * 6, ("train", "val"), options={"split": "."})
+_names = [*classes_of("train/", ("bus", "dev_board")), *classes_of("val/", ("bus", "dev_board"))]
+add("classes in a split", _names, [0, 0, 1, 1], ("bus", "dev_board"), options={"split": "val"}, seeds=range(4, 8))
+_nested = ["train/bus/1.png", "train/val/bus/2.png"]
+add("classes in a split", _nested, refused="give the folder to be read itself, or the folder train/ itself with .*split=.")
+add("classes in a split", [*classes_of("train/train/", "ab"), "train/val/a/1.png"], refused="a split within a split or a class")
+_names = [*classes_of("train/", "ab"), "train/a/train/5.png", "train/a/test/6.png", "val/a/7.png"]
+add("classes in a split", _names, refused="or give the folder train/ itself with .*split=. to read all of them")
+_names = classes_of("", ("bus", "car", "dev_board"))
+add("class like a split", _names, refused="no split called val", options={"split": "val"})
+add("class like a split", _names, [0, 0], (), options={"split": "dev_board"}, seeds=[4, 5])
+_names = classes_of("", ("bullet_train", "bus", "car", "dev_board"))
+add("class like a split", _names, refused="choose with .*split=NAME", options={"split": "val"})
+_names = [*classes_of("train_images/", "ab"), *classes_of("val_images/", "ab"), "thumbs/1.png"]
+add("split by option", _names, [0, 0, 1, 1], "ab", options={"split": "val"}, seeds=range(4, 8))
 for _inner in (("train", "test"), ("Training", "Validation"), ("train", "val", "test")):
     _names = [name for c in ("cat", "dog") for name in classes_of(f"{c}/", _inner)]
     add("split below classes", _names, refused="below a class folder|the same folders")
@@ -289,6 +309,11 @@ for _names in (
     ["photos/cat/1.png", "photos/dog/1.png", "annotations/list.xml", "docs/readme.txt"],
 ):
     add("wrapper", _names, [0, 1], ("cat", "dog"))
+_names = classes_of("download/set/", ("cat", "dog", "train"))
+add("class or wrapper", _names, refused="split=. if every folder is a class")
+add("class or wrapper", _names, [0, 0, 1, 1, 2, 2], ("cat", "dog", "train"), options={"split": "."})
+_names = ["animals/1.png", "animals/cat/2.png", "animals/dog/3.png"]
+add("class or wrapper", _names, [0, 0, 0], ("animals",), options={"split": "."})
 add("class or wrapper", ["animals/1.png", "animals/cat/2.png", "animals/dog/3.png"], refused="both images and folders")
 add("class or wrapper", ["images/1.png", "images/2.png", "masks/1.png", "masks/2.png"], refused="may be masks")
 add("class or wrapper", ["cats/1.png", "cats/2.png"], [0, 0], ("cats",))
@@ -334,6 +359,15 @@ _text = "\ufefffilename,target\r\n./0.png,10\r\n./1.png,20\r\n./2.png,10\r\n./3.
 add("labels.csv", {**flat(), "labels.csv": _text}, [1, 2, 1, 0], ("5", "10", "20"), says="5 is class 0, 10 is class 1")
 _text = csv("nr,class,image_file", "1,b,3.png", "2,a,1.png", "3,b,0.png", "0,a,2.png")  # the first column names images too
 add("labels.csv", {**flat(), "labels.csv": _text}, [1, 0, 0, 1], "ab")
+_jpegs = {f"{k}.jpg": picture(k, "JPEG") for k in range(3)}  # converted: the table names what they were
+_text = csv("index,file_name,label", "0,2.png,a", "1,1.png,b", "2,0.png,c")
+_says = "labels: labels.csv, column label, files by column file_name"
+add("labels.csv", {**_jpegs, "labels.csv": _text}, [2, 1, 0], "abc", says=_says)
+add("labels.csv", {**_jpegs, "labels.csv": _text.replace("file_name", "photo")}, [2, 1, 0], "abc", says="by column photo")
+_text = csv("file,label", "0.png,a", "0.bmp,b", "1.png,a", "2.png,a")
+add("labels.csv", {**_jpegs, "labels.csv": _text}, refused="no label for 1 of 3 images .such as 0.jpg")
+_text = csv("name,age,label", "x.png,2,a", "y.png,1,b", "z.png,0,c")
+add("labels.csv", {**flat(3), "labels.csv": _text}, [0] * 3, says="labels.csv names none of the images")
 add("labels.csv", {**flat(2), "labels.csv": csv("id\tpath\tClassName", "1\t0.png\tu", "0\t1.png\tv")}, [0, 1], "uv")
 _text = csv("image\tlabel", "0.png\tü", "1.png\tö").encode("utf-16")
 add("labels.csv", {**flat(2), "labels.tsv": _text}, [1, 0], "öü")
@@ -357,11 +391,14 @@ add("dataset.json", _files, [1, 0, 1, 0], "ab")
 add(".cls", {**flat(), **{f"{k}.cls": str(k % 3) for k in range(4)}}, [0, 1, 2, 0], "012")
 _files = {**flat(4, "train/"), **{f"train/{k}.cls": f"{'ba'[k % 2]}\n" for k in range(4)}, "val/9.png": PNG, "val/9.cls": "c"}
 add(".cls", _files, [1, 0, 1, 0], "ab")
+_marked = {f"{k}.cls": f"\ufeff{k}" for k in range(12)}  # with a byte order mark; sorted as numbers
+add(".cls", {**flat(12), **_marked}, [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9], map(str, range(12)))
 _files = {f"x.{k}.png": picture(k) for k in range(3)} | {f"x.{k}.CLS": str(k) for k in range(3)}  # more dots than one
 add(".cls", _files, [0, 1, 2], "012", seeds=[0, 1, 2])
 add(".cls", {**flat(), "0.cls": "1"}, refused="3 of 4 images have no label")
 _json = {f"{k}.json": json.dumps({"caption": "x", "label": "ab"[k % 2]}) for k in range(4)}
 add(".json", {**flat(), **_json}, [0, 1, 0, 1], "ab")
+add(".json", {**flat(), **{name: f"\ufeff{text}" for name, text in _json.items()}}, [0, 1, 0, 1], "ab")
 _json = {f"{k}.json": json.dumps({"y": k, "class_name": f"{9 - k}"}) for k in range(4)}
 add(".json", {**flat(), **_json}, [0, 1, 2, 3], "0123")
 _json = {f"s/{k}.json": json.dumps({"targets": k * 10}) for k in range(4)}
@@ -426,6 +463,8 @@ add("conflicting labels", {**flat(2), "labels.csv": _text}, refused="different l
 add("conflicting labels", {**flat(2), "labels.csv": _text}, [0, 1], "uv", options={"labels": "labels.csv:class"})
 _text = csv("file,label", "0.png,x", "0.png,y", "1.png,x")
 add("conflicting labels", {**flat(2), "labels.csv": _text}, refused="gives 0.png two labels")
+_text = csv("file,label", "0.png,x", "./0.png,y", "1.png,x")
+add("conflicting labels", {**flat(2), "labels.csv": _text}, refused="gives ./0.png two labels, 'x' and 'y'")
 _crossed = csv("file,label", "0a.png,b", "1a.png,b", "0b.png,a", "1b.png,a")  # the same classes by exchanged names
 add("conflicting labels", {**_folders, "labels.csv": _crossed}, refused="differ from its 2 class folders")
 _conflict = {**flat(), "metadata.csv": _one, "labels.csv": csv("file,class", "0.png,v", "1.png,u", "2.png,v", "3.png,u")}
@@ -451,6 +490,10 @@ for _labels in (["a", "b", "a"], [0, 1, 1]):  # the table calls its classes as t
     )
 add("incomplete labels", {**flat(), "labels.csv": csv("file,label", "0.png,x", "1.png,x")}, refused="no label for 2 of 4")
 add("incomplete labels", {**flat(2), "labels.csv": csv("file,label", "0.png,", "1.png,3")}, refused="not a class number")
+add("incomplete labels", {**flat(2), "labels.csv": csv("file,label", "0.png,a", "1.png,")}, refused="row 1.png: an empty label")
+_text = csv("file,label", *(f"{k}.png,{'abc'[k // 2]}" for k in range(6)))
+_says = "2 of 6 rows of labels.csv name no image that is read; no image is of class c"
+add("incomplete labels", {**flat(), "labels.csv": _text}, [0, 0, 1, 1], "ab", says=_says)
 add("incomplete labels", {**flat(2), "labels.csv": csv("file,label", "0.png,0.5", "1.png,1")}, refused="not a class number|two")
 _files = {**_folders, "a/0a.json": '{"label": 1}', "b/0b.json": '{"label": 2}'}
 add("incomplete labels", _files, refused="2 of 4 images have no label in a .json file")
@@ -574,6 +617,10 @@ add("parquet labels not read", one(label=[-1] * 4), [0] * 4, says="no label, onl
 add("parquet labels not read", one(label=[None] * 4), [0] * 4, says="only empty values or -1|no column is known")
 add("parquet in doubt", one(label=[0, 1, 0, 1], target=[0, 0, 1, 1]), refused="different labels")
 add("parquet in doubt", one(label=[0, 1, None, 1]), refused="not a class number")
+add("parquet in doubt", one(label=["a", "b", "", "a"]), refused="row 2: an empty label")
+_rows = {"label": ["a", "b", "", "a"], "split": ["train", "test", "train", "train"]}
+add("parquet in doubt", one(**_rows), refused="row 2: an empty label")
+add("parquet in doubt", one(**_rows), [1], "ab", prepare={"split": "test"})
 add("parquet in doubt", one(label=[0, 0.5, 1, 1]), refused="not a class number")
 add("parquet in doubt", one(label=[[0, 1], [1], [0], [1]]), refused="not a class number")
 _some = lambda: {"0.parquet": parquet(table(label=[0, 1, 0, 1])), "1.parquet": parquet(table())}  # noqa: E731
@@ -665,6 +712,13 @@ for _names in (
 ):
     add("hub layouts in doubt", hub(*_names), refused="--split|give one of")
     add("hub layouts in doubt", hub(*_names), [0, 1, 2, 0] * 2, "012", prepare={"split": "."})
+_names = [f"data/train-{k:05d}-of-00005.parquet" for k in (0, 2, 4)]
+_missing = "3 of the 5 files data/train-.-of-00005; missing: data/train-00001-of-00005, data/train-00003-of-00005;.*--split=."
+add("missing shards", hub(*_names), refused=_missing)
+add("missing shards", hub(*_names, "data/val-00000-of-00001.parquet"), [0, 1, 2, 0], "012", prepare={"split": "val"})
+add("missing shards", hub(*_names), [0, 1, 2, 0] * 3, "012", prepare={"split": "."})
+add("missing shards", hub("train-1-of-2-ab.parquet"), refused="missing: train-0-of-2;")
+add("missing shards", hub("train-2-of-2.parquet"), refused="missing: train-1-of-2;")
 
 
 def saved(folders: Sequence[str], content: Callable[[], Any], parts: int = 1) -> Callable[[], Files]:
@@ -726,6 +780,9 @@ _shards = {f"shard{k}.tar.gz": tar(samples(0, 4), "w:gz") for k in (0, 2)}  # th
 add("shards", _shards, [0, 1, 2, 0] * 2, "012", seeds=[0, 1, 2, 3] * 2)
 _shards = {f"{k:05d}.tar": tar({f"{k}{i}.png": picture(10 * k + i) for i in range(3)}) for k in range(2)}
 add("shards", _shards, [0] * 6, (), seeds=[0, 1, 2, 10, 11, 12])  # no labels
+_shards = {f"train-{k:05d}-of-00003.tar": tar(samples(4 * k, 4)) for k in (0, 2)}
+add("missing shards", _shards, refused="2 of the 3 files train-.*; missing: train-00001-of-00003;")
+add("missing shards", _shards, [k % 3 for k in (*range(4), *range(8, 12))], "012", prepare={"split": "."})
 _json = {f"{k:04d}.tar": tar(samples(4 * k, 4, "json")) for k in range(2)}
 add("shards", _json, [k % 3 for k in range(8)], "012", seeds=range(8))
 add("shards", {"x.tar": tar(samples(0, 4) | samples(4, 4, "json"))}, refused="4 of 8 images have no label", one_file=True)

@@ -108,3 +108,21 @@ def choose_files(paths: Sequence[str], ask: Ask, split: str) -> tuple[list[str],
     rest = {other: files for (_, other), files in sorted(groups.items()) if other != name}
     left = [f"{other or 'others'} ({len(files)} file{'s' * (len(files) > 1)})" for other, files in rest.items()]
     return found, left, True
+
+
+def refuse_missing(paths: Sequence[str], ask: Ask) -> None:
+    """Refuses files whose names say that there are more of them: train-00000-of-00005.parquet without the other four."""
+    sets: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
+    for path in paths:
+        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]+)?", rules.stem(path)):
+            sets[posixpath.join(posixpath.dirname(path), match[1]), match[3]].add(match[2])
+    for (name, total), found in sorted(sets.items()):
+        present, count, width = set(map(int, found)), int(total), len(min(found))
+        first = 1 if count in present and 0 not in present else 0
+        missing = [number for number in range(first, first + count) if number not in present]
+        if missing:
+            parts = listed(f"{name}{number:0{width}}-of-{total}" for number in missing)
+            raise UserError(
+                f"{ask.where} holds {len(present)} of the {count} files {name}*-of-{total}; missing: {parts}; complete the "
+                f"download, or put those that are to be read into a folder of their own and give it with {ask.split}=."
+            )

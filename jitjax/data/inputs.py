@@ -13,7 +13,7 @@ import numpy as np
 
 from jitjax.data import archive, rules
 from jitjax.data.arrays import ArrayInput
-from jitjax.data.containers import beside, choose_files, find_containers
+from jitjax.data.containers import beside, choose_files, find_containers, refuse_missing
 from jitjax.data.files import read_file, require
 from jitjax.data.image import BadImage
 from jitjax.data.listing import list_images
@@ -122,6 +122,8 @@ def open_input(
                 _refuse(ask, "is a folder of images", **columns, zip_names=zip_names)
                 return FolderInput(folder, ask, split, labels)
             chosen, left, settled = choose_files(containers, ask, split)
+            if split != rules.HERE:
+                refuse_missing(chosen, ask)
             others, notes = beside(folder, ask)
             files, left = [os.path.join(path, name) for name in chosen], [*left, *others]
             prefixes = [rules.stem(name) for name in chosen] if len(files) > 1 else []

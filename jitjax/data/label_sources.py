@@ -12,6 +12,7 @@ from typing import Any
 from jitjax.data import rules
 from jitjax.data.labels import (
     MISSING,
+    Match,
     agree,
     choose_label_column,
     match_table,
@@ -28,7 +29,8 @@ class Found:
     """Where the labels come from.
 
     values: one for each picture, or None. splits: the split of each picture, where a table tells. source: for reports.
-    choice: the value of the option that asks for this source. used: label files that were read.
+    choice: the value of the option that asks for this source. used: label files that were read. file_column: of the table,
+    which names the images.
     """
 
     by_folder: bool = False
@@ -37,6 +39,7 @@ class Found:
     source: str = ""
     choice: str = ""
     used: frozenset[str] = frozenset()
+    file_column: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -168,7 +171,8 @@ class LabelFinder:
             self._notes.append(f"{text}; if one does, name it as {option}={name}:COLUMN")
             if not table.splits:
                 return None
-        found, with_folders = match_table(table, self._names, folder, self._root, f"{where}: {name}")
+        match = match_table(table, self._names, folder, self._root, f"{where}: {name}")
+        found = match.rows
         missing = [k for k, row in enumerate(found) if row is MISSING]
         if len(missing) == len(found):
             if required:
@@ -180,8 +184,8 @@ class LabelFinder:
                 f"{where}: {name} has no label for {len(missing)} of {len(found)} images (such as {self._names[missing[0]]}); "
                 f"complete it, or choose {option}=folders or none"
             )
-        used = {table.column, table.files[0][0], *(rules.usual(table.columns, rules.SPLIT_COLUMNS) if table.splits else ())}
-        told = required or with_folders or rules.split_of(rules.stem(name))
+        used = {table.column, match.column, *(rules.usual(table.columns, rules.SPLIT_COLUMNS) if table.splits else ())}
+        told = required or match.with_folders or rules.split_of(rules.stem(name))
         if not told and (other := self._same_names_beside(folder)):
             raise UserError(
                 f"{where}: {name} names images without their folder, and {other} holds images of the same names; write "
@@ -194,10 +198,15 @@ class LabelFinder:
         if table.labels is None:
             self._splits = self._splits or splits
             return None
-        source = f"{name}, column {table.column}" if name.lower() != "dataset.json" else name
         values = [label for label, _ in found]
+        if match.rest:
+            rows = f"{len(match.rest):,} of {len(table.labels):,} rows"
+            self._notes.append(f"{where}: {rows} of {name} name no image that is read{_without_image(match)}")
+        source, file_column = f"{name}, column {table.column}", match.column
+        if name.lower() == "dataset.json":
+            source, file_column = name, ""
         read = frozenset([name] if folder == self._root else ())  # those above the root are not counted as passed over anyway
-        return Found(values=values, splits=splits, source=source, choice=name, used=read)
+        return Found(values=values, splits=splits, source=source, choice=name, used=read, file_column=file_column)
 
     def _sidecars(self, ending: str, field: str, required: bool) -> Found | None:
         """Labels in a file beside each image, named as the image up to its first dot (WebDataset's rule) or its last."""
@@ -243,3 +252,10 @@ class LabelFinder:
         used = frozenset(files[key] for key in present)
         source = f"{ending} files" if ending == ".cls" else f"{ending} files, field {fields[column]}"
         return Found(values=[values[key][column] for key in keys], source=source, choice=ending[1:], used=used)
+
+
+def _without_image(match: Match) -> str:
+    """Names the classes that rows of a table hold, but none of its images. They get no number."""
+    labels = {str(label) for label, _ in match.rest if label not in (None, -1, "")}
+    absent = sorted(labels - {str(label) for label, _ in match.rows})
+    return f"; no image is of {'class' if len(absent) == 1 else 'the classes'} {listed(absent, 10)}" if absent else ""

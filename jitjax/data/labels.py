@@ -31,12 +31,13 @@ class Labels(NamedTuple):
     note: str = ""
 
 
-def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str) -> Labels:
+def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str, rows: Sequence[Any] = ()) -> Labels:
     """Class numbers of label values.
 
     Args:
       values: integers, whole floats, booleans or strings, all of one kind. None or -1 everywhere is an unlabelled set.
-        names: class names in the order of the numbers where they were declared, else None. where: for messages.
+        names: class names in the order of the numbers where they were declared, else None. where: for messages. rows: what
+        these call each value, where it is not its number.
 
     Raises:
       UserError: a value that is no label, or is missing.
@@ -45,6 +46,9 @@ def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str
     distinct = set(plain)
     if distinct <= {None, -1}:
         return Labels(np.zeros(len(plain), np.int32), (), f"{where}: no label, only empty values or -1" if values else "")
+    if None in distinct:
+        row = plain.index(None)
+        raise UserError(f"{where}, row {rows[row] if rows else row}: an empty label is not a class number or name; complete it")
     strings = all(isinstance(value, str) for value in distinct)
     if strings and names and not distinct <= set(names):
         names = None
@@ -56,7 +60,7 @@ def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str
         for row, value in enumerate(plain):
             if isinstance(value, str) or not isinstance(value, int) or not 0 <= value < top:
                 below = f" below {top}" if names else ""
-                raise UserError(f"{where}, row {row}: {values[row]!r} is not a class number{below}")
+                raise UserError(f"{where}, row {rows[row] if rows else row}: {values[row]!r} is not a class number{below}")
         used = list(range(len(names))) if names else sorted(distinct)
         number = {value: k for k, value in enumerate(used)}
         classes = list(names) if names else [str(value) for value in used]
@@ -71,14 +75,17 @@ def number_labels(values: Sequence[Any], names: Sequence[str] | None, where: str
     return Labels(np.array([number[value] for value in plain], np.int32), tuple(classes), note)
 
 
-def number_part(values: Sequence[Any], part: Sequence[int], names: Sequence[str] | None, where: str) -> Labels:
+def number_part(
+    values: Sequence[Any], part: Sequence[int], names: Sequence[str] | None, where: str, rows: Sequence[Any] = ()
+) -> Labels:
     """`number_labels` of the rows `part`, with the numbers that all rows have, so that they are those of the other splits."""
+    rows = rows or range(len(values))
     if len(part) == len(values):
-        return number_labels(values, names, where)
+        return number_labels(values, names, where, rows)
     labelled = [row for row, value in enumerate(values) if _plain(value) not in (None, -1)]  # other splits may have none
     if not set(part) <= set(labelled):
-        return number_labels([values[row] for row in part], names, where)
-    numbers, classes, note = number_labels([values[row] for row in labelled], names, where)
+        return number_labels([values[row] for row in part], names, where, [rows[row] for row in part])
+    numbers, classes, note = number_labels([values[row] for row in labelled], names, where, [rows[row] for row in labelled])
     place = {row: k for k, row in enumerate(labelled)}
     numbers = numbers[[place[row] for row in part]]
     if unused := len(classes) - len(set(numbers.tolist())):
@@ -97,11 +104,13 @@ def alike(classes: Sequence[str], where: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """int for every kind of whole number, None for a missing value; the value itself otherwise."""
+    """int for every kind of whole number, None for a missing or empty value; the value itself otherwise."""
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, list | tuple | dict):
         return repr(value).encode()  # several labels an image: no class number, and hashable
+    if isinstance(value, str):
+        return value if value.strip() else None
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value
     return int(value) if isinstance(value, bool | np.integer) else value
@@ -144,8 +153,8 @@ def choose_label_column(columns: dict[str, Sequence[Any]], given: str, where: st
 class Table(NamedTuple):
     """One label file.
 
-    files: (column, its values) of those that may name the images, the most usual first. labels: of each row, None where no
-    column is a label. column: the labels'. splits: the split of each row, None where no column tells. columns: of the file.
+    files: (column, its values) of those that may name the images, the most probable first. labels: of each row, None where
+    no column is a label. column: the labels'. splits: the split of each row, None where no column tells. columns: of the file.
     """
 
     files: list[tuple[str, list[str]]]
@@ -181,8 +190,19 @@ def read_table(name: str, data: bytes, column: str, where: str, ask: Ask) -> Tab
     if not chosen and len(columns) == 2 and "label" in lower:
         _, chosen = named
     splits = next((columns[key] for key in usual(columns, SPLIT_COLUMNS) if are_splits(columns[key])), None)
-    files = [(key, list(map(str, columns[key]))) for key in named if key != chosen]
+    files = [(key, list(map(str, columns[key]))) for key in _file_columns(columns, chosen)]
     return Table(files, typed[chosen] if chosen else None, chosen, splits, tuple(columns) or known)
+
+
+def _file_columns(columns: dict[str, list[Any]], label: str) -> list[str]:
+    """The columns that may name the images. Any numbers fit images that are numbered, so those known as file names by their
+    name or by the endings in them are taken alone; all columns where none is known.
+    """
+    known = [name for name in usual(columns, FILE_COLUMNS) if name != label]
+    endings = rules.endings(all_formats=True)
+    ends = [n for n in columns if n != label and columns[n] and all(str(v).lower().endswith(endings) for v in columns[n])]
+    both = [name for name in known if name in ends]
+    return both or [*ends, *known] or [name for name in columns if name != label]
 
 
 def are_splits(values: Iterable[Any]) -> bool:
@@ -246,11 +266,22 @@ def _typed(values: list[str]) -> list[Any]:
     return [value or None for value in stripped]
 
 
-def match_table(table: Table, files: Sequence[str], folder: str, root: str, where: str) -> tuple[list[Any], bool]:
-    """(label, split) of each file, `MISSING` where the table has none; None or "" where it has no such column. And whether
-    the table names the files with their folders.
+class Match(NamedTuple):
+    """What a table says of each file.
 
-    The column that names the files is the first that names all of them, else the one that names most.
+    rows: (label, split) of each file, `MISSING` where the table has none; None or "" where it has no such column. column: the
+    one that names the files. with_folders: whether it does so with their folders. rest: (label, split) of each row that names
+    none of the files.
+    """
+
+    rows: list[Any]
+    column: str = ""
+    with_folders: bool = False
+    rest: Sequence[tuple[Any, str]] = ()
+
+
+def match_table(table: Table, files: Sequence[str], folder: str, root: str, where: str) -> Match:
+    """Finds the row of each file, by the first column that names all of them, else by the one that names most.
 
     Args:
       files: paths relative to `root`. folder: of the table; it and `root` are paths in the same tree, "" for its top, else
@@ -261,54 +292,66 @@ def match_table(table: Table, files: Sequence[str], folder: str, root: str, wher
     """
     count = len(table.files[0][1]) if table.files else 0
     rows = list(zip(table.labels or [None] * count, table.splits or [""] * count, strict=True))
-    best: list[Any] = [MISSING] * len(files)
-    most, clash, with_folders = 0, "", False
-    for _, names in table.files:
+    best, most, clash = Match([MISSING] * len(files)), 0, ""
+    for column, names in table.files:
         entries: dict[str, tuple[Any, str]] = {}
         twice = ""
         for name, row in zip(names, rows, strict=True):
-            if entries.setdefault(name, row) != row:
-                labels = (entries[name][0], row[0]) if entries[name][0] != row[0] else (entries[name][1], row[1])
+            entry = entries.setdefault(_path(name), row)
+            if entry != row:
+                labels = (entry[0], row[0]) if entry[0] != row[0] else (entry[1], row[1])
                 twice = twice or f"{where} gives {name} two labels, {labels[0]!r} and {labels[1]!r}; repair it"
-        found, whole = _match_rows(entries, files, folder, root)
-        named = sum(value is not MISSING for value in found)
+        found = _match_rows(entries, files, folder, root)
+        named = sum(value is not MISSING for value in found.rows)
         if named > most:
-            best, most, clash, with_folders = found, named, twice, whole
+            best, most, clash = found._replace(column=column), named, twice
         if named == len(files):
             break
     if clash:
         raise UserError(clash)
-    return best, with_folders
+    return best
 
 
-def _match_rows(rows: dict[str, Any], files: Sequence[str], folder: str, root: str) -> tuple[list[Any], bool]:
-    """The value of each file, `MISSING` where the rows have none, and whether the rows give paths from the table's folder.
+def _match_rows(table: dict[str, Any], files: Sequence[str], folder: str, root: str) -> Match:
+    """`match_table` by the rows of one column, path -> row.
 
-    Else a row may give the path from the images' folder, or the bare name with or without ending, where that names one file
-    alone.
+    A row may give the path from the table's folder, else from the images' folder, or the bare name, where that names one file
+    alone; else the same without the ending, which changes where pictures are converted.
     """
-    table = {_path(name): value for name, value in rows.items()}
-    best: list[Any] = [MISSING] * len(files)
-    most, from_folder = 0, False
-    for number, key in enumerate((
-        lambda name: (root + name).removeprefix(folder),
-        lambda name: name,
-        posixpath.basename,
-        lambda name: posixpath.splitext(posixpath.basename(name))[0],
-    )):  # fmt: skip
-        keys = [_path(key(name)) for name in files]
-        if len(set(keys)) < len(keys):
-            continue
-        found = [table.get(k, MISSING) for k in keys]
-        named = sum(value is not MISSING for value in found)
-        if named > most:
-            best, most, from_folder = found, named, number == 0
-    return best, from_folder
+    best, most = Match([MISSING] * len(files)), 0
+    for form in (_path, _stem):
+        rows: dict[str, Any] = {}
+        for name, row in table.items():
+            key = form(name)
+            rows[key] = row if rows.get(key, row) == row else MISSING  # 0.png and 0.jpg with two labels
+        for number, part in enumerate((
+            lambda name: (root + name).removeprefix(folder),
+            lambda name: name,
+            posixpath.basename,
+        )):  # fmt: skip
+            keys = [form(part(name)) for name in files]
+            used = set(keys)
+            if len(used) < len(keys):
+                continue
+            found = [rows.get(k, MISSING) for k in keys]
+            named = sum(value is not MISSING for value in found)
+            if named > most:
+                rest = [row for name, row in table.items() if form(name) not in used]
+                best, most = Match(found, "", number == 0, rest), named
+            if named == len(files):
+                return best
+    return best
 
 
 def _path(name: str) -> str:
     """One form for the ways to write a path; macOS takes accents apart in the names of files."""
     return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
+
+
+def _stem(name: str) -> str:
+    """`_path` without a picture's ending."""
+    start, ending = posixpath.splitext(_path(name))
+    return start if ending.lower() in rules.endings(all_formats=True) else start + ending
 
 
 class _Missing:
@@ -322,7 +365,7 @@ MISSING = _Missing()
 def read_sidecar(name: str, data: bytes, where: str) -> dict[str, Any]:
     """What a file beside one image says, by field: the fields of x.json, or "label" with the text of x.cls."""
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()
         if not name.lower().endswith(".json"):
             return {"label": _typed([text])[0]}
         content = json.loads(text)

@@ -104,9 +104,10 @@ def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "", sett
       UserError: there is no image, a class folder is empty (leaving it out would renumber the classes after it), or there
         is more than one way to read the tree.
     """
-    root, left, chosen = find_root(tree, ask, split)
+    root, left, chosen = find_root(tree, ask, split, settled)
     role = rules.split_of(chosen).role if chosen else "train"
-    files = _collect(tree, root, ask, split)
+    settled = settled or chosen is not None
+    files = _collect(tree, root, ask, split, settled)
     if not files.pictures:
         kinds = f" but {listed(files.passed_over())}" if files.others else ""
         raise UserError(f"no image in {ask.where}{kinds}; expected .jpg, .png, .webp or others in it or in class folders")
@@ -119,7 +120,6 @@ def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "", sett
         number = {name: k for k, name in enumerate(classes)}
         notes += note
     strays = len(names) - len(keep)
-    settled = settled or chosen is not None
     if found.splits and split != HERE and not (settled and len(set(found.splits)) == 1):
         name = rules.pick_split(set(found.splits), split, ask)
         counts = collections.Counter(found.splits[k] for k in keep)
@@ -131,7 +131,7 @@ def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "", sett
         tops = [files.pictures[k][0].partition("/")[0] for k in keep]
         answer = Labels(np.array([number[top] for top in tops], np.int32), classes, alike(classes, ask.where))
     elif found.values is not None:
-        answer = number_part(found.values, keep, None, f"{ask.where}: {found.source}")
+        answer = number_part(found.values, keep, None, f"{ask.where}: {found.source}", names)
     else:
         answer = Labels(np.zeros(len(keep), np.int32), ())
     if answer.note:
@@ -143,32 +143,34 @@ def list_images(tree: Tree, ask: Ask, *, split: str = "", labels: str = "", sett
         answer.numbers,
         answer.classes,
         np.array([files.pictures[k][2] for k in keep], np.int64),
-        found.source if answer.classes else "",
+        (found.source + f", files by column {found.file_column}" * bool(found.file_column)) if answer.classes else "",
         tuple(left),
         tuple(notes),
     )
 
 
-def find_root(tree: Tree, ask: Ask, split: str) -> tuple[str, list[str], str | None]:
-    """Enters wrapper folders and the split that is read.
+def find_root(tree: Tree, ask: Ask, split: str, settled: bool = False) -> tuple[str, list[str], str | None]:
+    """Enters wrapper folders and the split that is read. A split is chosen once: the folders in it are classes.
 
     Returns:
       The root ("" or ending in "/"), what is left alone beside the way to it, and the folder of the split, if there is one.
     """
     root, left, chosen = "", [], None
-    for _ in range(_MAX_WRAPPERS if split != HERE else 0):
+    role = (rules.split_of(split) or rules.Split("train", True)).role if settled else ""  # of the split that was entered
+    for _ in range(_MAX_WRAPPERS):
         here = tree.scan(root)
         folders = sorted(name for name in here.folders if not tree.is_prepared(root + name))
         left_here = [f"{name}/ (prepared)" for name in sorted(here.folders) if name not in folders]
-        below = _folder_below(tree, root, here, folders, ask, split)
+        below = _folder_below(tree, root, here, folders, ask, split, role)
         if not below:
             break
         name, beside = below
         is_split = rules.split_of(name)
-        chosen = name if is_split else chosen
+        if is_split:
+            chosen, role = name, is_split.role
         left += left_here + [f"{root}{other}/{_count(tree, root + other)}" for other in beside]
-        role = is_split.role if is_split else "train"
-        unread = (file for file in here.others if not rules.is_label_file(file, role))  # those are read, or a note says why not
+        read = is_split.role if is_split else "train"
+        unread = (file for file in here.others if not rules.is_label_file(file, read))  # those are read, or a note says why not
         others = collections.Counter([*map(rules.ending, unread), *here.system])
         if here.pictures:
             others["images"] = len(here.pictures)
@@ -186,60 +188,101 @@ def _has_pictures(tree: Tree, folder: str) -> bool:
     return any(scan.pictures for _, scan in tree.walk(folder, sizes=False))
 
 
-def _folder_below(tree: Tree, root: str, here: Scan, folders: list[str], ask: Ask, split: str) -> tuple[str, list[str]] | None:
+def _folder_below(
+    tree: Tree, root: str, here: Scan, folders: list[str], ask: Ask, split: str, inside: str
+) -> tuple[str, list[str]] | None:
     """The split or the content of the wrapper `root`, and the folders beside it that are left alone; None where `root` is
     the data set.
+
+    inside: the role of the split that was entered, "" for none.
     """
     splits = [name for name in folders if rules.split_of(name)]
+    if splits and split != HERE:
+        name = _class_or_split(tree, root, folders, splits, ask, inside) if inside else _split(tree, root, folders, ask, split)
+        return (name, [other for other in folders if other != name]) if name else None
+    side = [name for name in folders if rules.is_side_folder(name)]
+    drawn = [name for name in side if _has_pictures(tree, root + name)]
+    side = [name for name in side if name not in drawn]
+    if drawn and split != HERE and any(rules.is_plain_name(name) for name in folders if name not in drawn):
+        raise UserError(
+            f"{ask.where} holds {listed(f'{root}{n}/' for n in drawn)}, which may be masks or a class; give the folder of the "
+            f"images itself, or {_all_classes(root, ask, bool(inside))} if every folder is a class"
+        )
+    content = [name for name in folders if name not in side]
+    if here.pictures or here.dangling or len(content) != 1:
+        return None
+    below = tree.scan(root + content[0])
+    if split == HERE:  # a wrapper alone; what it holds is read as it is
+        return (content[0], side) if below.folders and not below.pictures and not splits else None
+    if below.pictures and not rules.is_plain_name(content[0]):
+        if any(_has_pictures(tree, f"{root}{content[0]}/{name}") for name in below.folders):
+            raise UserError(
+                f"{ask.where} holds one folder, {root}{content[0]}/, with both images and folders of images in it: give that "
+                f"folder if its folders are classes, or {_all_classes(root, ask, bool(inside))} if it is the one class"
+            )
+        return None
+    return (content[0], side) if below.pictures or below.folders else None
+
+
+def _split(tree: Tree, root: str, folders: list[str], ask: Ask, split: str) -> str | None:
+    """The folder of the split that is read, None where the folders with a split's name are classes."""
+    splits = [name for name in folders if rules.split_of(name)]
     others = [name for name in folders if name not in splits]
-    if splits and rules.is_split_layout(splits):
-        filled = [name for name in others if _has_pictures(tree, root + name)]
-        if filled and (not split or not _names_one(split, splits)):
+    filled = [name for name in others if _has_pictures(tree, root + name)]
+    named = split and _names_one(split, splits, filled)
+    if rules.is_split_layout(splits):
+        if filled and not named:
             raise UserError(
                 f"{ask.where} holds {listed(f'{root}{n}/' for n in splits)} beside {listed(f'{root}{n}/' for n in filled)}, so "
                 f"which are splits is not clear; choose with {ask.split}=NAME, or {ask.split}=. if every folder is a class"
             )
-        name = rules.pick_split(splits, split, ask)
-        return name, [other for other in folders if other != name]
-    if splits and split and _names_one(split, splits):
-        name = rules.pick_split(splits, split, ask)
-        return name, [other for other in folders if other != name]
-    if splits:  # bullet_train, test_tube: a class among classes, unless it looks like a split
-        nested = [name for name in splits if (scan := tree.scan(root + name)).folders and not scan.pictures]
-        if len(others) < 2 or nested:
-            raise UserError(
-                f"{ask.where} holds {listed(f'{root}{n}/' for n in splits)}, which may be a split or a class; choose with "
-                f"{ask.split}=NAME, or {ask.split}=. if every folder is a class"
-            )
-        return None
-    side = [name for name in others if rules.is_side_folder(name)]
-    drawn = [name for name in side if _has_pictures(tree, root + name)]
-    side = [name for name in side if name not in drawn]
-    if drawn and any(rules.is_plain_name(name) for name in others if name not in drawn):
+        return rules.pick_split(splits, split, ask)
+    if named:
+        return rules.pick_split(splits, split, ask)
+    if len(others) < 2 or _nested(tree, root, splits):
         raise UserError(
-            f"{ask.where} holds {listed(f'{root}{n}/' for n in drawn)}, which may be masks or a class; give the folder of the "
-            f"images itself, or {ask.split}=. if every folder is a class"
+            f"{ask.where} holds {listed(f'{root}{n}/' for n in splits)}, which may be a split or a class; choose with "
+            f"{ask.split}=NAME, or {ask.split}=. if every folder is a class"
         )
-    content = [name for name in others if name not in side]
-    if here.pictures or len(content) != 1:
-        return None
-    inside = tree.scan(root + content[0])
-    if inside.pictures and not rules.is_plain_name(content[0]):
-        if any(_has_pictures(tree, f"{root}{content[0]}/{name}") for name in inside.folders):
-            raise UserError(
-                f"{ask.where} holds one folder, {root}{content[0]}/, with both images and folders of images in it: give that "
-                f"folder if its folders are classes, or {ask.split}=. if it is the one class"
-            )
-        return None
-    return (content[0], side) if inside.pictures or inside.folders else None
+    return None  # bullet_train, test_tube: a class among classes
 
 
-def _names_one(split: str, splits: list[str]) -> bool:
-    known = rules.split_of(split)
-    return any(n.lower() == split.lower() or (known and rules.split_of(n).role == known.role) for n in splits)
+def _class_or_split(tree: Tree, root: str, folders: list[str], splits: list[str], ask: Ask, inside: str) -> str | None:
+    """As `_split` in a split that was entered: train/train/ is a wrapper, a folder beside others is a class."""
+    filled = [name for name in folders if name not in splits and _has_pictures(tree, root + name)]
+    if not filled and len(splits) == 1 and rules.split_of(splits[0]).role == inside:
+        return splits[0]
+    nested = _nested(tree, root, splits) if filled else splits
+    if nested:
+        raise UserError(
+            f"{ask.where} holds {listed(f'{root}{n}/' for n in nested)}, which may be a split within a split or a class; give "
+            f"the folder to be read itself, or {_all_classes(root, ask, True)} if every folder is a class"
+        )
+    return None
 
 
-def _collect(tree: Tree, root: str, ask: Ask, split: str) -> Files:
+def _nested(tree: Tree, root: str, names: list[str]) -> list[str]:
+    """Those that hold folders alone, as a split does and a class seldom."""
+    return [name for name in names if (scan := tree.scan(root + name)).folders and not scan.pictures]
+
+
+def _all_classes(root: str, ask: Ask, settled: bool) -> str:
+    """How to have every folder of `root` read as a class. settled: it lies in a split, which the option would not enter."""
+    itself = f"the folder {root} itself" if root else "a folder of the archives of that split alone"
+    return f"{itself} with {ask.split}=." if settled else f"{ask.split}=."
+
+
+def _names_one(split: str, splits: list[str], others: list[str]) -> bool:
+    """Whether the option chooses one of `splits`: by name, or by role where they can hardly be classes among `others`."""
+    known, found = rules.split_of(split), list(map(rules.split_of, splits))
+    if others:
+        found = [other for other in found if other.sure]
+    roles = {other.role for other in found}
+    by_role = known and known.role in roles and (not others or len(roles) > 1)
+    return bool(by_role) or any(name.lower() == split.lower() for name in splits)
+
+
+def _collect(tree: Tree, root: str, ask: Ask, split: str, settled: bool) -> Files:
     pictures, others, system, notes = [], {}, collections.Counter(), []
     scans = dict(tree.walk(root))
     prepared = [name for name in scans[""].folders if tree.is_prepared(root + name)]
@@ -248,7 +291,8 @@ def _collect(tree: Tree, root: str, ask: Ask, split: str) -> Files:
     system.update(f"{name}/ (prepared)" for name in prepared)
     doubtful = [name for name in tops if rules.split_of(name)]
     if doubtful and split != HERE:
-        notes.append(f"{ask.where}: {listed(doubtful)} read as a class; if it is a split choose it with {ask.split}")
+        choose = "give that folder itself" if settled else f"choose it with {ask.split}"
+        notes.append(f"{ask.where}: {listed(doubtful)} read as a class; if it is a split {choose}")
     for folder in sorted(scans, key=lambda path: (path.partition("/")[0], path)):
         scan = scans[folder]
         if f"{folder}/".startswith(hidden):
@@ -257,7 +301,7 @@ def _collect(tree: Tree, root: str, ask: Ask, split: str) -> Files:
             if rules.is_split_layout(scan.folders):
                 raise UserError(
                     f"{ask.where}: {root}{folder}/ holds the splits {listed(sorted(scan.folders))} below a class folder; "
-                    f"sort them as SPLIT/CLASS/image, or give {ask.split}=. to read all of them"
+                    f"sort them as SPLIT/CLASS/image, or give {_all_classes(root, ask, settled)} to read all of them"
                 )
         scan.pictures.sort()
         pictures += [(folder, name, size) for name, size in scan.pictures]
@@ -265,7 +309,7 @@ def _collect(tree: Tree, root: str, ask: Ask, split: str) -> Files:
             others[folder] = scan.others
         system.update(scan.system)
     doubt = _doubt({name: scans[name] for name in tops}, pictures) if split != HERE else ""
-    return Files(pictures, tops, others, system, notes, doubt)
+    return Files(pictures, tops, others, system, notes, doubt, sorted(scans[""].dangling))
 
 
 def _doubt(tops: dict[str, Scan], pictures: list[tuple[str, str, int]]) -> str:
@@ -307,6 +351,11 @@ def _class_folders(files: Files, ask: Ask) -> tuple[Sequence[int], tuple[str, ..
         kinds = collections.Counter(map(rules.ending, inside))
         but = f" but {listed(f'{count:,} {kind}' for kind, count in sorted(kinds.items()))}" if kinds else ""
         raise UserError(f"class folder {empty[0]!r} in {ask.where} holds no image{but}; remove the folder or fill it")
+    if files.dangling:  # without its folder, the classes after it would be renumbered
+        raise UserError(
+            f"{files.dangling[0]!r} beside the class folders of {ask.where} is a link to what is not there; mend the link, "
+            "mount the disk that it leads to, or remove it if it is no class"
+        )
     notes = []
     if flat:
         notes.append(f"{ask.where} holds class folders; {flat} images beside them are left out, as ImageFolder does")

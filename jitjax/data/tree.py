@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Protocol
 
@@ -61,7 +61,8 @@ def reading(ask: Ask) -> Iterator[None]:
 @dataclasses.dataclass
 class Scan:
     """One folder of a tree. pictures: (name, bytes); others: names of the remaining files; system: what systems left
-    behind, as it is called in reports. links: the folders that are links.
+    behind, as it is called in reports. links: the folders that are links. dangling: those of the others that are links to
+    what is not there, which may have been folders.
     """
 
     folders: list[str] = dataclasses.field(default_factory=list)
@@ -69,13 +70,15 @@ class Scan:
     others: list[str] = dataclasses.field(default_factory=list)
     system: list[str] = dataclasses.field(default_factory=list)
     links: set[str] = dataclasses.field(default_factory=set)
+    dangling: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class Files:
     """The pictures below the root in their order, as (folder, name, bytes), and what else lies there.
 
-    doubt: why the folders of the root may be no classes, "" where nothing speaks against it.
+    doubt: why the folders of the root may be no classes, "" where nothing speaks against it. dangling: links of the root, see
+    `Scan`.
     """
 
     pictures: list[tuple[str, str, int]]
@@ -84,6 +87,7 @@ class Files:
     system: collections.Counter[str]
     notes: list[str]
     doubt: str = ""
+    dangling: Sequence[str] = ()
 
     def passed_over(self, used: frozenset[str] = frozenset()) -> list[str]:
         """Counts by ending; `used` are paths of label files that were read."""
@@ -184,4 +188,6 @@ def _scan(folder: str, endings: tuple[str, ...], sizes: bool) -> Scan:
                     scan.pictures.append((name, -1))
             elif not is_record(folder, name):
                 scan.others.append(name)
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    scan.dangling.append(name)
     return scan
