@@ -144,7 +144,9 @@ class Anomalies:
             file = self._workdir / f"bad_batch_{s.last:08d}.json"
             try:
                 file.write_text(json.dumps({"step": s.last, "images": self._batch(s.last)}, indent=1))
-                where = f"; its images are listed in {file}, and `jitjax replay {self._workdir} --step {s.last}` looks at it"
+                where = f"; its images are listed in {file}"
+                if self._can_replay():
+                    where += f", and `jitjax replay {self._workdir} --step {s.last}` looks at it"
             except OSError:  # a full disk does not hide the fault
                 pass
         good = self._last_good()
@@ -153,6 +155,15 @@ class Anomalies:
             f"step {s.last:,}{where}{'; ' + good if good else ''}. Lower --config.optim.lr or set --config.optim.clip_norm=1; "
             f"a finite step, or deleting {self._workdir / FILE}, begins the count anew"
         )
+
+    def _can_replay(self) -> bool:
+        """Whether the command finds the run's loss and images: those of a script it does not have."""
+        try:
+            saved = json.loads((self._workdir / "config.json").read_text())
+            there = (self._workdir / "shapes").is_dir() if saved["data"]["synthetic"] else bool(saved["data"]["path"])
+            return there and not saved.get("objective")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _read(self) -> Skipped:
         try:

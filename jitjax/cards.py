@@ -49,10 +49,10 @@ def name_of(device_kind: str) -> str | None:
     for name, card in CARDS.items():
         if card.device_kind == device_kind:
             return name
-    kind = device_kind.lower()
-    if "pcie" in kind or "nvl" in kind:  # the same names with a lower power limit and clock
+    words = device_kind.lower().split()  # whole ones: a GH200 is no H200
+    if {"pcie", "nvl", "mig"}.intersection(words):  # the same names with a lower power limit and clock, or a part of the card
         return None
-    return next((name for name in WITH_FLOPS if name in kind), None)
+    return next((name for name in WITH_FLOPS if name in words), None)
 
 
 def measured_name(device_kind: str) -> str | None:

@@ -148,8 +148,8 @@ def _of_batch(outlook: Outlook) -> list[str]:
 
 
 def of_schedule(settings: Settings, plan: Plan) -> list[str]:
-    """Of learning rate and EMAs; what a run says at its start, too."""
-    found = []
+    """Of learning rate and EMAs, and of options without an effect; what a run says at its start, too."""
+    found = _without_effect(settings, plan)
     if plan.warmup_steps >= plan.total_steps:
         found.append(
             f"the warm-up takes {plan.warmup_steps:,.0f} steps and the run {plan.total_steps:,}: the rate never reaches "
@@ -162,14 +162,53 @@ def of_schedule(settings: Settings, plan: Plan) -> list[str]:
             f"{settings.optim.blr * RECIPE_BATCH / 256:.2g}, because the effective batch is {plan.global_batch:,} and not "
             f"{RECIPE_BATCH:,}: set --config.optim.lr, or another batch_size or accumulation_steps"
         )
-    slow = [decay for decay in settings.optim.ema_decays if decay < 1 and plan.total_steps < 2 / (1 - decay)]
-    if slow and not settings.optim.ema_warmup and not settings.optim.power_emas:  # which are sampled where there are some
+    slow = slow_emas(settings, plan.total_steps)
+    if slow and not settings.optim.power_emas:  # which are sampled where there are some
         shown = " and ".join(f"{decay:g}" for decay in slow)
         found.append(
             f"an EMA averages about 1 / (1 - decay) steps: with decay {shown} too many for {plan.total_steps:,}, samples "
             f"from it look untrained; e.g. --config.optim.ema_decays=({max(0.5, 1 - 10 / plan.total_steps):.4g},)"
         )
     return found
+
+
+def _without_effect(settings: Settings, plan: Plan) -> list[str]:
+    """Options that are set and do nothing, because another is not."""
+    found, keep, sampler = [], settings.checkpoint, settings_lib.fields_of(settings_lib.Sampler)
+    for group, needs, used in (
+        ("eval", "eval.every_steps or every_epochs", plan.eval_steps),
+        ("wandb", "wandb.enabled=True", settings.wandb.enabled),
+    ):
+        part = getattr(settings, group)
+        # Without how images are drawn, which config files set for previews and scores together.
+        own = {name: field for name, field in settings_lib.fields_of(type(part)).items() if name not in sampler}
+        idle = [name for name, field in own.items() if getattr(part, name) != field.default]
+        if idle and not used:
+            shown = " and ".join(f"--config.{group}.{name}" for name in idle)
+            found.append(f"{shown} without --config.{needs} has no effect")
+    if settings.optim.min_lr and settings.optim.schedule == "constant":
+        found.append(f"--config.optim.min_lr={settings.optim.min_lr:g} has no effect: set --config.optim.schedule=cosine")
+    if keep.keep_every:
+        regular = math.lcm(keep.keep_every, plan.checkpoint_steps or keep.keep_every)
+        if plan.total_steps % keep.keep_every and (not plan.checkpoint_steps or regular > plan.total_steps):  # the end is saved
+            found.append(
+                f"--config.checkpoint.keep_every={keep.keep_every} retains nothing: no checkpoint is saved at a multiple of it "
+                f"(every {plan.checkpoint_steps or '-'} steps, {plan.total_steps:,} in all)"
+            )
+    if settings.model.class_conditional and not settings.diffusion.label_drop_prob:
+        for group, used in (("preview", plan.preview_steps), ("eval", plan.eval_steps)):
+            if used and (scale := getattr(settings, group).cfg_scale) != 1:
+                found.append(
+                    f"--config.{group}.cfg_scale={scale:g} guides away from the null class, which is not trained with "
+                    f"--config.diffusion.label_drop_prob=0: set --config.{group}.cfg_scale=1, or a probability such as 0.1"
+                )
+    return found
+
+
+def slow_emas(settings: Settings, steps: int) -> list[float]:
+    """The decays of EMAs that are still much of the first weights after `steps`."""
+    optim = settings.optim
+    return [] if optim.ema_warmup else [decay for decay in optim.ema_decays if decay < 1 and steps < 2 / (1 - decay)]
 
 
 def _of_intervals(outlook: Outlook) -> list[str]:
@@ -187,13 +226,6 @@ def _of_intervals(outlook: Outlook) -> list[str]:
     keep = settings.checkpoint
     if not plan.checkpoint_steps and not keep.every_minutes:
         found.append("nothing is saved before the end: set --config.checkpoint.every_minutes or every_steps")
-    if keep.keep_every:
-        regular = math.lcm(keep.keep_every, plan.checkpoint_steps or keep.keep_every)
-        if not plan.checkpoint_steps or regular > plan.total_steps:
-            found.append(
-                f"--config.checkpoint.keep_every={keep.keep_every} retains nothing: no checkpoint is saved at a multiple of it "
-                f"(every {plan.checkpoint_steps or '-'} steps, {plan.total_steps:,} in all)"
-            )
     return found
 
 

@@ -141,12 +141,12 @@ def label_numbers(pipe: pipeline.Pipeline, labels: str, num: int | None) -> list
     """
     if num is not None and num < 1:
         raise UserError(f"--num={num}: must be at least 1")
-    classes = pipe.geometry.num_classes
+    classes = pipe.classes
     words = [word.strip() for word in labels.split(",") if word.strip()]
     if not words:
         raise UserError("--labels is empty: use all, none, or numbers and names separated by commas")
     if words == ["none"] or (words == ["all"] and not classes):
-        return [classes] * (num or 16)
+        return [pipe.geometry.num_classes] * (num or 16)
     chosen = list(range(classes)) if words == ["all"] else [pipe.label_of(word) for word in words]
     count = num or (min(16, classes) if words == ["all"] else len(chosen))
     return [chosen[i * len(chosen) // count] for i in range(count)]

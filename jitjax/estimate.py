@@ -257,6 +257,12 @@ def run(args: argparse.Namespace) -> None:
         config = arguments.load(args.config_arguments, run_length=False).settings
     elif not args.run_from:
         raise UserError("--config is missing: give a config file (--config configs/h200.py) or a run (--from runs/a)")
+    for argument in args.config_arguments:
+        if argument.removeprefix("--config.").partition("=")[0] in settings_lib.RUN_LENGTHS:
+            raise UserError(f"{argument}: an estimate is for the lengths of --tokens=N,M")
+    for name in ("run_devices", "run_card"):
+        if getattr(args, name) and not args.run_from:
+            raise UserError(f"--{name} is for --from, of a run: for the estimate itself use --{name.removeprefix('run_')}")
     if args.measure and args.run_from:
         raise UserError(f"--measure and --from={args.run_from}: give one of the two")
     tokens, card = _parse_tokens(args.tokens), args.card
@@ -296,6 +302,13 @@ def run(args: argparse.Namespace) -> None:
         kept = f", goodput (share of its time in which it trained) {own.goodput:.1%}" if own.goodput else ""
         median = statistics.median(own.tokens_per_second)
         source = f"{args.run_from}, median {median:,.0f} tokens/s on {run_devices} card(s){kept}"
+        if (share := median * train_flops(run_geometry) / run_geometry.tokens / (run_devices * peak)) > 1:
+            raise UserError(
+                f"{source} would be {share:.0%} of the operations in the datasheet: the run had other devices when it was that "
+                "fast; give their number with --run_devices"
+            )
+        if own.note:
+            tables.say(f"note: {own.note}")
         where = dict(ran_on=run_devices, devices=devices, peak=peak, goodput=own.goodput)
         basis = speeds.basis_of_speeds(source, own.tokens_per_second, run_geometry, **where)
     elif args.measure:

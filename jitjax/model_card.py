@@ -22,7 +22,7 @@ def sampling(pipe: Pipeline) -> settings.Sampler:
     config = pipe.run.get("config")
     preview = settings.from_mapping(config, ignore_unknown=True).preview if config else settings.Preview()
     options = preview.sampler()
-    return options if pipe.geometry.num_classes else dataclasses.replace(options, cfg_scale=1.0)
+    return options if pipe.classes else dataclasses.replace(options, cfg_scale=1.0)
 
 
 def model_card(pipe: Pipeline, *, name: str = "hf://OWNER/NAME", picture: str = "") -> str:
@@ -33,7 +33,7 @@ def model_card(pipe: Pipeline, *, name: str = "hf://OWNER/NAME", picture: str = 
       picture: what `samples.png` beside the card shows; '': there is none.
     """
     config = pipe.run.get("config") or {}
-    geometry, classes = pipe.geometry, pipe.geometry.num_classes
+    geometry, classes = pipe.geometry, pipe.classes
     options = sampling(pipe)
     header = {
         "library_name": "jitjax",
@@ -83,7 +83,7 @@ def _facts(pipe: Pipeline, config: dict) -> dict[str, str]:
     used = "raw weights" if pipe.which == "model" else f"EMA {pipe.which}"
     facts = {
         "network": f"{shapes}; {sum(value.size for value in pipe.params.values()):,} parameters",
-        "images": f"{geometry.image_size} x {geometry.image_size} pixels, {geometry.num_classes or 'no'} classes",
+        "images": f"{geometry.image_size} x {geometry.image_size} pixels, {pipe.classes or 'no'} classes",
         "predicts": f"{process.prediction}, noise scale {process.noise_scale:g}",
         "weights": f"{', '.join(sets)}; {used} unless another is asked for",
     }

@@ -150,6 +150,7 @@ class Pipeline:
     step: int | None = None  # optimizer steps behind the weights, where known
     workdir: Path | None = None  # of the run that it was loaded from
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its checkpoint records: config, scores, ...
+    class_conditional: bool = True  # False: trained without labels, so that of a class embedding only the null class is trained
 
     def __post_init__(self):
         if self.class_names and len(self.class_names) != self.geometry.num_classes:
@@ -164,6 +165,11 @@ class Pipeline:
     def params(self) -> jit_model.Params:
         """The weights in use."""
         return self.weights[self.which]
+
+    @property
+    def classes(self) -> int:
+        """Classes that it can draw; 0 for a model that was trained without labels, whatever its class embedding holds."""
+        return self.geometry.num_classes if self.class_conditional else 0
 
     @property
     def emas(self) -> tuple[str, ...]:
@@ -210,9 +216,9 @@ class Pipeline:
         Raises:
           UserError: out of range, a fraction, or an unknown name.
         """
-        n = self.geometry.num_classes
+        n = self.classes
         if label is None:
-            return n
+            return self.geometry.num_classes
         if isinstance(label, str):
             if label in self.class_names:
                 return self.class_names.index(label)
@@ -315,7 +321,7 @@ class Pipeline:
             numbers = [self.label_of(label) for label in listed]
         seed = _whole("seed", seed, 0)
         chosen = self.sampler_options(**options)
-        if chosen.cfg_scale != 1 and self.geometry.num_classes == 0:
+        if chosen.cfg_scale != 1 and not self.classes:
             raise UserError(f"cfg_scale={chosen.cfg_scale}: guidance needs a model with classes, this one has none")
         mesh = sharding.make_mesh(None, 1, 1)
         platform = jax.default_backend()
@@ -381,6 +387,8 @@ class Pipeline:
         from jitjax.interop.weights import write_folder
 
         facts = dataclasses.asdict(self.diffusion) | {"class_names": list(self.class_names)}
+        if self.classes != self.geometry.num_classes:
+            facts["class_conditional"] = False
         # A set at a time, as JAX sorts the names of a dictionary. The one in use goes first: `load` takes the first EMA.
         order = dict.fromkeys((self.which, *self.weights))
         write_folder(folder, {name: jax.device_get(self.weights[name]) for name in order}, self.geometry, facts)
@@ -411,7 +419,7 @@ class Pipeline:
             return ""
         from jitjax.monitor import save_grid
 
-        options, classes = model_card.sampling(self), self.geometry.num_classes
+        options, classes = model_card.sampling(self), self.classes
         labels = [i % classes for i in range(count)] if classes else None
         images = self.sample(labels, num=None if classes else count, **dataclasses.asdict(options))
         captions = labels and [self.class_names[i] if self.class_names else str(i) for i in labels]
@@ -514,6 +522,7 @@ def from_weights(found: Any) -> Pipeline:
         class_names=_names(found.class_names, found.geometry.num_classes),
         notes=tuple(notes),
         step=found.step,
+        class_conditional=found.class_conditional is not False,
     )
 
 
@@ -533,6 +542,7 @@ def from_checkpoint(saved: Any, workdir: Path | None = None) -> Pipeline:
         step=saved.step,
         workdir=workdir,
         run=meta,
+        class_conditional=(config.get("model") or {}).get("class_conditional") is not False,
     )
 
 

@@ -66,6 +66,8 @@ def replay(
     settings = fit_devices(settings, batch, len(devices))
     mesh = sharding.mesh_of(settings.mesh, devices)
     path = data_path or (str(workdir / "shapes") if settings.data.synthetic else settings.data.path)
+    if not path:
+        raise UserError(f"{workdir} was trained on images that a script gave it, which replay does not have: see --data_path")
     dataset = data.open_dataset(path, settings.data.image_size, **settings.data.reading())
     conditional = settings.model.class_conditional
     num_classes = resolve_num_classes(conditional, settings.model.num_classes, dataset.num_classes)
@@ -78,14 +80,19 @@ def replay(
     # ---------------------------------------------------------------- the state before the step
     like = from_settings.abstract_state(settings, setup.geometry, mesh)
     start = whole_before(workdir, number)
-    if start:
-        folder = workdir / checkpoint.DIRECTORY / str(start)
-        meta = checkpoint.read_meta(folder)
+    if known := start or whole_after(workdir, number):  # without either there is nothing to compare with
+        meta = checkpoint.read_meta(workdir / checkpoint.DIRECTORY / str(known))
         if meta.get("data") and meta["data"] != dataset.fingerprint:
             raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
-        if changes := settings_lib.differing_fields(meta.get("config", {}), configured):
-            say(f"the configuration changed after checkpoint {start:,} and is taken as it is now: {'; '.join(changes)}")
-        state = checkpoint.restore(folder, like)
+        changes = settings_lib.differing_fields(meta.get("config", {}), configured)
+        if meta.get("examples") and (before := meta["examples"] // known) != plan.global_batch:
+            changes.append(f"effective batch: {before} -> {plan.global_batch}")
+        if changes:
+            say(f"the configuration changed after checkpoint {known:,} and is taken as it is now: {'; '.join(changes)}")
+    elif facts.get("images_per_epoch", len(dataset)) != len(dataset):
+        raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
+    if start:
+        state = checkpoint.restore(workdir / checkpoint.DIRECTORY / str(start), like)
     else:
         state, _ = from_settings.first_state(setup, process, tuple(dataset.class_names))
     whence = f"checkpoint {start:,}" if start else "the run's beginning"
@@ -162,6 +169,13 @@ def whole_before(workdir: Path, number: int) -> int:
             return candidate
         checkpoint.report_skipped(folder / str(candidate), reason)
     return 0
+
+
+def whole_after(workdir: Path, number: int) -> int:
+    """The first whole checkpoint from step `number` on; 0 where there is none."""
+    folder, run = workdir / checkpoint.DIRECTORY, (checkpoint.read_run(workdir) or {}).get("run")
+    later = (known for known in checkpoint.steps_in(folder) if known >= number)
+    return next((known for known in later if checkpoint.defect(folder / str(known), run) is None), 0)
 
 
 def make_examine(settings: Settings, loss: Callable[..., jax.Array], like: step.TrainState, mesh: Mesh) -> Callable[..., Any]:

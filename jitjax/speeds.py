@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ class Run:
     devices: int | None
     device_kind: str | None
     images_per_epoch: int | None
+    note: str = ""  # what the files do not tell
 
 
 def guide_utilisations(geometry: Geometry) -> dict[str, float]:
@@ -170,24 +172,33 @@ def _shares(table: Mapping[str, float]) -> str:
 
 
 def read_run(workdir: str) -> Run:
-    """The config of a run, the speeds in its `metrics.jsonl` and where its time went.
+    """The config of a run, the speeds in its `metrics.jsonl` and where its time went. Of a run that was started on several
+    numbers or kinds of devices (`log.txt`) the speeds are those of the last start, whose devices `config.json` has.
 
     Raises:
       UserError: not a workdir, or no speed was logged yet.
     """
     try:
         saved = json.loads((Path(workdir) / "config.json").read_text())
-        speeds = _speeds(Path(workdir) / "metrics.jsonl")
+        by_start = _speeds(Path(workdir) / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"--from={workdir}: {error.filename}: {error.strerror}; give the workdir of a run") from error
     except ValueError as error:
         raise UserError(f"--from={workdir}: config.json is not JSON ({error})") from error
-    if not speeds:
+    if not by_start:
         raise UserError(f"--from={workdir}: no train/tokens_per_second in metrics.jsonl yet; let the run go on")
+    setups, note = _setups(Path(workdir) / "log.txt"), ""
+    speeds = [speed for _, speed in by_start]
+    if len(set(setups)) > 1:
+        last, starts = by_start[-1][0], _starts(Path(workdir) / timing.FILE)
+        speeds = [speed for start, speed in by_start if start == last]
+        if last is None or last != starts:
+            numbers = ", ".join(dict.fromkeys(setup.partition(",")[0] for setup in setups))
+            note = f"log.txt has starts on {numbers}; the files do not tell which of the speeds is of the last one"
     mesh = saved.get("mesh") or {}
     devices = saved.get("devices") or (mesh.get("data") or 0) * (mesh.get("zero") or 1) * (mesh.get("fsdp") or 1) or None
     facts = {name: saved.get(name) for name in ("device_kind", "images_per_epoch")}
-    return Run(saved, tuple(sorted(speeds)), _goodput(Path(workdir) / timing.FILE), devices=devices, **facts)
+    return Run(saved, tuple(sorted(speeds)), _goodput(Path(workdir) / timing.FILE), devices=devices, note=note, **facts)
 
 
 def _goodput(file: Path) -> float | None:
@@ -200,7 +211,24 @@ def _goodput(file: Path) -> float | None:
         return None
 
 
-def _speeds(path: Path) -> list[float]:
+def _starts(file: Path) -> float | None:
+    """How often a run was started, from its `time.json`."""
+    try:
+        return float(json.loads(file.read_text())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _setups(log: Path) -> list[str]:
+    """Devices, their kind and the compute type of each start, in words; empty where there is no log."""
+    try:
+        return re.findall(r" parameters, (.*?), kernels ", log.read_text(errors="replace"))
+    except OSError:
+        return []
+
+
+def _speeds(path: Path) -> list[tuple[float | None, float]]:
+    """(number of the start, tokens/s) of each line with a speed; None in files that do not tell the start."""
     values = []
     with open(path, "rb") as lines:
         for line in lines:
@@ -211,7 +239,7 @@ def _speeds(path: Path) -> list[float]:
             except ValueError:
                 continue  # the last line of a run that is being written
             if record.get("train/tokens_per_second"):
-                values.append(record["train/tokens_per_second"])
+                values.append((record.get("time/starts"), record["train/tokens_per_second"]))
     return values
 
 

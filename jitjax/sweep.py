@@ -230,7 +230,8 @@ def sweep(
     metric = metric or slug(chosen.distance)
     shown = [None if n == null else n for n in numbers]
     for interval in intervals:  # refuses settings that no sampler can run with before anything is written
-        pipe.sample_batches(shown, seed=seed, batch_size=batch_size, dtype=dtype, **options, interval=interval)
+        how = options | {"cfg_scale": guidance[-1], "interval": interval}
+        pipe.sample_batches(shown, seed=seed, batch_size=batch_size, dtype=dtype, **how)
     setup = draw.describe(pipe, model, seed, numbers, dtype, options) | {
         "reference": reference,
         "reference_images": found.count,

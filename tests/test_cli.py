@@ -53,6 +53,18 @@ def test_a_data_path_replaces_the_drawn_shapes_and_says_so():
         settings.check_data(both.data)
 
 
+def test_a_flag_is_not_overruled_by_the_files_other_field_for_the_same_thing():
+    fast = "--config=configs/h200_fast.py"  # with optim.lr, and 0 epochs and 300 steps of warm-up
+    loaded = load(fast, "--config.optim.blr=1e-5", "--config.optim.warmup_epochs=2")
+    assert loaded.settings.optim.lr is None and loaded.settings.optim.warmup_steps is None
+    assert any("optim.blr=1e-05 replaces optim.lr=" in note for note in loaded.notes)
+    assert load(fast, "--config.optim.warmup_epochs=0").settings.optim.warmup_steps is None
+    assert load(fast, "--config.optim.warmup_epochs=0", "--config.optim.warmup_steps=5").settings.optim.warmup_steps == 5
+    previews = load("--config=configs/quickstart.py", "--config.preview.every_epochs=2").settings.preview
+    assert (previews.every_steps, previews.every_epochs) == (None, 2)
+    assert load(fast).settings.optim.warmup_steps == 300 and not load(fast, "--config.optim.lr=1e-3").notes
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -70,6 +82,11 @@ def test_a_data_path_replaces_the_drawn_shapes_and_says_so():
             "configs/h200_fast.py:foo is unknown: use pretrain, finetune or minutes",
         ),
         (["train", "--config=configs/quickstart.py", "--config.epochs=1", "--config.total_steps=2"], "two run lengths are set"),
+        (
+            ["train", "--config=configs/h200.py", "--config.optim.lr=1", "--config.optim.blr=2"],
+            "--config.optim.blr=2.0 and --config.optim.lr=1.0: give one of the two",
+        ),
+        (["tune", "--config=configs/quickstart.py", "--config.optim.blr=1e-4"], "use --start"),
         (["train", "--config=configs/quickstart.py", "stray"], "unrecognized arguments: stray"),
         (["train", "--data_path", "x"], "--data_path is the flag of the PyTorch code: here it is --config.data.path"),
         (["train", "--config=configs/h200.py", "--workdir=x"], "--config.data.path is missing"),

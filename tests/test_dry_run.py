@@ -15,7 +15,7 @@ from conftest import ROOT, small_settings
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jitjax import cli, describe, dry_run, from_settings, hlo, kernels, memory, model, muon, sampling, sharding, step
+from jitjax import cards, cli, describe, dry_run, from_settings, hlo, kernels, memory, model, muon, sampling, sharding, step
 from jitjax.cards import CARDS
 from jitjax.errors import UserError
 from jitjax.kernels import planned
@@ -202,6 +202,11 @@ def test_the_same_effective_batch_in_smaller_parts():
         (dict(eval__every_steps=5), "--config.eval.every_steps"),
         (dict(checkpoint__every_minutes=None), "nothing is saved before the end"),
         (dict(checkpoint__every_steps=2, checkpoint__keep_every=3), "keep_every=3 retains nothing"),
+        (dict(checkpoint__every_steps=2, checkpoint__keep_every=8), "keep_every=8 retains nothing"),
+        (dict(eval__metric="mind", eval__num_images=9), "--config.eval.num_images and --config.eval.metric without"),
+        (dict(wandb__project="mine"), "--config.wandb.project without --config.wandb.enabled=True has no effect"),
+        (dict(optim__min_lr=1e-5), "min_lr=1e-05 has no effect: set --config.optim.schedule=cosine"),
+        (dict(diffusion__label_drop_prob=0.0, preview__every_steps=4), "--config.preview.cfg_scale=2.9 guides away from"),
         (dict(preview__every_steps=1), "previews take about"),
         (dict(preview__every_steps=4, preview__num_images=4), "--config.preview.num_images=4 is fewer than the 8 devices"),
         (dict(optim__lr=None), "far below the recipe's 0.0002, because the effective batch is 16"),
@@ -214,8 +219,11 @@ def test_the_same_effective_batch_in_smaller_parts():
 def test_warnings(overrides, says):
     quiet = dict(optim__ema_decays=(0.5,))
     assert describe.warnings(describe.look(small_settings(**quiet))) == []
-    found = describe.warnings(describe.look(small_settings(**quiet | overrides)))
+    outlook = describe.look(small_settings(**quiet | overrides))
+    found = describe.warnings(outlook)
     assert any(says in line for line in found), found
+    if "no effect" in says or "retains nothing" in says or "guides away" in says:
+        assert any(says in line for line in describe.of_schedule(outlook.settings, outlook.plan))  # at the start of a run, too
 
 
 @pytest.mark.parametrize("method, interval", [("heun", (0.1, 1.0)), ("abm2", (0.0, 1.0)), ("euler", (0.5, 0.8))])
@@ -273,6 +281,20 @@ def test_dry_run_speaks_of_the_run_and_the_card_that_it_is_about(monkeypatch, ca
     assert "1,281,167 images (ImageNet's, as" in text and "classes" not in text.partition('"seed"')[0].partition("{")[0]
     assert "the links of an NVIDIA A100-SXM4-80GB were not measured" in text and "NVLink" not in text
     assert text.index("it fits") < text.index('"batch_size": 8')
+
+
+def test_a_card_that_is_not_known_is_named_first_with_the_one_planned_for(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"):  # set by the command
+        monkeypatch.setenv(name, os.environ[name])
+    monkeypatch.setattr(dry_run, "dry_run", lambda settings, *, devices, card: f"{devices} x {card}")
+    for here, says in (
+        (["NVIDIA GH200 480GB"] * 2, "NVIDIA GH200 480GB is not known: planned as on an H200; --card takes h200, "),
+        (["NVIDIA H100 80GB HBM3"] * 2, "2 x h100\n"),
+    ):
+        monkeypatch.setattr(cards, "here", lambda here=here: here)
+        assert cli.main(["train", "--config=configs/h200.py", "--dry_run"]) == 0
+        assert capsys.readouterr().out.startswith(says)
 
 
 def test_flags_of_the_dry_run_are_its_own(capsys, monkeypatch):

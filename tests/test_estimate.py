@@ -99,7 +99,14 @@ def test_number_of_parameters_equals_the_model(name, classes, overrides):
 
 
 def test_only_cards_with_the_sxm_datasheet_get_its_number():
-    kinds = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": None, "NVIDIA H200 NVL": None}
+    kinds = dict.fromkeys(("NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA H200 MIG 1g.18gb"))
+    kinds |= {
+        "NVIDIA H200": 989e12,
+        "NVIDIA H200 SXM": 989e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA H200 NVL": None,
+    }
     assert {kind: datasheet_flops(kind) for kind in kinds} == kinds
     assert datasheet_flops("cpu") is None
 
@@ -275,6 +282,28 @@ def test_a_run_that_does_not_say_its_devices_asks_for_them(tmp_path, capsys):
     assert rates_of(rows)[1] == pytest.approx(618e3 * 0.97, rel=1e-5)  # the median of 100, 610e3, 626e3, 630e3
 
 
+def test_a_run_that_went_on_with_other_devices_is_measured_since_then(tmp_path, capsys):
+    """Its lines have the number of the start, and its log the devices of each."""
+    make_run(tmp_path, devices=1)
+    (tmp_path / "log.txt").write_text(
+        "".join(f"JiT-B/4, 9 parameters, {n}, kernels fused\n" for n in ("8 devices", "1 device"))
+    )
+    lines = [(start, speed) for start, speed in ((1.0, 5.2e6),) * 100 + ((2.0, 0.7e6),) * 3]
+    text = "".join(json.dumps({"step": 1, "train/tokens_per_second": v, "time/starts": start}) + "\n" for start, v in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "time.json").write_text(json.dumps({"starts": 2}))
+    argv = ("--from", tmp_path, "--devices=1", "--tokens=1e9")
+    assert rates_of(run_command(capsys, *argv)["from"])[1] == pytest.approx(0.97 * 0.7e6, rel=1e-5)
+    # Files of an earlier version do not tell.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens_per_second": 700000.0}\n')
+    estimate_lib.main(["estimate", *map(str, argv)])
+    assert "log.txt has starts on 8 devices, 1 device; the files do not tell" in capsys.readouterr().out
+    make_run(tmp_path, devices=1, speeds=(5.2e6,))
+    with pytest.raises(UserError, match=r"would be 3..% of the operations in the datasheet.*--run_devices"):
+        run_command(capsys, *argv)
+    assert rates_of(run_command(capsys, *argv, "--run_devices=8")["from"])
+
+
 @pytest.mark.slow
 def test_measured_on_the_spot(tmp_path, capsys, monkeypatch):
     """On this machine's CPU devices, which have no datasheet: no utilisation and no guide."""
@@ -336,6 +365,9 @@ def test_the_card_of_the_run_is_that_of_the_estimate(tmp_path, capsys):
         (["--config=CONFIG:arg"], "get_config"),
         (["--config=CONFIG", "stray"], "stray"),
         (["--from=EMPTY"], "config.json"),
+        (["--config=CONFIG", "--run_card=h100"], "use --card"),
+        (["--config=CONFIG", "--run_devices=3"], "use --devices"),
+        (["--config=CONFIG", "--config.total_steps=10"], "--tokens=N,M"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, says, tmp_path, config_file, capsys):

@@ -131,6 +131,52 @@ def test_trainer_refuses_arrays_that_are_no_effective_batch():
         jitjax.Trainer({"optim.schedule": "cosine"}, images=64)
 
 
+def test_trainer_loss_refuses_what_the_step_refuses_and_is_differentiable_under_jit():
+    trainer = jitjax.Trainer(SMALL | {"data.image_size": 8, "dtype": "float32"}, images=64, num_classes=2)
+    images, labels, key = np.zeros((3, 8, 8, 3), np.uint8), np.array([0, 1, 1]), jax.random.key(0)
+    params = trainer.init().params
+    for bad in ((images / 255, labels), (images[:, 1:], labels), (images, labels + 1), (images, labels[1:]), (images, None)):
+        with pytest.raises(UserError, match="images: a batch is|whole numbers in"):
+            trainer.loss(params, *bad, key)
+    expected = trainer.loss(params, images, labels, key)
+    np.testing.assert_allclose(jax.jit(trainer.loss)(params, images, labels, key), expected, rtol=1e-5)
+
+
+def test_trainer_takes_its_classes_from_settings_or_argument_and_refuses_contradictions():
+    settings = SMALL | {"data.image_size": 8}
+    labelled = jitjax.Trainer(settings | {"model.class_conditional": True, "model.num_classes": 4}, images=64)
+    assert labelled.geometry.num_classes == 4 and labelled.settings.model.class_conditional
+    for more, arguments in (
+        ({"model.num_classes": 10}, {"num_classes": 4}),
+        ({}, {"num_classes": 7, "class_names": ("a", "b")}),
+        ({"model.class_conditional": True}, {}),
+    ):
+        with pytest.raises(UserError, match="contradict each other|needs a number of classes"):
+            jitjax.Trainer(settings | more, images=64, **arguments)
+    without = jitjax.Trainer(settings, images=64)
+    images, params = np.zeros((2, 8, 8, 3), np.uint8), without.init().params
+    for labels in (None, [0, 0]):  # zeros are what a data set without classes gives
+        assert without.loss(params, images, labels, jax.random.key(0)).shape == (2,)
+    with pytest.raises(UserError, match="training without labels"):
+        without.loss(params, images, [0, 1], jax.random.key(0))
+
+
+def test_trainer_begins_from_init_from_and_says_so_of_a_young_ema(tmp_path, caplog):
+    settings = SMALL | {"data.image_size": 8, "dtype": "float32", "optim.ema_decays": (0.9999,)}
+    trainer = jitjax.Trainer(settings, images=64)
+    state, _ = trainer.step(trainer.init(), np.zeros((trainer.plan.global_batch, 8, 8, 3), np.uint8))
+    pipe = trainer.pipeline(state)
+    assert any("EMA 0.9999 is 100% first weights after 1 steps" in note for note in pipe.notes)
+    pipe.save(tmp_path / "saved", samples=0)
+    caplog.clear()
+    tuned = jitjax.Trainer(settings | {"init_from": str(tmp_path / "saved"), "seed": 7}, images=64).init()
+    name = "blocks.0.attn.qkv.kernel"
+    np.testing.assert_array_equal(tuned.params[name], pipe.weights["model"][name])
+    assert "parameters loaded" in caplog.text
+    with pytest.raises(UserError, match="no such file or folder"):
+        jitjax.Trainer(settings | {"init_from": str(tmp_path / "nothing")}, images=64).init()
+
+
 def test_arrays_as_a_data_set():
     images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
     found = data.of_arrays(images, [1, 0, 1, 1], ("a", "b"))

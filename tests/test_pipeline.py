@@ -137,6 +137,23 @@ def test_a_model_without_classes(tmp_path):
         pipe.sample(num=1, cfg_scale=2.0)
 
 
+def test_a_model_trained_without_labels_has_no_classes_to_draw_although_it_has_their_embeddings(tmp_path):
+    """Only the null class of the embedding is trained; in every form that the weights may take."""
+    settings = small_settings(total_steps=1, model__class_conditional=False, model__num_classes=8)
+    assert train(settings, tmp_path / "run") == 0
+    jitjax.load(tmp_path / "run").save(tmp_path / "exported")
+    convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "one.safetensors")])
+    convert.main(["--from", str(tmp_path / "one.safetensors"), "--to", str(tmp_path / "again")])
+    for form in ("run", "exported", "one.safetensors", "again"):
+        pipe = jitjax.load(tmp_path / form)
+        assert (pipe.geometry.num_classes, pipe.classes, draw.label_numbers(pipe, "all", 3)) == (8, 0, [8, 8, 8])
+        with pytest.raises(UserError, match="trained without classes"):
+            pipe.sample([0])
+        with pytest.raises(UserError, match="guidance needs a model with classes"):
+            pipe.sample(num=1, cfg_scale=2.0)
+    assert "without classes" in (tmp_path / "exported" / "README.md").read_text()
+
+
 def test_no_such_weights(pipe, tmp_path):
     with pytest.raises(UserError, match="no weights '0.5': use one of model, 0.9999"):
         pipe.using("0.5")

@@ -31,6 +31,14 @@ GUIDE = {
 }  # fmt: skip
 
 
+# Two fields for one thing: where both are set, the second counts.
+SIBLINGS = {
+    "optim.blr": "optim.lr",
+    "optim.warmup_epochs": "optim.warmup_steps",
+    **{f"{group}.every_epochs": f"{group}.every_steps" for group in ("checkpoint", "preview", "eval")},
+}
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     """Announce the configuration in `--help`; the arguments themselves are split off before argparse sees them."""
     group = parser.add_argument_group("configuration")
@@ -80,7 +88,7 @@ class Loaded:
 def load(config_arguments: list[str], *, run_length: bool = True) -> Loaded:
     """Checked settings from the arguments that `split` gave.
 
-    A run length on the command line replaces the config file's, and so does a data set.
+    A run length on the command line replaces the config file's, and so does a data set, and one of two `SIBLINGS` the other.
 
     Args:
       run_length: whether exactly one run length must be set; otherwise it is ignored.
@@ -110,6 +118,12 @@ def load(config_arguments: list[str], *, run_length: bool = True) -> Loaded:
         values |= dict.fromkeys(settings.RUN_LENGTHS)
     if not run_length:
         given = {name: value for name, value in given.items() if name not in settings.RUN_LENGTHS} | {"total_steps": 10**6}
+    for name, other in SIBLINGS.items():
+        if given.get(name) and given.get(other) is not None:  # 0 epochs of warm-up beside steps of it contradict nothing
+            raise UserError(f"--config.{name}={given[name]} and --config.{other}={given[other]}: give one of the two")
+        if given.get(name) is not None and given.get(other) is None and values.get(other) is not None:
+            notes.append(f"--config.{name}={given[name]} replaces {other}={values[other]} of {file}")
+            values[other] = None
     for one, other in (("data.path", "data.synthetic"), ("data.synthetic", "data.path")):
         if given.get(one) and not given.get(other) and values.get(other):
             notes.append(f"--config.{one}={given[one]} replaces {other}={values[other]} of {file}")

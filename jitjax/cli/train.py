@@ -77,7 +77,10 @@ def dry_run(args: argparse.Namespace, settings: Settings) -> int:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     from jitjax import describe, dry_run
 
-    card = args.card or (here and cards.name_of(here[0])) or "h200"
+    found = here and cards.name_of(here[0])
+    card = args.card or found or "h200"
+    if here and not args.card and not found:
+        tables.say(f"{here[0]} is not known: planned as on an {card.upper()}; --card takes {', '.join(cards.CARDS)}")
     tables.say(dry_run.dry_run(settings, devices=devices, card=card))
     if args.print_config:
         print(f"\n{describe.settings_text(settings)}")

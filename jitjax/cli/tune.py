@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = arguments.load(args.config_arguments)
+    for name, flag in (("optim.blr", "--start"), ("optim.warmup_epochs", "--warmup")):
+        if any(argument.startswith(f"--config.{name}=") for argument in args.config_arguments):
+            raise UserError(f"--config.{name} is what tune searches for, as {arguments.SIBLINGS[name]}: use {flag}")
     check_data(loaded.settings.data)
     if not args.workdir:
         raise UserError("--workdir is missing: name a folder for the trials, e.g. --workdir=runs/tune")

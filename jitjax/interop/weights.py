@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_DECAYS = (0.9999, 0.9996)  # the official defaults
 NO_POWER_FUNCTIONS = "power-function EMAs have no place in other formats: {} left out"
 Params = dict[str, np.ndarray]
-FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names")
+FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names", "class_conditional")
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
 PREDICTIONS = {"x": "x", "x0": "x", "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "v": "v", "velocity": "v"}
 
@@ -59,6 +59,7 @@ class Weights:
       positions: the file's table of positions by set, where it is float32 and not bit for bit ours.
       moments: AdamW's "mu" and "nu" by our names, where asked for.
       config: a workdir's saved configuration, a plain dictionary.
+      class_conditional: False where it was trained without labels although it has a class embedding.
     """
 
     geometry: Geometry
@@ -77,6 +78,7 @@ class Weights:
     positions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     moments: dict[str, Params] | None = None
     config: dict[str, Any] | None = None
+    class_conditional: bool | None = None
 
     def leave_out_power_functions(self) -> None:
         """For formats that know fixed decays alone: without the EMAs of power functions, which `notes` names."""
@@ -91,7 +93,7 @@ class Weights:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known about how to use the weights: prediction, noise_scale, t_eps, class_names."""
+        """What is known about how to use the weights, by the names of `FACTS`."""
         return {name: getattr(self, name) for name in FACTS if getattr(self, name) is not None}
 
 
@@ -387,7 +389,7 @@ def _compare(geometry: Geometry, known: Mapping, args: Mapping, path: Path, note
 
 
 def _facts(source: Source, args: Any, config: Mapping, geometry: Geometry, notes: list[str]) -> dict[str, Any]:
-    """prediction, noise_scale, t_eps and class_names where the file gives them."""
+    """`FACTS` where the file gives them."""
     facts: dict[str, Any] = {name: config[name] for name in FACTS if name in config}
     if args and {"P_mean", "noise_scale"} & set(args):
         facts["prediction"] = "x"  # the official code knows no other

@@ -68,6 +68,7 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         args=imported.get("args"),
         origins={name: "" for name in trees},
         config=saved.meta.get("config", {}),
+        class_conditional=False if saved.geometry.num_classes and not config.model.class_conditional else None,
     )
     if power:
         weights.notes.append(NO_POWER_FUNCTIONS.format(", ".join(power)))
@@ -173,7 +174,8 @@ def config_of(weights: Weights) -> settings.Settings:
     config, g, args = default_config(), weights.geometry, weights.args or {}
     size = next((n for n, s in SIZES.items() if (s["depth"], s["width"]) == (g.depth, g.width)), "B")
     config.model.name = f"JiT-{size}/{g.patch_size}"
-    config.model.class_conditional, config.model.num_classes = g.num_classes > 0, g.num_classes
+    config.model.class_conditional = g.num_classes > 0 and weights.class_conditional is not False
+    config.model.num_classes = g.num_classes
     for name in ("depth", "width", "heads", "bottleneck", "context_length", "context_start"):
         if getattr(g, name) != SIZES[size][name]:
             config.model[name] = getattr(g, name)

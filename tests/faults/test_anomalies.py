@@ -51,6 +51,21 @@ def test_skipped_steps_are_printed_and_logged(tmp_path):
     assert line.startswith("step 21 made without the gradient of 1 micro-batch, which is not finite (1 in a row, 20 in all")
 
 
+@pytest.mark.parametrize(
+    ("facts", "suggested"),
+    [
+        ({"data": {"path": "photos", "synthetic": ""}}, True),
+        ({"data": {"path": "photos", "synthetic": ""}, "objective": "huber"}, False),
+        ({"data": {"path": "", "synthetic": ""}}, False),
+    ],
+)
+def test_replay_is_suggested_where_it_finds_loss_and_images(facts, suggested, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError) as error:
+        Anomalies(tmp_path, policy="stop", batch=lambda step: []).add(7, BAD_GRADIENT)
+    assert "bad_batch_00000007.json" in str(error.value) and ("jitjax replay" in str(error.value)) == suggested
+
+
 def test_policy_stop_stops_at_the_first(tmp_path):
     with pytest.raises(UserError, match="1 optimizer steps in a row"):
         Anomalies(tmp_path, policy="stop").add(7, BAD_GRADIENT)

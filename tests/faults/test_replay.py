@@ -102,6 +102,29 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     assert "The step changed nothing" in text and bad[0]["file"] in text
 
 
+def test_a_step_before_every_checkpoint_is_compared_with_a_later_one(run, tmp_path):
+    """Configuration, effective batch and images."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    for step in range(1, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    (workdir / "checkpoints" / "6" / "meta" / "metadata").write_text("damaged")
+    saved = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(saved | {"effective_batch": 8, "seed": 1}))
+    lines = []
+    assert replay.replay(workdir, 1, say=lines.append)["from"] == 0
+    assert lines[0].startswith("the configuration changed after checkpoint 7 and is taken as it is now: ")
+    assert "seed: 0 -> 1" in lines[0] and "effective batch: 16 -> 8" in lines[0]
+    next((workdir / "shapes").rglob("*.png")).unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match="does not hold the images that the run was trained on"):
+            replay.replay(workdir, 1)
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)  # then by their number
+    (workdir / "config.json").write_text(json.dumps(saved | {"data": saved["data"] | {"synthetic": ""}}))
+    with pytest.raises(UserError, match="images that a script gave it"):
+        replay.replay(workdir, 1)
+
+
 def test_mistakes(run, tmp_path, capsys):
     for arguments, message in (
         ([str(run), "--step", "8"], "--step 8: the run has steps 1 to 7"),
