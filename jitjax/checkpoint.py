@@ -7,6 +7,7 @@
                                  checksums.json  size and digest of every file, the step, the run (`jitjax.manifest`)
     <workdir>/run.json                           the run's identity, and the last step that was saved
     <workdir>/best.json                          which checkpoint has the best score; <workdir>/checkpoints/best means it
+    <workdir>/scores.jsonl                       all scores: a checkpoint is saved before its step is scored
 
 The position in the data is a number, the examples seen: the order of data is a function of (seed, example index) alone, so
 nothing of the input pipeline needs saving, and a run may resume on another machine shape.
@@ -21,6 +22,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,6 +35,7 @@ import orbax.checkpoint as ocp
 from jitjax import finite, manifest, sharding
 from jitjax import model as jit_model
 from jitjax.errors import UserError
+from jitjax.monitor.metrics import read_records
 from jitjax.settings import Optimizer
 from jitjax.step import TrainState
 from jitjax.workdir import BEST_FILE
@@ -40,6 +43,7 @@ from jitjax.workdir import BEST_FILE
 DIRECTORY = "checkpoints"
 RUN_FILE = "run.json"
 BEST = "best"
+SCORES_FILE = "scores.jsonl"  # of a run: one line an evaluation
 ITEMS = ("params", "ema", "optimizer", "meta")
 _log = logging.getLogger(__name__)
 
@@ -114,7 +118,21 @@ def restore(folder: Path, like: TrainState) -> TrainState:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    return read_items(folder, meta=ocp.args.JsonRestore())["meta"]
+    """What the checkpoint in <workdir>/checkpoints/<step> records, with the scores of its step, which may have come later."""
+    meta = read_items(folder, meta=ocp.args.JsonRestore())["meta"]
+    scores = None if "scores" in meta else scores_of(folder.parent.parent, int(folder.name))
+    return meta | {"scores": scores} if scores else meta
+
+
+def scores_of(workdir: Path, step: int) -> dict[str, float] | None:
+    """The newest scores during training of that step, by name ("eval/..."); None where there are none."""
+    try:
+        lines = [line for line in read_records(workdir / SCORES_FILE) if line["step"] == step]
+    except OSError:
+        return None
+    if not lines:
+        return None
+    return {k: math.nan if x is None else x for k, x in lines[-1].items() if k.startswith("eval/")}
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:

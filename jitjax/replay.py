@@ -79,14 +79,15 @@ def replay(
 
     # ---------------------------------------------------------------- the state before the step
     like = from_settings.abstract_state(settings, setup.geometry, mesh)
-    start = whole_before(workdir, number)
+    start, order = whole_before(workdir, number), ExampleOrder(settings.seed, len(dataset), plan.global_batch)
     if known := start or whole_after(workdir, number):  # without either there is nothing to compare with
         meta = checkpoint.read_meta(workdir / checkpoint.DIRECTORY / str(known))
         if meta.get("data") and meta["data"] != dataset.fingerprint:
             raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
         changes = settings_lib.differing_fields(meta.get("config", {}), configured)
-        if meta.get("examples") and (before := meta["examples"] // known) != plan.global_batch:
-            changes.append(f"effective batch: {before} -> {plan.global_batch}")
+        if shift := meta.get("examples", order.seen(known)) - order.seen(known):
+            changes.append(f"effective batch: {meta['examples'] / known:g} -> {plan.global_batch}")
+            order = dataclasses.replace(order, shift=shift if start else 0)
         if changes:
             say(f"the configuration changed after checkpoint {known:,} and is taken as it is now: {'; '.join(changes)}")
     elif facts.get("images_per_epoch", len(dataset)) != len(dataset):
@@ -101,7 +102,7 @@ def replay(
         dataset,
         seed=settings.seed,
         global_batch=plan.global_batch,
-        start_example=start * plan.global_batch,
+        start_example=order.seen(start),
         flip=settings.data.flip,
         max_bad_fraction=settings.data.max_bad_fraction,
     )
@@ -124,7 +125,7 @@ def replay(
     moved = _layers(jax.tree.map(jnp.subtract, state.params, old))
     metrics = {name: float(value) for name, value in on_device.items()}
     host_images, labels = jax.device_get((images, batch["label"]))
-    names = data.names(dataset, ExampleOrder(settings.seed, len(dataset), plan.global_batch).batch(number), host.bad_files)
+    names = data.names(dataset, order.batch(number), host.bad_files)
     return {
         "step": number,
         "from": start,

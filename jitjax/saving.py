@@ -252,7 +252,7 @@ class Checkpoints:
 
         Args:
           best: {"metric", "value", "how"}: from now on this is the best checkpoint. It stays until there is a better one, and
-            <workdir>/checkpoints/best means it.
+            <workdir>/checkpoints/best means it. One of this step that is on disk already is marked and not written again.
           final: training ends here: a failure is left to `wait`.
 
         Raises:
@@ -265,6 +265,8 @@ class Checkpoints:
         self._best, self._final = None if best is None else {"step": step, **best}, final
         if step in self._whole:
             self._mark_best()
+            if self._is_main and best is not None:
+                self._rotate()  # the best one before is superseded
             return
         if group := finite.not_finite(state):
             raise UserError(
@@ -308,6 +310,10 @@ class Checkpoints:
     def has(self, step: int) -> bool:
         """Whether a whole checkpoint of `step` is on disk. Waits for the write in the background."""
         self._settle()
+        return step in self._whole
+
+    def is_whole(self, step: int) -> bool:
+        """As `has`, without waiting. Any thread may ask."""
         return step in self._whole
 
     def retry_due(self) -> bool:

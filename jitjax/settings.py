@@ -167,7 +167,12 @@ class Mesh:
 class Checkpoint:
     every_steps: int | None = free(None, "Save at multiples of this step.", **STEPS)
     every_epochs: float | None = free(None, "Save every so many epochs.", **EPOCHS)
-    every_minutes: float | None = free(15.0, "Save after so much time; unset: never by time.", high=1e7, **POSITIVE)
+    every_minutes: float | None = free(
+        15.0,
+        "Save after so much time, and before a preview or evaluation after grace_seconds; unset: never by time.",
+        high=1e7,
+        **POSITIVE,
+    )
     keep_last: int = free(3, "Newest checkpoints that are retained.", low=1, high=10**6)
     keep_every: int | None = free(None, "Checkpoints at multiples of this step are retained for good.", **STEPS)
     ema_every_steps: int | None = free(None, "Snapshots of optim.power_emas; unset: 32 over the run.", **STEPS)

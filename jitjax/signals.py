@@ -75,6 +75,7 @@ class StopRequest:
         self._grace, self._last_good, self._tell = grace_seconds, last_good, tell
         self._arrived, self._finished = threading.Event(), threading.Event()
         self._saved = False
+        self._on_disk: Callable[[], bool] = lambda: False
         self._interruptible = False
         self._before: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
@@ -133,6 +134,15 @@ class StopRequest:
         a failure."""
         self._saved = True
 
+    @contextlib.contextmanager
+    def already_saved(self, on_disk: Callable[[], bool]) -> Iterator[None]:
+        """Around work that may outlast the grace period. Where `on_disk()` (a thread asks), nothing is lost by ending it."""
+        before, self._on_disk = self._on_disk, on_disk
+        try:
+            yield
+        finally:
+            self._on_disk = before
+
     def wait(self, seconds: float) -> bool:
         """Whether a request has arrived, at the latest after `seconds`. (A signal to the process group may kill an input
         worker a moment before this process learns of it.)"""
@@ -175,6 +185,9 @@ class StopRequest:
         self._tell(self.signal)
         if not self._finished.wait(self._grace):
             if self._saved:
+                leave(self.exit_code)
+            if self._on_disk():
+                print(f"stopped by {self.name} before the preview or evaluation was done" + self._last(), file=sys.stderr)
                 leave(self.exit_code)
             leave(NOT_SAVED, f"not saved within {self._grace:g} s of {self.name}: stopped without saving" + self._last())
 

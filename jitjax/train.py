@@ -1,7 +1,8 @@
 """One training run, top to bottom.
 
-Order of operations in the loop, for optimizer step s: batch, step, remember metrics; then, if due, preview and save. A save
-writes the metrics first, so a checkpoint never knows more than metrics.jsonl. The host waits for the device only where it
+Order of operations in the loop, for optimizer step s: batch, step, remember metrics; then, if due, EMA snapshot, save, preview,
+scores, and the mark of the best checkpoint. A save comes first, since a stop may not leave time for the rest; it writes the
+metrics before, so a checkpoint never knows more than metrics.jsonl. The host waits for the device only where it
 logs, and there for an interval that is long done (on a CPU for each step).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +43,7 @@ from jitjax.data.shapes import draw_dataset
 from jitjax.distributed import Peers
 from jitjax.errors import UserError, closing
 from jitjax.evaluation import live
+from jitjax.inspection import due, inspect, missed
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.plan import Plan, resolve_num_classes
 from jitjax.preview import Preview
@@ -63,6 +66,7 @@ class Run:
     geometry: model.Geometry
     folder: Workdir
     plan: Plan
+    order: ExampleOrder
     state: step.TrainState
     train_step: Any
     host_batches: data.HostIterator
@@ -146,7 +150,9 @@ def train(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise memory.out_of_memory(settings, run and run.geometry.num_classes, say=run and run.monitor.note) from error
+            if run is None:
+                raise memory.out_of_memory(settings, None, say=None) from error
+            raise memory.out_of_memory(run.settings, run.geometry.num_classes, say=run.monitor.note) from error
 
 
 def build(
@@ -170,7 +176,7 @@ def build(
     runtime.use_compilation_cache(settings.compilation_cache)
     is_main = jax.process_index() == 0
     given, notes = settings, list(notes)
-    if not accept_config_changes and (settings := fitted(given, workdir, jax.device_count())) != given:
+    if (settings := fitted(given, workdir, jax.device_count())) != given:
         notes.append(
             f"{jax.device_count()} devices make the same steps with batch_size={settings.batch_size}, "
             f"accumulation_steps={settings.optim.accumulation_steps}"
@@ -196,7 +202,7 @@ def build(
     geometry, plan = setup.geometry, setup.plan
     process = diffusion.from_config(settings_lib.to_dict(settings))
     own_name = getattr(own_objective, "__qualname__", type(own_objective).__name__) if own_objective else ""
-    folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
+    notes += folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
 
     # ---------------------------------------------------------------- state: fresh, from other weights, or resumed
     keep = settings.checkpoint
@@ -216,9 +222,15 @@ def build(
             data.check_fingerprint(meta["data"], dataset, allow_changed=settings.data.allow_changed)
         checkpoint.check_fits(meta, geometry, settings.optim.emas, settings.optim, folder.path)
 
-    start = 0
+    start, order = 0, ExampleOrder(settings.seed, len(dataset), plan.global_batch)
     if (resumed := saved.resume(like, check_saved)) is not None:
-        state, start, _ = resumed
+        state, start, before = resumed
+        if shift := before.get("examples", order.seen(start)) - order.seen(start):
+            order = dataclasses.replace(order, shift=shift)
+            if settings.total_steps is None:  # the length is one in images
+                plan = dataclasses.replace(plan, total_steps=plan.total_steps - shift // plan.global_batch)
+                setup = dataclasses.replace(setup, plan=plan)
+            notes.append(f"another effective batch until step {start:,}: the data go on after its {order.seen(start):,} images")
         notes.append(f"resumed from step {start:,}" + ("; the run is complete" if start >= plan.total_steps else ""))
     else:
         state, report = from_settings.first_state(setup, process, tuple(dataset.class_names))
@@ -290,7 +302,7 @@ def build(
         dataset,
         seed=settings.seed,
         global_batch=plan.global_batch,
-        start_example=start * plan.global_batch,
+        start_example=order.seen(start),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=settings.data.num_workers,
@@ -322,8 +334,6 @@ def build(
         flops_per_sample=flops.train_flops(geometry),
         peak_flops=peak and peak * mesh.size,
     )
-    order = ExampleOrder(settings.seed, len(dataset), plan.global_batch)
-
     anomalies = Anomalies(
         folder.path,
         policy=settings.nan_policy,
@@ -352,6 +362,7 @@ def build(
         geometry=geometry,
         folder=folder,
         plan=plan,
+        order=order,
         state=state,
         train_step=train_step,
         host_batches=host_batches,
@@ -401,16 +412,20 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
     alone = run.peers.count == 1
     compiling = contextlib.ExitStack()  # until the first step is done
     scores = best = None  # of the step that was scored last
-    scored = done
+    scored, complete = done, True
     compiling.enter_context(dog.untimed("compiling, and the first batch"))
     account = run.account
+    grace, every_minutes = settings.checkpoint.grace_seconds, settings.checkpoint.every_minutes
 
     def save(scores: dict[str, float] | None = None, best: dict[str, Any] | None = None, final: bool = False) -> None:
-        meta = run.meta | {"examples": done * plan.global_batch} | ({"scores": scores} if scores else {})
+        meta = run.meta | {"examples": run.order.seen(done)} | ({"scores": scores} if scores else {})
         with account.measure("save"):
             run.checkpoints.save(state, done, meta, best=best, final=final)
         account.saved(done)
 
+    show, score = missed(run, done)
+    if show or score:
+        _, _, complete = inspect(run, stop, state, done, save, show=show, score=score)
     if done < plan.total_steps:
         monitor.note("compiling, and reading the first batch ...")
         account.switch("compile")
@@ -427,8 +442,13 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
                 raise
         # Of several processes none begins a step before all have their batch: one that waits for ever for its own could not be
         # stopped, nor could the others, whose step never ends.
+        # What the clock says is agreed on with the same message. A preview or an evaluation is not waited for when the grace
+        # period ends: no more than such a period of training shall be at stake.
+        show, score = due(plan.preview_steps, done + 1, plan.total_steps), due(plan.eval_steps, done + 1, plan.total_steps)
+        limit = min(60 * every_minutes, grace if show or score else math.inf) if every_minutes else math.inf
+        late = time.monotonic() - last_save >= limit or run.checkpoints.retry_due()
         with account.measure("input_wait"), dog.phase("the other processes"):
-            agreed = run.peers.agree(stop.signal)
+            agreed, timely = divmod(run.peers.agree(2 * stop.signal + late), 2)
         if agreed:  # not `stop.requested`: a signal that has come since is known to this process alone
             stop.request(agreed)
             break
@@ -451,43 +471,24 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
             account.reached(done)
             run.snapshots.check()
             run.folder.require_lock()
-        every_minutes = settings.checkpoint.every_minutes
-        show = run.preview is not None and (done == plan.total_steps or done % plan.preview_steps == 0)
-        late = bool(every_minutes) and time.monotonic() - last_save >= 60 * every_minutes
-        timely = at_log and run.peers.agree(late or run.checkpoints.retry_due())
         regular = bool(plan.checkpoint_steps) and done % plan.checkpoint_steps == 0
-        snapshot = bool(plan.snapshot_steps) and (done == plan.total_steps or done % plan.snapshot_steps == 0)
-        score = run.evaluation is not None and (done == plan.total_steps or done % plan.eval_steps == 0)
+        snapshot = due(plan.snapshot_steps, done, plan.total_steps)
         if show or timely or regular or score or snapshot:
             quiet = contextlib.ExitStack()
             quiet.enter_context(dog.untimed("saving, previewing or evaluating"))
             log.flush()
             account.reached(done)
             pause = time.perf_counter()
-            if show:
-                with account.measure("preview"):
-                    path = run.preview(state.ema[run.preview_ema], run.folder.path / "samples" / f"step_{done:08d}.png")
-                    monitor.image(done, "samples", path)
+            scores, best, scored = None, None, done
             if snapshot:
                 with account.measure("save"):
                     run.snapshots.save(state.ema, done)
-            scores, best, scored = None, None, done
-            if score:
-                with account.measure("evaluation"):
-                    scores = evaluate(run, state, done)
-            if scores:
-                before = run.checkpoints.best()
-                best = run.evaluation.best(scores, before)
-                if best and before and not run.evaluation.compares_with(before):
-                    monitor.note(
-                        f"the best checkpoint so far, of step {before['step']:,}, was scored otherwise and is not compared "
-                        f"({before['metric']}; {before.get('how')})"
-                    )
-            if best:
-                monitor.summary({"best/step": done, best["metric"].replace("eval/", "best/"): best["value"]})
-            if timely or regular or best:
-                save(scores, best)
+            if timely or regular or ((show or score) and done == plan.total_steps):
+                save()
                 last_save = time.monotonic()
+            if show or score:
+                scores, best, complete = inspect(run, stop, state, done, save, show=show, score=score)
+                last_save = time.monotonic() if best else last_save
             log.paused(time.perf_counter() - pause)
             quiet.close()
         if (at_log or alone) and run.peers.agree(stop_after.reached(done - run.start, time.perf_counter() - run.begun)):
@@ -505,21 +506,8 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
     if "peak_bytes_in_use" in memory:
         monitor.note(f"peak device memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB")
     monitor.note(str(account))
-    if done < plan.total_steps:
+    if done < plan.total_steps or not complete:
         reason = f"by {stop.name}" if stop.requested else f"after {settings.stop_after} (--config.stop_after)"
         monitor.note(f"stopped {reason} at step {done:,}; the same command continues from there")
         return stop.exit_code
     return 0
-
-
-def evaluate(run: Run, state: step.TrainState, done: int) -> dict[str, float]:
-    """Score the live EMA, and log it."""
-    begun = time.perf_counter()
-    run.monitor.note("evaluating ...")
-    scores, notes = run.evaluation(state.ema[run.eval_ema])
-    run.monitor.scores(done, scores)
-    for note in notes:
-        run.monitor.note(f"evaluation: {note}")
-    run.monitor.note(f"evaluation of EMA {run.eval_ema} took {time.perf_counter() - begun:.1f} s")
-    run.folder.append("scores.jsonl", {"step": done, "ema": run.eval_ema, "how": run.evaluation.how, **scores})
-    return scores

@@ -83,18 +83,21 @@ class Workdir:
             raise
         self._lock = lock
 
-    def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool, objective: str = "") -> None:
+    def check_config(self, settings: Settings, effective_batch: int, *, accept_changes: bool, objective: str = "") -> list[str]:
         """The same effective batch, however it is cut over devices and micro-batches, is the same run.
 
         Args:
           objective: name of the run's own loss, "" for the published one.
+
+        Returns:
+          One line for each difference that `accept_changes` lets pass.
 
         Raises:
           UserError: this workdir's run began with another configuration; the line names the differing fields.
         """
         saved = saved_config(self.path)
         if saved is None:
-            return
+            return []
         differing = differing_fields(saved, settings)
         before = saved.get("effective_batch", effective_batch)
         if before != effective_batch:
@@ -108,6 +111,7 @@ class Workdir:
                 f"--workdir={self.path} holds a run with another configuration ({'; '.join(differing)}): use {cannot}"
                 f"another workdir{'' if cannot else ', or --accept_config_changes to continue with the new one'}"
             )
+        return [f"accepted: {difference}" for difference in differing]
 
     def describe_run(self, settings: Settings, facts: Mapping[str, Any]) -> None:
         """Write config.json (the configuration as it was given and `facts`, e.g. devices) and versions.json."""
@@ -164,7 +168,7 @@ def saved_config(workdir: Path) -> dict[str, Any] | None:
 
 def fitted(settings: Settings, workdir: str | Path, devices: int) -> Settings:
     """The settings for as many devices as are here. The same command continues a run on another machine, with the effective
-    batch that the run began with. Only reads the workdir.
+    batch that the run began with, unless its batch size or accumulation was changed on purpose. Only reads the workdir.
 
     Raises:
       UserError: the devices cannot share that batch.
@@ -174,7 +178,10 @@ def fitted(settings: Settings, workdir: str | Path, devices: int) -> Settings:
     before = saved.get("batch_size"), saved.get("optim", {}).get("accumulation_steps")
     if asked != before or "effective_batch" not in saved:
         return settings
-    result = fit_devices(settings, saved["effective_batch"], devices)
+    try:
+        result = fit_devices(settings, saved["effective_batch"], devices)
+    except UserError as error:
+        raise UserError(f"{error}; or set another --config.batch_size, with --accept_config_changes") from None
     # A mesh that is asked for is not changed, also where it is impossible.
     return result if to_dict(settings.mesh) == saved.get("mesh") else dataclasses.replace(result, mesh=settings.mesh)
 

@@ -18,11 +18,13 @@ import pytest
 from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
-from jitjax import checkpoint, distributed, pipeline, settings
+from jitjax import checkpoint, distributed, from_settings, memory, pipeline, settings
+from jitjax.data import order
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
 from jitjax.signals import StopAfter
 from jitjax.train import train
+from jitjax.workdir import fitted
 
 
 def metrics(workdir):
@@ -156,6 +158,83 @@ def test_the_same_command_on_another_machine(uninterrupted, tmp_path):
     with pytest.raises(UserError, match=r"5 devices cannot share an effective batch of 32: use 1, 2, 4"):
         fit_devices(small_settings(**RUN), 32, 5)
     assert fit_devices(small_settings(**RUN, mesh__fsdp=8), 32, 4).mesh.fsdp == 4
+
+
+@pytest.fixture(scope="module")
+def begun_on_four(tmp_path_factory):
+    """4 steps of 32 images on 4 devices: 2 micro-batches of 4 images."""
+    folder = tmp_path_factory.mktemp("four")
+    config, workdir = folder / "config.py", folder / "run"
+    config.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), overrides=ON_FOUR))
+    command = [sys.executable, "-m", "jitjax.main", f"--config={config}", f"--workdir={workdir}", "--config.stop_after=4steps"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+ON_FOUR = dict(batch_size=4, optim__accumulation_steps=2, total_steps=None, epochs=1.0)
+
+
+def images_read(monkeypatch):
+    """Indices of the images in the order in which they are read from now on, some ahead of the steps."""
+    read, original = [], order.ExampleOrder.images
+
+    def images(self, examples):
+        read.extend(found := original(self, examples))
+        return found
+
+    monkeypatch.setattr(order.ExampleOrder, "images", images)
+    return read
+
+
+def test_accepted_changes_leave_the_effective_batch_alone_on_other_cards(begun_on_four, tmp_path, monkeypatch):
+    """4 cards, then 8 with another learning rate: the rest of the epoch's 16 steps with the images that are left."""
+    workdir, read = shutil.copytree(begun_on_four, tmp_path / "run"), images_read(monkeypatch)
+    assert train(small_settings(**ON_FOUR, optim__lr=2e-3), workdir, accept_config_changes=True) == 0
+    log = (workdir / "log.txt").read_text()
+    assert "8 devices make the same steps with batch_size=4, accumulation_steps=1\n" in log
+    assert re.findall("accepted: .*", log) == ["accepted: optim.lr: 0.001 -> 0.002"]
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, 17))
+    assert json.loads((workdir / "config.json").read_text())["effective_batch"] == 32
+    assert sorted([*order.ExampleOrder(0, 512, 32).images(np.arange(128)), *read[: 512 - 128]]) == list(range(512))
+    assert checkpoint.read_meta(workdir / "checkpoints" / "16")["examples"] == 512
+    with pytest.raises(UserError, match=r"or set another --config.batch_size, with --accept_config_changes"):
+        fitted(small_settings(**ON_FOUR), begun_on_four, 5)
+
+
+def test_another_effective_batch_goes_on_with_the_images_that_were_not_seen(begun_on_four, tmp_path, monkeypatch):
+    """4 steps of 32 images, then 128 a step: after 4 + 3 steps every image was seen once, also over a further start, which no
+    longer needs the flag."""
+    workdir = shutil.copytree(begun_on_four, tmp_path / "run")
+    changed = dict(ON_FOUR, batch_size=8)
+    first = images_read(monkeypatch)
+    assert train(small_settings(**changed, stop_after="1steps"), workdir, accept_config_changes=True) == 0
+    log = (workdir / "log.txt").read_text()
+    assert re.findall("accepted: .*", log) == [
+        "accepted: effective batch (batch_size x devices x accumulation_steps): 32 -> 128"
+    ]
+    assert "another effective batch until step 4: the data go on after its 128 images\n" in log
+    second = images_read(monkeypatch)
+    assert train(small_settings(**changed), workdir) == 0
+    seen = [*order.ExampleOrder(0, 512, 32).images(np.arange(128)), *first[:128], *second[:256]]
+    assert sorted(seen) == list(range(512))
+    assert checkpoint.find(workdir)[1] == 7
+    assert checkpoint.read_meta(workdir / "checkpoints" / "7")["examples"] == 512
+
+
+def test_out_of_memory_is_answered_for_the_cards_that_are_here(begun_on_four, tmp_path, monkeypatch):
+    workdir, asked, answer = shutil.copytree(begun_on_four, tmp_path / "run"), [], memory.out_of_memory
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(from_settings, "make_step", lambda *_: exhausted)
+    monkeypatch.setattr(
+        memory, "out_of_memory", lambda settings, *rest, **say: asked.append(settings) or answer(settings, *rest, **say)
+    )
+    with pytest.raises(UserError, match="out of memory: use a smaller"):
+        train(small_settings(**ON_FOUR), workdir)
+    assert [(settings.batch_size, settings.optim.accumulation_steps) for settings in asked] == [(4, 1)]
 
 
 @pytest.mark.slow

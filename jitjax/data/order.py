@@ -72,6 +72,7 @@ class ExampleOrder:
     seed: int
     count: int
     global_batch: int
+    shift: int = 0  # a run that continues with another global batch has seen more or fewer examples than steps x batch
 
     def __post_init__(self) -> None:
         if not 0 < self.global_batch <= self.count:
@@ -88,9 +89,13 @@ class ExampleOrder:
         keys = _mix(epochs.astype(np.uint64) + _key(self.seed, _PERMUTATION))
         return permute(positions, self.count, keys)
 
+    def seen(self, step: int) -> int:
+        """Examples behind optimizer step `step`, over all starts."""
+        return step * self.global_batch + self.shift
+
     def batch(self, step: int) -> np.ndarray:
         """(global_batch,) int64 indices into the data set: the images of optimizer step `step`, from 1, in their order."""
-        return self.images(np.arange((step - 1) * self.global_batch, step * self.global_batch))
+        return self.images(np.arange(self.seen(step - 1), self.seen(step)))
 
     def flips(self, examples: np.ndarray) -> np.ndarray:
         """(n,) global example indices -> (n,) bool, True (half of the time) where the image is mirrored left-right."""

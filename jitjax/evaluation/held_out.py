@@ -86,12 +86,14 @@ class HeldOutLoss:
         example = f"{self._dataset.source.name(first)}: {self._skipped[first]}"
         return [f"eval/loss: {len(self._skipped)} held-out images could not be decoded, the first: {example}"]
 
-    def __call__(self, params: jit_model.Params) -> dict[str, float]:
-        """All processes must call it. An image that cannot be decoded is left out (`notes`); NaN if none can."""
+    def __call__(self, params: jit_model.Params, go_on: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """All processes must call it. `go_on` is called before each batch. An image that cannot be decoded is left out
+        (`notes`); NaN if none can."""
         sums, count = np.zeros(BUCKETS), 0
         place = NamedSharding(self._mesh, sharding.BATCH)
         size = self._dataset.image_size
         for start in range(0, len(self._numbers), self._batch):
+            go_on()
             numbers = self._numbers[start : start + self._batch]
             images = np.zeros((self._batch, size, size, 3), np.uint8)
             labels = np.full(self._batch, self._null, np.int32)

@@ -64,11 +64,15 @@ class LiveEvaluation:
         if metric and metric not in there:
             raise UserError(f"--config.eval.metric={metric} is not computed here: use one of {', '.join(there)}")
 
-    def __call__(self, params: jit_model.Params) -> tuple[dict[str, float], list[str]]:
-        """All processes must call it."""
+    def __call__(
+        self, params: jit_model.Params, go_on: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], list[str]]:
+        """All processes must call it. `go_on` is called before each batch, equally often in all of them; what it raises ends
+        the evaluation."""
 
         def batches() -> Iterator[np.ndarray]:
             for start in range(0, len(self._labels), self._batch):
+                go_on()
                 labels = self._labels[start : start + self._batch]
                 indices = range(start, start + len(labels))
                 yield self._sampler(params, 0, indices, labels, size=self._batch)
@@ -77,7 +81,7 @@ class LiveEvaluation:
         values = {f"eval/{name}": value for name, value in result.values.items()}
         notes = list(result.scores.notes)
         if self._held_out:
-            values |= self._held_out(params)
+            values |= self._held_out(params, go_on)
             notes += self._held_out.notes
         new = [note for note in notes if note not in self._known]
         self._known.update(new)
@@ -192,16 +196,16 @@ def find_held_out(
         if problem := other_classes(found):
             raise UserError(f"{flag}={wanted} {problem}: name held-out images of the same classes")
         return found, []
-    notes = []
+    notes, classes = [], {(Path(dataset.path) / name).absolute() for name in dataset.class_names}
     for folder in (Path(path), Path(path).parent) if path else ():
-        there = _validation_splits(folder)
+        there = [name for name in _validation_splits(folder) if (folder / name).absolute() not in classes]
         try:
             found = open_dataset(folder, size, **how, split="val")
         except UserError as error:
             notes += [f"{folder / there[0]} is not used for eval/loss: {error}"] if there else []
             continue
-        if any(Path(found.path).is_relative_to(Path(dataset.path) / name) for name in dataset.class_names):
-            continue  # a class of the training images
+        if any(Path(found.path).absolute().is_relative_to(name) for name in classes):
+            continue  # of the training images
         if problem := other_classes(found):
             notes.append(f"{found.path} is not used for eval/loss: it {problem}")
             continue

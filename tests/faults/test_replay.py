@@ -102,6 +102,21 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     assert "The step changed nothing" in text and bad[0]["file"] in text
 
 
+def test_a_step_behind_another_effective_batch_has_the_images_of_the_run(run, tmp_path):
+    """7 steps of 16 images, then 2 of 32."""
+    workdir, changed = shutil.copytree(run, tmp_path / "run"), dict(batch_size=2, optim__accumulation_steps=2, total_steps=9)
+    settings = small_settings(**changed, model__proj_dropout=0.2, checkpoint__every_steps=1, checkpoint__keep_last=9)
+    assert train(settings, workdir, accept_config_changes=True) == 0
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    for step, from_batch in ((8, "16 -> 32"), (9, "18 -> 32")):
+        lines = []
+        record = replay.replay(workdir, step, say=lines.append)
+        assert {name: record["metrics"][name] for name in replay.LOGGED} == {
+            name: logged[step - 1][name] for name in replay.LOGGED
+        }
+        assert f"effective batch: {from_batch}" in lines[0]
+
+
 def test_a_step_before_every_checkpoint_is_compared_with_a_later_one(run, tmp_path):
     """Configuration, effective batch and images."""
     workdir = tmp_path / "run"

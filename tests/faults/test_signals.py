@@ -28,10 +28,11 @@ with StopRequest(grace_seconds=grace, last_good=lambda: "the last good checkpoin
                 queue.Queue().get()
         except Stopped:
             pass
-    elif mode == "native":  # no bytecode is run, and the system call is entered again after a signal
+    elif mode in ("native", "native, saved"):  # no bytecode is run, and the system call is entered again after a signal
         libc = ctypes.CDLL(None)
-        while True:
-            libc.sleep(5)
+        with stop.already_saved(lambda: mode == "native, saved"):
+            while True:
+                libc.sleep(5)
     if mode == "slow save":
         while not stop.requested:
             time.sleep(0.01)
@@ -72,6 +73,14 @@ def test_what_is_not_saved_in_time_is_said(mode):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 3 and out == ""
     assert err == ("error: not saved within 0.5 s of SIGTERM: stopped without saving; the last good checkpoint is step 7\n")
+
+
+def test_what_is_on_disk_counts_as_saved_though_a_preview_does_not_end():
+    process = started("native, saved", grace=0.5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + signal.SIGTERM, "")
+    assert err == "stopped by SIGTERM before the preview or evaluation was done; the last good checkpoint is step 7\n"
 
 
 @pytest.mark.parametrize("mode", ["native", "slow save"])
