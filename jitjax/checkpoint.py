@@ -126,13 +126,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def scores_of(workdir: Path, step: int) -> dict[str, float] | None:
     """The newest scores during training of that step, by name ("eval/..."); None where there are none."""
+    line = score_line(workdir, step)
+    return line and {k: math.nan if x is None else x for k, x in line.items() if k.startswith("eval/")}
+
+
+def score_line(workdir: Path, step: int) -> dict[str, Any] | None:
+    """The newest line of scores.jsonl for that step."""
     try:
-        lines = [line for line in read_records(workdir / SCORES_FILE) if line["step"] == step]
+        return ([line for line in read_records(workdir / SCORES_FILE) if line["step"] == step] or [None])[-1]
     except OSError:
         return None
-    if not lines:
-        return None
-    return {k: math.nan if x is None else x for k, x in lines[-1].items() if k.startswith("eval/")}
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:

@@ -6,12 +6,15 @@ preview or an evaluation may outlast the time that a scheduler grants.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jitjax import checkpoint, step
+from jitjax import checkpoint, processes, step
+from jitjax.errors import UserError
 from jitjax.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ def inspect(
         try:
             if show:
                 go_on()
-                with run.account.measure("preview"):
+                with run.account.measure("preview"), writable(run, number):
                     path = run.preview(state.ema[run.preview_ema], _grid(run, number))
                     monitor.image(number, "samples", path)
             if not score:
@@ -80,19 +83,55 @@ def inspect(
         except Stopped:
             monitor.note(f"asked to stop: the {what} of step {number:,} is left to the next start")
             return None, None, False
+    best = mark(run, number, scores, save)
+    # Last, as this is what tells the next start that nothing was missed.
+    run.folder.append(checkpoint.SCORES_FILE, {"step": number, "ema": run.eval_ema, "how": run.evaluation.how, **scores})
+    return scores, best, True
+
+
+def mark(run: Run, number: int, scores: dict[str, float], save: Callable[..., None]) -> dict[str, Any] | None:
+    """Save the checkpoint as the best one if these scores are the best so far; returns the mark. All processes must call it,
+    and go by the scores of process 0."""
     before = run.checkpoints.best()
-    best = run.evaluation.best(scores, before)
+    best = json.loads(processes.text_of_process_0(json.dumps(run.evaluation.best(scores, before))))
     if best and before and not run.evaluation.compares_with(before):
-        monitor.note(
+        run.monitor.note(
             f"the best checkpoint so far, of step {before['step']:,}, was scored otherwise and is not compared "
             f"({before['metric']}; {before.get('how')})"
         )
     if best:
-        monitor.summary({"best/step": number, best["metric"].replace("eval/", "best/"): best["value"]})
+        run.monitor.summary({"best/step": number, best["metric"].replace("eval/", "best/"): best["value"]})
         save(scores, best)
-    # Last, as this is what tells the next start that nothing was missed.
-    run.folder.append(checkpoint.SCORES_FILE, {"step": number, "ema": run.eval_ema, "how": run.evaluation.how, **scores})
-    return scores, best, True
+    return best
+
+
+def mark_again(run: Run, number: int, save: Callable[..., None]) -> None:
+    """As `mark`, with the scores of step `number`, with which this start begins: a full disk may have taken them and not the
+    mark. All processes must call it."""
+    if run.evaluation is None or not number:
+        return
+    line = checkpoint.score_line(run.folder.path, number) if run.peers.rank == 0 else None
+    wanted = {"metric": run.evaluation.metric, "how": run.evaluation.how}
+    value = line.get(run.evaluation.metric) if line and line.get("how") == wanted["how"] else None
+    known = json.loads(processes.text_of_process_0(json.dumps(value)))
+    if known is not None:
+        mark(run, number, {run.evaluation.metric: known}, save)
+
+
+@contextlib.contextmanager
+def writable(run: Run, number: int) -> Iterator[None]:
+    """A disk that takes no preview does not end a run before its last step. The next start draws that one.
+
+    Raises:
+      UserError: at the last step.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"the preview of step {number:,} cannot be written ({error.strerror or error})"
+        if number == run.plan.total_steps:
+            raise UserError(f"{what}: free space; the same command draws it") from error
+        run.monitor.note(f"warning: {what}; training goes on")
 
 
 def evaluate(run: Run, state: step.TrainState, number: int, go_on: Callable[[], None]) -> dict[str, float]:

@@ -74,6 +74,18 @@ def make_plan(settings: Settings, *, images: int, tokens_per_image: int, devices
     )
 
 
+def after_another_batch(plan: Plan, settings: Settings, shift: int) -> Plan:
+    """The plan of a run of which `shift` images more than steps x batch were seen, as its batch was another one before: lengths
+    that count images, of the run and of the warm-up, count these."""
+    steps = shift / plan.global_batch
+    total, warmup = plan.total_steps - math.floor(steps), max(0.0, plan.warmup_steps - steps)
+    return dataclasses.replace(
+        plan,
+        total_steps=plan.total_steps if settings.total_steps is not None else total,
+        warmup_steps=plan.warmup_steps if settings.optim.warmup_steps is not None else warmup,
+    )
+
+
 def fit_devices(settings: Settings, effective_batch: int, devices: int) -> Settings:
     """The settings with which `devices` make steps of the same `effective_batch`: other micro-batches, none larger than
     `batch_size`, and where the mesh does not fit, another one.

@@ -25,7 +25,7 @@ from jitjax import settings as settings_lib
 from jitjax.anomalies import what_is_not_finite
 from jitjax.data.order import ExampleOrder
 from jitjax.errors import UserError
-from jitjax.plan import fit_devices, resolve_num_classes
+from jitjax.plan import after_another_batch, fit_devices, resolve_num_classes
 from jitjax.settings import Settings
 
 LOGGED = ("train/loss", "train/grad_norm", "train/learning_rate")
@@ -74,8 +74,9 @@ def replay(
     setup = from_settings.setup(settings, images=len(dataset), num_classes=num_classes, mesh=mesh)
     plan = setup.plan
     process = diffusion.from_config(settings_lib.to_dict(settings))
-    if not 1 <= number <= plan.total_steps:
-        raise UserError(f"--step {number}: the run has steps 1 to {plan.total_steps}")
+    last = facts.get("planned_steps", plan.total_steps)
+    if not 1 <= number <= last:
+        raise UserError(f"--step {number}: the run has steps 1 to {last}")
 
     # ---------------------------------------------------------------- the state before the step
     like = from_settings.abstract_state(settings, setup.geometry, mesh)
@@ -85,9 +86,12 @@ def replay(
         if meta.get("data") and meta["data"] != dataset.fingerprint:
             raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
         changes = settings_lib.differing_fields(meta.get("config", {}), configured)
-        if shift := meta.get("examples", order.seen(known)) - order.seen(known):
+        shift = meta.get("examples", order.seen(known)) - order.seen(known)
+        if shift and start:
+            order = dataclasses.replace(order, shift=shift)
+            setup = dataclasses.replace(setup, plan=after_another_batch(plan, settings, shift))
+        elif shift:
             changes.append(f"effective batch: {meta['examples'] / known:g} -> {plan.global_batch}")
-            order = dataclasses.replace(order, shift=shift if start else 0)
         if changes:
             say(f"the configuration changed after checkpoint {known:,} and is taken as it is now: {'; '.join(changes)}")
     elif facts.get("images_per_epoch", len(dataset)) != len(dataset):

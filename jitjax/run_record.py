@@ -6,6 +6,7 @@ tells a run whose checkpoints are gone from one that has not saved yet. Readers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -15,6 +16,7 @@ from typing import Any
 
 from jitjax import atomic, checkpoint, manifest
 from jitjax.errors import UserError
+from jitjax.monitor.metrics import line_of, read_records
 from jitjax.workdir import BEST_FILE
 
 
@@ -73,6 +75,18 @@ def write_best(workdir: Path, best: Mapping[str, Any]) -> None:
       OSError: as for `write`.
     """
     atomic.write_text(workdir / BEST_FILE, json.dumps(best) + "\n", durable=True)
+
+
+def forget_after(workdir: Path, step: int) -> None:
+    """Take back what was recorded of later steps, which a run that goes on from a checkpoint of `step` makes again: their
+    scores, and the mark of the best checkpoint if it is one of theirs. (`metrics.jsonl` is cut where it is opened.)"""
+    scores, best = workdir / checkpoint.SCORES_FILE, None
+    with contextlib.suppress(UserError):
+        best = checkpoint.read_best(workdir)
+    if best is not None and best["step"] > step:
+        (workdir / BEST_FILE).unlink(missing_ok=True)
+    if scores.exists() and any(line["step"] > step for line in read_records(scores)):
+        atomic.write_text(scores, "".join(line_of(line) for line in read_records(scores) if line["step"] <= step))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

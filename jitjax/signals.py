@@ -187,8 +187,8 @@ class StopRequest:
             if self._saved:
                 leave(self.exit_code)
             if self._on_disk():
-                print(f"stopped by {self.name} before the preview or evaluation was done" + self._last(), file=sys.stderr)
-                leave(self.exit_code)
+                note = f"stopped by {self.name} before the preview or evaluation was done" + self._last()
+                leave(self.exit_code, note, kind="note")
             leave(NOT_SAVED, f"not saved within {self._grace:g} s of {self.name}: stopped without saving" + self._last())
 
     def _last(self) -> str:
@@ -229,11 +229,11 @@ class StopAfter:
         return steps >= self.steps or seconds >= self.seconds
 
 
-def leave(code: int, line: str = "") -> None:
+def leave(code: int, line: str = "", kind: str = "error") -> None:
     """End the process now, whatever its threads are doing: one line on stderr, no traceback. Never returns."""
     with contextlib.suppress(Exception):
         if line:
-            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.write(f"{kind}: {line}\n")
         sys.stderr.flush()
     # stdout may be held by the thread that hangs: not flushed
     os._exit(code)

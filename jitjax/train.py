@@ -31,6 +31,7 @@ from jitjax import (
     memory,
     model,
     pipeline,
+    run_record,
     runtime,
     saving,
     sharding,
@@ -43,9 +44,9 @@ from jitjax.data.shapes import draw_dataset
 from jitjax.distributed import Peers
 from jitjax.errors import UserError, closing
 from jitjax.evaluation import live
-from jitjax.inspection import due, inspect, missed
+from jitjax.inspection import due, inspect, mark_again, missed
 from jitjax.monitor import LateLog, Monitor, Throughput
-from jitjax.plan import Plan, resolve_num_classes
+from jitjax.plan import Plan, after_another_batch, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
 from jitjax.signals import StopAfter, Stopped, StopRequest, leave
@@ -202,7 +203,8 @@ def build(
     geometry, plan = setup.geometry, setup.plan
     process = diffusion.from_config(settings_lib.to_dict(settings))
     own_name = getattr(own_objective, "__qualname__", type(own_objective).__name__) if own_objective else ""
-    notes += folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
+    accepted = folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
+    notes += accepted
 
     # ---------------------------------------------------------------- state: fresh, from other weights, or resumed
     keep = settings.checkpoint
@@ -227,15 +229,16 @@ def build(
         state, start, before = resumed
         if shift := before.get("examples", order.seen(start)) - order.seen(start):
             order = dataclasses.replace(order, shift=shift)
-            if settings.total_steps is None:  # the length is one in images
-                plan = dataclasses.replace(plan, total_steps=plan.total_steps - shift // plan.global_batch)
-                setup = dataclasses.replace(setup, plan=plan)
-            notes.append(f"another effective batch until step {start:,}: the data go on after its {order.seen(start):,} images")
+            plan = after_another_batch(plan, settings, shift)
+            setup = dataclasses.replace(setup, plan=plan)
+            if any("effective batch" in line for line in accepted):
+                notes.append(f"the data go on after the {order.seen(start):,} images of the steps so far")
         notes.append(f"resumed from step {start:,}" + ("; the run is complete" if start >= plan.total_steps else ""))
     else:
         state, report = from_settings.first_state(setup, process, tuple(dataset.class_names))
         notes.extend([*report, *(f"warning: {line}" for line in describe.of_schedule(settings, plan))])
     if is_main:
+        run_record.forget_after(folder.path, start)
         saved.require_space(state)  # now rather than after the first hour
     saved.reserve(like)
     card, parameters = jax.devices()[0].device_kind, sum(p.size for p in state.params.values())
@@ -423,6 +426,7 @@ def loop(run: Run, stop: StopRequest, dog: Watchdog) -> int:
             run.checkpoints.save(state, done, meta, best=best, final=final)
         account.saved(done)
 
+    mark_again(run, done, save)
     show, score = missed(run, done)
     if show or score:
         _, _, complete = inspect(run, stop, state, done, save, show=show, score=score)

@@ -144,8 +144,12 @@ class Workdir:
         if not self.is_main:
             return
         try:
-            with (self.path / name).open("a") as file:
-                file.write(line_of(record))
+            with (self.path / name).open("ab+") as file:
+                if size := file.seek(0, os.SEEK_END):
+                    file.seek(size - 1)
+                    torn = file.read(1) != b"\n"  # by a kill or a full disk: a line of its own, which readers leave out
+                    file.write(b"\n" * torn)
+                file.write(line_of(record).encode())
         except OSError as error:
             raise UserError(
                 f"--workdir={self.path} cannot be written ({error.strerror}): free space or choose another"

@@ -176,11 +176,12 @@ ON_FOUR = dict(batch_size=4, optim__accumulation_steps=2, total_steps=None, epoc
 
 
 def images_read(monkeypatch):
-    """Indices of the images in the order in which they are read from now on, some ahead of the steps."""
-    read, original = [], order.ExampleOrder.images
+    """The image of each example that is read from now on, some ahead of the steps."""
+    read, original = {}, order.ExampleOrder.images
 
     def images(self, examples):
-        read.extend(found := original(self, examples))
+        found = original(self, examples)
+        read.update(zip(np.asarray(examples).tolist(), found.tolist(), strict=True))
         return found
 
     monkeypatch.setattr(order.ExampleOrder, "images", images)
@@ -196,7 +197,9 @@ def test_accepted_changes_leave_the_effective_batch_alone_on_other_cards(begun_o
     assert re.findall("accepted: .*", log) == ["accepted: optim.lr: 0.001 -> 0.002"]
     assert [line["step"] for line in metrics(workdir)] == list(range(1, 17))
     assert json.loads((workdir / "config.json").read_text())["effective_batch"] == 32
-    assert sorted([*order.ExampleOrder(0, 512, 32).images(np.arange(128)), *read[: 512 - 128]]) == list(range(512))
+    assert min(read) == 128
+    before = order.ExampleOrder(0, 512, 32).images(np.arange(128)).tolist()
+    assert sorted([*before, *(read[k] for k in range(128, 512))]) == list(range(512))
     assert checkpoint.read_meta(workdir / "checkpoints" / "16")["examples"] == 512
     with pytest.raises(UserError, match=r"or set another --config.batch_size, with --accept_config_changes"):
         fitted(small_settings(**ON_FOUR), begun_on_four, 5)
@@ -213,11 +216,14 @@ def test_another_effective_batch_goes_on_with_the_images_that_were_not_seen(begu
     assert re.findall("accepted: .*", log) == [
         "accepted: effective batch (batch_size x devices x accumulation_steps): 32 -> 128"
     ]
-    assert "another effective batch until step 4: the data go on after its 128 images\n" in log
+    assert "the data go on after the 128 images of the steps so far\n" in log
     second = images_read(monkeypatch)
     assert train(small_settings(**changed), workdir) == 0
-    seen = [*order.ExampleOrder(0, 512, 32).images(np.arange(128)), *first[:128], *second[:256]]
-    assert sorted(seen) == list(range(512))
+    assert (min(first), min(second)) == (128, 256)
+    before = order.ExampleOrder(0, 512, 32).images(np.arange(128)).tolist()
+    after = [*(first[k] for k in range(128, 256)), *(second[k] for k in range(256, 512))]
+    assert sorted([*before, *after]) == list(range(512))
+    assert "the data go on" not in (workdir / "log.txt").read_text().removeprefix(log)
     assert checkpoint.find(workdir)[1] == 7
     assert checkpoint.read_meta(workdir / "checkpoints" / "7")["examples"] == 512
 

@@ -71,7 +71,8 @@ class HeldOutLoss:
                 return jnp.sum(jnp.where(used, each, 0))
 
             sums = jax.lax.map(lambda pair: at_time(*pair), (jnp.arange(BUCKETS), times))
-            return sharding.total(sums, mesh)
+            # With their number, since a file that this process cannot read may be another one's to count.
+            return sharding.total(jnp.append(sums, jnp.sum(used)), mesh)
 
         batch = sharding.BATCH
         sharded = jax.shard_map(losses, mesh=mesh, in_specs=(specs, batch, batch, batch, batch), out_specs=P(), check_vma=False)
@@ -89,7 +90,7 @@ class HeldOutLoss:
     def __call__(self, params: jit_model.Params, go_on: Callable[[], None] = lambda: None) -> dict[str, float]:
         """All processes must call it. `go_on` is called before each batch. An image that cannot be decoded is left out
         (`notes`); NaN if none can."""
-        sums, count = np.zeros(BUCKETS), 0
+        sums = np.zeros(BUCKETS + 1)
         place = NamedSharding(self._mesh, sharding.BATCH)
         size = self._dataset.image_size
         for start in range(0, len(self._numbers), self._batch):
@@ -109,6 +110,6 @@ class HeldOutLoss:
                 jax.make_array_from_callback(a.shape, place, lambda part, a=a: a[part]) for a in (images, labels, indices, used)
             ]
             sums += np.asarray(self._losses(params, *arrays), np.float64)
-            count += int(used.sum())
-        means = sums / count if count else np.full(BUCKETS, np.nan)
+        *sums, count = sums
+        means = np.array(sums) / count if count else np.full(BUCKETS, np.nan)
         return dict(zip(self.names, [float(means.mean()), *map(float, means)], strict=True))

@@ -1,5 +1,7 @@
 """Previews and scores beside saves: what a signal or a crash in them costs, and that the next start makes up for it."""
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -12,6 +14,8 @@ from conftest import json_lines, small_settings
 from programs import Processes, wait_until, write_config
 
 from jitjax import checkpoint, distributed, pipeline
+from jitjax.errors import UserError
+from jitjax.preview import Preview
 from jitjax.train import train
 
 EXTRACTOR = str(Path(__file__).parents[1] / "mean_colour.onnx")
@@ -145,3 +149,63 @@ def test_saves_by_time_do_not_wait_for_the_log(tmp_path):
     run = dict(total_steps=4, log__every_steps=1000, checkpoint__every_minutes=1e-9, checkpoint__keep_every=1)
     assert train(small_settings(**run), tmp_path) == 0
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [1, 2, 3, 4]
+
+
+def test_the_best_checkpoint_is_marked_by_the_next_start_where_a_full_disk_took_the_scores_alone(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    best = checkpoint.read_best(workdir)
+    lines = json_lines(workdir / "scores.jsonl")
+    lines[-1] |= {best["metric"]: best["value"] / 2}
+    (workdir / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train(small_settings(**RUN), workdir) == 0
+    assert checkpoint.read_best(workdir) == best | {"step": 6, "value": best["value"] / 2}
+    lines[-1] |= {best["metric"]: best["value"] / 4, "how": "otherwise"}
+    (workdir / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train(small_settings(**RUN), workdir) == 0
+    assert checkpoint.read_best(workdir)["value"] == best["value"] / 2
+
+
+def test_a_torn_line_of_scores_does_not_take_the_next_one_along(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    file = workdir / "scores.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    assert checkpoint.scores_of(workdir, 6) is None
+    assert train(small_settings(**RUN), workdir) == 0
+    assert checkpoint.scores_of(workdir, 6) == checkpoint.scores_of(undisturbed, 6)
+
+
+def test_what_was_recorded_of_steps_that_are_made_again_is_taken_back(undisturbed, tmp_path):
+    """The newest checkpoint is damaged, and the learning rate another one from there on."""
+    workdir = tmp_path / "run"
+    kept = dict(RUN, checkpoint__every_steps=2, checkpoint__keep_last=3)
+    assert train(small_settings(**kept), workdir) == 0
+    for step in (4, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "params")
+    before = json_lines(workdir / "scores.jsonl")
+    assert train(small_settings(**kept, optim__lr=0.1), workdir, accept_config_changes=True) == 0
+    after = json_lines(workdir / "scores.jsonl")
+    assert [line["step"] for line in after] == [2, 4, 6] and after[0] == before[0]
+    assert all(a["eval/fd_mean_colour"] != b["eval/fd_mean_colour"] for a, b in zip(after[1:], before[1:], strict=True))
+    best = checkpoint.read_best(workdir)
+    assert best["value"] == min(line["eval/fd_mean_colour"] for line in after)
+
+
+def test_a_disk_that_takes_no_preview_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    draw, calls = Preview.__call__, []
+
+    def full(self, params, path):
+        calls.append(path)
+        if len(calls) != 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return draw(self, params, path)
+
+    monkeypatch.setattr(Preview, "__call__", full)
+    settings = small_settings(total_steps=6, preview__every_steps=2)
+    with pytest.raises(UserError, match=r"preview of step 6 cannot be written .No space left.*the same command draws it"):
+        train(settings, tmp_path)
+    assert "warning: the preview of step 2 cannot be written" in " ".join(capsys.readouterr().out.split())
+    assert checkpoint.steps_in(tmp_path / "checkpoints")[-1] == 6
+    monkeypatch.undo()
+    assert train(settings, tmp_path) == 0
+    assert sorted(file.name for file in (tmp_path / "samples").glob("*.png")) == ["step_00000004.png", "step_00000006.png"]

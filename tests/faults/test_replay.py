@@ -108,13 +108,9 @@ def test_a_step_behind_another_effective_batch_has_the_images_of_the_run(run, tm
     settings = small_settings(**changed, model__proj_dropout=0.2, checkpoint__every_steps=1, checkpoint__keep_last=9)
     assert train(settings, workdir, accept_config_changes=True) == 0
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    for step, from_batch in ((8, "16 -> 32"), (9, "18 -> 32")):
-        lines = []
-        record = replay.replay(workdir, step, say=lines.append)
-        assert {name: record["metrics"][name] for name in replay.LOGGED} == {
-            name: logged[step - 1][name] for name in replay.LOGGED
-        }
-        assert f"effective batch: {from_batch}" in lines[0]
+    for step in (8, 9):
+        record = replay.replay(workdir, step)
+        assert all(record["metrics"][name] == logged[step - 1][name] for name in replay.LOGGED)
 
 
 def test_a_step_before_every_checkpoint_is_compared_with_a_later_one(run, tmp_path):

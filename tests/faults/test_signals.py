@@ -80,7 +80,7 @@ def test_what_is_on_disk_counts_as_saved_though_a_preview_does_not_end():
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + signal.SIGTERM, "")
-    assert err == "stopped by SIGTERM before the preview or evaluation was done; the last good checkpoint is step 7\n"
+    assert err == "note: stopped by SIGTERM before the preview or evaluation was done; the last good checkpoint is step 7\n"
 
 
 @pytest.mark.parametrize("mode", ["native", "slow save"])
