@@ -360,3 +360,50 @@ def test_any_tree_is_read_alike_or_refused_alike(tmp_path):
                 assert not [c for c in answers[0][2] if (s := split_of(c)) and s.sure], (seed, files)
             assert not {"@eaDir", ".git"} & set(answers[0][2])
     assert min(outcomes.values()) > TREES / 8, outcomes
+
+
+@pytest.mark.parametrize(
+    "header, row",
+    [
+        ("name,image_code,label", "Bob{k},p{k},{c}"),
+        ("id,photo,label", "{k},p{k},{c}"),
+        ("id,file_name,label", "p{k},upload_{k}.png,{c}"),
+        ("image_id,path,label", "p{k},original/{k}.png,{c}"),
+    ],
+)
+def test_a_usual_column_that_names_no_image_leaves_it_to_the_others(header, row, tmp_path):
+    """Which of the columns holds the names that the files have now is found by what it names."""
+    write(tmp_path, [f"p{k}.png" for k in range(4)])
+    rows = [row.format(k=k, c="ab"[k % 2]) for k in range(4)]
+    (tmp_path / "labels.csv").write_text("\n".join([header, *rows]))
+    assert reading(tmp_path)[1:] == ([0, 1, 0, 1], ("a", "b"))
+
+
+def test_a_folder_of_training_and_validation_holds_splits(tmp_path):
+    names = [f"{split}/{name}/{k}.png" for split in ("train", "val") for name in ("cat", "dog") for k in range(2)]
+    write(tmp_path / "d", [f"trainval/{name}" for name in names])
+    for path, options, split in (
+        ("d", {}, "train"),
+        ("d", {"split": "trainval"}, "train"),
+        ("d/trainval", {"split": "val"}, "val"),
+    ):
+        assert reading(tmp_path / path, **options)[1:] == ([0, 0, 1, 1], ("cat", "dog"))
+        assert f"trainval/{split};" in opened(tmp_path / path, **options).summary
+
+
+@pytest.mark.parametrize("name", [".#notes.txt", "README.md", "LICENSE.txt"])
+def test_a_link_to_a_text_that_is_not_there_is_no_class(name, tmp_path):
+    """An editor's lock, a file of an annex that is not fetched."""
+    write(tmp_path, ["ant/0.png", "bee/0.png"])
+    (tmp_path / name).symlink_to("somebody@host.123:456")
+    assert reading(tmp_path)[2] == ("ant", "bee")
+    (tmp_path / "cow").symlink_to("/mnt/not/mounted")
+    with pytest.raises(UserError, match="'cow' beside the class folders"):
+        opened(tmp_path)
+
+
+def test_a_prepared_set_of_no_split_is_found_beside_a_stray_picture(tmp_path):
+    write(tmp_path / "raw", ["a/0.png", "b/0.png"])
+    prepare(str(tmp_path / "raw"), str(tmp_path / "d" / "flowers8"), 8)
+    write(tmp_path / "d", ["preview.png"])
+    assert open_dataset(tmp_path / "d", 8).kind == "prepared"

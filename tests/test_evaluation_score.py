@@ -119,6 +119,12 @@ def test_a_set_against_itself_scores_perfectly_from_every_source(tmp_path):
     opened = open_images(folder)
     assert (len(opened), opened.image_size) == (60, SIZE)
     np.testing.assert_array_equal(np.concatenate(list(opened)), images[order])
+    write_folder(folder, images[:2])  # beside the folders
+    write_folder(folder / "test", images[:3])
+    (folder / "empty").mkdir()
+    assert len(open_images(folder)) == 65
+    with pytest.raises(UserError, match="--split=val is for a folder of images, and --reference=.*saved.npz is none"):
+        open_reference(tmp_path / "saved.npz", toy, SIZE, reading={"split": "val"})
 
 
 def test_statistics_of_a_data_set_are_cached_under_its_fingerprint(tmp_path):

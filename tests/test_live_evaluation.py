@@ -334,4 +334,7 @@ def test_a_validation_split_that_cannot_be_used_is_named(tmp_path):
     shutil.rmtree(root / "val")
     (root / "train" / one.name).rename(root / "train" / "val_dev")
     again = data_lib.open_dataset(root / "train", 8, split=".")
+    shutil.copytree(root / "train", root / "held")  # the same classes, one of them called as a split
+    assert len(live.find_held_out(str(root / "held"), "", data, again, True)[0].class_names) == 8
+    shutil.rmtree(root / "held")
     assert live.find_held_out("", str(root / "train"), data, again, False) == (None, [])

@@ -305,6 +305,7 @@ def test_a_network_under_a_name_that_is_not_read_is_noted(tmp_path):
         "model": state(RAW),
         "schedule_free": {"z": state(EMA)},
         "optimizer": {"state": {0: {"exp_avg": next(iter(state(RAW).values()))}}},
+        "optim_by_name": {"exp_avg": state(RAW), "exp_avg_sq": state(RAW)},
     }
     noted = [note for note in read(tmp_path, content).notes if "whole network" in note]
     assert noted == ["left out: schedule_free, a whole network: what begins with 'sched' is not read as weights"]

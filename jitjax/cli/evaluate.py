@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_extractor(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that scores."""
     parser.add_argument("--reference", metavar="PATH", help="folder, prepared set, .npz of images, or file of statistics")
-    parser.add_argument("--split", default="", metavar="NAME", help="split of that folder; default the training split")
+    parser.add_argument("--split", default="", metavar="NAME", help="which split, where that is a folder; default: training")
     parser.add_argument("--extractor", default="auto", metavar="NAME",
                         help="inception, efficientnet-lite0 or FILE.onnx; default: inception if it is found")  # fmt: skip
     parser.add_argument("--inception", metavar="FILE", help="the FID Inception's weights; default: the cache")

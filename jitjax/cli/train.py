@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import traceback
+from collections.abc import Sequence
 
 from jitjax import cards, runtime, tables
 from jitjax.cli import arguments
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     loaded = arguments.load(args.config_arguments)
     if args.dry_run:
-        return dry_run(args, loaded.settings)
+        return dry_run(args, loaded.settings, loaded.notes)
     if args.devices or args.card:
         raise UserError("--devices and --card are for --dry_run: a run takes the devices that are there")
     check_data(loaded.settings.data)
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         from jitjax.describe import describe
 
+        for note in loaded.notes:
+            tables.say(note)
         print(describe(loaded.settings))
         return 0
     from jitjax.train import train  # only now: it imports JAX, which reads the environment
@@ -68,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def dry_run(args: argparse.Namespace, settings: Settings) -> int:
+def dry_run(args: argparse.Namespace, settings: Settings, notes: Sequence[str]) -> int:
     """Print `jitjax.dry_run`. The devices are emulated: their number is settled here, before JAX starts."""
+    for note in notes:
+        tables.say(note)
     here = cards.here()
     axes = [size for size in dataclasses.astuple(settings.mesh) if isinstance(size, int)]
     configured = settings.mesh.data and math.prod(axes)

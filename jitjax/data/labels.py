@@ -195,14 +195,23 @@ def read_table(name: str, data: bytes, column: str, where: str, ask: Ask) -> Tab
 
 
 def _file_columns(columns: dict[str, list[Any]], label: str) -> list[str]:
-    """The columns that may name the images. Any numbers fit images that are numbered, so those known as file names by their
-    name or by the endings in them are taken alone; all columns where none is known.
+    """The columns that may name the images, the likeliest first: those known as file names by their name and by the endings in
+    them, else by either. Any numbers fit images that are numbered, so columns of numbers count only where none is known.
     """
     known = [name for name in usual(columns, FILE_COLUMNS) if name != label]
     endings = rules.endings(all_formats=True)
     ends = [n for n in columns if n != label and columns[n] and all(str(v).lower().endswith(endings) for v in columns[n])]
-    both = [name for name in known if name in ends]
-    return both or [*ends, *known] or [name for name in columns if name != label]
+    likely = [name for name in known if name in ends] or [*ends, *known]
+    rest = [name for name in columns if name not in (label, *likely)]
+    return [*likely, *(name for name in rest if not likely or not all(map(_is_number, columns[name])))]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def are_splits(values: Iterable[Any]) -> bool:

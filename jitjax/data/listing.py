@@ -198,7 +198,8 @@ def _folder_below(
     """
     splits = [name for name in folders if rules.split_of(name)]
     if splits and split != HERE:
-        name = _class_or_split(tree, root, folders, splits, ask, inside) if inside else _split(tree, root, folders, ask, split)
+        find = _class_or_split if inside else _split
+        name = find(tree, root, folders, ask, split, inside)
         return (name, [other for other in folders if other != name]) if name else None
     side = [name for name in folders if rules.is_side_folder(name)]
     drawn = [name for name in side if _has_pictures(tree, root + name)]
@@ -224,7 +225,7 @@ def _folder_below(
     return (content[0], side) if below.pictures or below.folders else None
 
 
-def _split(tree: Tree, root: str, folders: list[str], ask: Ask, split: str) -> str | None:
+def _split(tree: Tree, root: str, folders: list[str], ask: Ask, split: str, inside: str) -> str | None:
     """The folder of the split that is read, None where the folders with a split's name are classes."""
     splits = [name for name in folders if rules.split_of(name)]
     others = [name for name in folders if name not in splits]
@@ -247,11 +248,15 @@ def _split(tree: Tree, root: str, folders: list[str], ask: Ask, split: str) -> s
     return None  # bullet_train, test_tube: a class among classes
 
 
-def _class_or_split(tree: Tree, root: str, folders: list[str], splits: list[str], ask: Ask, inside: str) -> str | None:
-    """As `_split` in a split that was entered: train/train/ is a wrapper, a folder beside others is a class."""
+def _class_or_split(tree: Tree, root: str, folders: list[str], ask: Ask, split: str, inside: str) -> str | None:
+    """As `_split` in a split that was entered: train/train/ is a wrapper, trainval/ holds two, a folder beside others is a
+    class."""
+    splits = [name for name in folders if rules.split_of(name)]
     filled = [name for name in folders if name not in splits and _has_pictures(tree, root + name)]
     if not filled and len(splits) == 1 and rules.split_of(splits[0]).role == inside:
         return splits[0]
+    if not filled and "trainval" in root.lower() and rules.is_split_layout(splits):
+        return rules.pick_split(splits, split if split and _names_one(split, splits, []) else "", ask)
     nested = _nested(tree, root, splits) if filled else splits
     if nested:
         raise UserError(

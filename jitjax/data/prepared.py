@@ -48,7 +48,8 @@ def find(path: str, ask: Ask, split: str) -> str | None:
         ready = [name for name in folders if is_prepared(os.path.join(path, name))]
         wanted = (rules.split_of(split) or rules.Split("", True)).role if split else "train"
         raw = [name for name in folders if name not in ready and (s := rules.split_of(name)) and s.role == wanted]
-        alone = bool(ready) and len(ready) == len(folders) and not _holds_pictures(path)
+        pictures = any(map(rules.split_of, ready)) and _holds_pictures(path)  # beside a set of no split they are strays
+        alone = bool(ready) and len(ready) == len(folders) and not pictures
         asked = split not in ("", rules.HERE) or any((s := rules.split_of(name)) and s.role == wanted for name in ready)
         if alone and len(ready) == 1 and not split and not rules.split_of(ready[0]):
             found = os.path.join(path, ready[0])

@@ -49,6 +49,9 @@ def is_record(folder: str, name: str) -> bool:
     return isinstance(content, dict) and content.keys() >= _RECORDS[name]
 
 
+_TEXT = (".md", ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".pdf", ".py", ".html")  # never a folder
+
+
 @contextlib.contextmanager
 def reading(ask: Ask) -> Iterator[None]:
     """Turns an error of the disk into one line."""
@@ -188,6 +191,7 @@ def _scan(folder: str, endings: tuple[str, ...], sizes: bool) -> Scan:
                     scan.pictures.append((name, -1))
             elif not is_record(folder, name):
                 scan.others.append(name)
-                if entry.is_symlink() and not os.path.exists(entry.path):
+                text = name.startswith(".") or name.lower().endswith(_TEXT)  # an editor's lock, a file that is not fetched
+                if not text and entry.is_symlink() and not os.path.exists(entry.path):
                     scan.dangling.append(name)
     return scan

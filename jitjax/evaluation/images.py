@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from jitjax.data.dataset import DataSet, open_dataset
 from jitjax.data.image import BadImage
-from jitjax.data.rules import HERE
+from jitjax.data.rules import HERE, NO_LABELS
+from jitjax.data.tree import is_prepared
 from jitjax.errors import UserError
 from jitjax.evaluation.statistics import NpzImages, npz_images
 
@@ -113,8 +114,8 @@ def open_images(path: str | os.PathLike) -> NpzImages | FileImages:
     if not path.is_dir():
         state = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise UserError(f"{path}: {state}; images to score are a folder of image files, or an .npz with arr_0")
-    dataset = open_dataset(path, 8, split=HERE, flag="TARGET")  # for its list of files only
-    if dataset.kind != "folder":
+    if is_prepared(path):
         raise UserError(f"{path}: a prepared directory is a reference; images to score are a folder of files, or an .npz")
+    dataset = open_dataset(path, 8, split=HERE, labels=NO_LABELS, flag="TARGET")  # for its list of files only
     paths = tuple(dataset.source.name(index) for index in range(len(dataset)))
     return FileImages(paths, len(_read_square(paths[0], None)))

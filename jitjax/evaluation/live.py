@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jitjax import kernels, settings
 from jitjax import model as jit_model
 from jitjax.data import DataSet, open_dataset
-from jitjax.data.rules import split_of
+from jitjax.data.rules import HERE, split_of
 from jitjax.diffusion import Diffusion, Objective
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
@@ -192,6 +192,8 @@ def find_held_out(
 
     if wanted:
         flag, split = "--config.eval.held_out", "val" if _validation_splits(Path(wanted)) else ""
+        if set(_folders(Path(wanted))) == set(dataset.class_names):  # also where a class has a split's name
+            split = HERE
         found = open_dataset(wanted, size, **how, split=split, flag=flag)
         if problem := other_classes(found):
             raise UserError(f"{flag}={wanted} {problem}: name held-out images of the same classes")
@@ -215,8 +217,11 @@ def find_held_out(
 
 def _validation_splits(folder: Path) -> list[str]:
     """The folders in it whose names are those of validation splits."""
+    return [name for name in _folders(folder) if (split := split_of(name)) and split.sure and split.role == "val"]
+
+
+def _folders(folder: Path) -> list[str]:
     try:
-        names = sorted(entry.name for entry in os.scandir(folder.expanduser()) if entry.is_dir())
+        return sorted(entry.name for entry in os.scandir(folder.expanduser()) if entry.is_dir())
     except OSError:
         return []
-    return [name for name in names if (split := split_of(name)) and split.sure and split.role == "val"]

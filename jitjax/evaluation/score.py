@@ -93,6 +93,8 @@ def open_reference(
         if path.is_dir():
             reference = open_dataset(path, image_size, flag=flag, **(reading or {}))
             notes.append(f"reference: {reference.summary}")
+        elif split := (reading or {}).get("split"):
+            raise UserError(f"--split={split} is for a folder of images, and {flag}={path} is none: leave it out")
         elif path.suffix == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)

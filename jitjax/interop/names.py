@@ -34,6 +34,7 @@ NOT_WEIGHTS = re.compile(r"^(opt|optim|scaler|lr_|sched|amp|rng|random|loops|arg
 EMA = re.compile(r"(?<![a-z])((model|net|unet|lit|g)?ema|swa|avg(?![a-z]))|averag|shadow|polyak")
 NOT_EMA = re.compile(r"online|student", re.I)  # ema_pytorch saves the trained model beside its EMA
 PARTS = {**dict.fromkeys(("to_q", "q_proj"), 0), **dict.fromkeys(("to_k", "k_proj"), 1), **dict.fromkeys(("to_v", "v_proj"), 2)}
+MOMENTS = re.compile(r"^(exp_avg|max_exp_avg|mu$|nu$|momentum|moment)", re.I)
 MAX_DEPTH = 8
 MAX_DICTIONARIES = 10_000  # a pickle of a few hundred bytes can be billions, by references
 
@@ -190,8 +191,10 @@ def _holds_values(value: Any) -> bool:
 
 
 def _holds_network(value: Any) -> bool:
-    """Whether a state dict of a JiT is in a branch that is not searched for weights; moments by name look the same."""
+    """Whether a state dict of a JiT is in a branch that is not searched for weights; moments by parameters' names are none."""
     branches = [item for item in _below(value) if isinstance(item, Mapping)]
+    moments = {id(item) for branch in branches for key, item in branch.items() if MOMENTS.search(str(key))}
+    branches = [branch for branch in branches if id(branch) not in moments]
     tensors = (key for branch in branches for key, item in branch.items() if isinstance(key, str) and is_tensor(item))
     return any(split_name(key)[1] == "x_embedder.proj1.weight" for key in tensors)
 
