@@ -193,7 +193,7 @@ def launch(count: int, fault: str, at: int) -> list[subprocess.Popen]:
 )
 def test_a_faulty_process_stops_all(fault, count, at):
     """Processes in a real collective; one is killed, stopped or fails: the others end within two minutes, with 3 or with what
-    the faulty one ended with, and their last line names the process and its step."""
+    the faulty one ended with, and their own last line names the process and its step."""
     processes = launch(count, fault, at)
     try:
         for process in processes:
@@ -207,7 +207,8 @@ def test_a_faulty_process_stops_all(fault, count, at):
             _, err = other.communicate(timeout=120)
             assert time.monotonic() - begun < 120
             assert other.returncode == (1 if fault == "raise" else distributed.signals.NOT_SAVED), err[-2000:]
-            last = err.splitlines()[-1]
+            # Threads of JAX's own may log, between our line and the end, that they lost the others.
+            last = [line for line in err.splitlines() if line.startswith("error: ")][-1]
             reason = {
                 "die": "died",
                 "hang": "has not answered for",
