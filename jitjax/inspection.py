@@ -111,8 +111,7 @@ def mark_again(run: Run, number: int, save: Callable[..., None]) -> None:
     if run.evaluation is None or not number:
         return
     line = checkpoint.score_line(run.folder.path, number) if run.peers.rank == 0 else None
-    wanted = {"metric": run.evaluation.metric, "how": run.evaluation.how}
-    value = line.get(run.evaluation.metric) if line and line.get("how") == wanted["how"] else None
+    value = line.get(run.evaluation.metric) if line and line.get("how") == run.evaluation.how else None
     known = json.loads(processes.text_of_process_0(json.dumps(value)))
     if known is not None:
         mark(run, number, {run.evaluation.metric: known}, save)

@@ -20,6 +20,7 @@ from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better, live
+from jitjax.prepare import prepare
 from jitjax.train import train
 
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")  # the mean colour of an image: three features
@@ -337,4 +338,8 @@ def test_a_validation_split_that_cannot_be_used_is_named(tmp_path):
     shutil.copytree(root / "train", root / "held")  # the same classes, one of them called as a split
     assert len(live.find_held_out(str(root / "held"), "", data, again, True)[0].class_names) == 8
     shutil.rmtree(root / "held")
+    prepare(str(root / "train"), str(tmp_path / "prepared"), 8, split=".", labels="none")
+    unlabelled = data_lib.open_dataset(root / "train", 8, split=".", labels="none")
+    assert not unlabelled.class_names
+    assert live.find_held_out(str(tmp_path / "prepared"), "", data, unlabelled, False)[0].kind == "prepared"
     assert live.find_held_out("", str(root / "train"), data, again, False) == (None, [])

@@ -192,8 +192,8 @@ def find_held_out(
 
     if wanted:
         flag, split = "--config.eval.held_out", "val" if _validation_splits(Path(wanted)) else ""
-        if set(_folders(Path(wanted))) == set(dataset.class_names):  # also where a class has a split's name
-            split = HERE
+        if dataset.class_names and set(_folders(Path(wanted))) == set(dataset.class_names):
+            split = HERE  # a class may have a split's name
         found = open_dataset(wanted, size, **how, split=split, flag=flag)
         if problem := other_classes(found):
             raise UserError(f"{flag}={wanted} {problem}: name held-out images of the same classes")
