@@ -29,17 +29,17 @@ from jitjax.errors import UserError
 
 Arrays = Mapping[str, Any]
 FOLDER = "ema"  # of snapshots in a workdir
-SIGMA_REL_MAX = 12**-0.5  # gamma = 0, the plain mean of all steps
+SIGMA_REL_MIN, SIGMA_REL_MAX = 1e-6, 12**-0.5  # gamma = 10^6; gamma = 0, the plain mean of all steps
 
 
 def gamma_of(sigma_rel: float) -> float:
     """The exponent gamma > 0 whose profile tau^gamma has relative standard deviation `sigma_rel`.
 
     Raises:
-      UserError: sigma_rel outside (0, 0.2886], where no gamma >= 0 exists.
+      UserError: sigma_rel above 0.2886, where no gamma >= 0 exists, or below 1e-6, an EMA of one step in any run.
     """
-    if not 0 < sigma_rel <= SIGMA_REL_MAX:
-        raise UserError(f"sigma_rel={sigma_rel}: use a number in (0, {SIGMA_REL_MAX:.4f}], e.g. 0.05 or 0.10")
+    if not SIGMA_REL_MIN <= sigma_rel <= SIGMA_REL_MAX:
+        raise UserError(f"sigma_rel={sigma_rel}: use a number in [{SIGMA_REL_MIN:g}, {SIGMA_REL_MAX:.4f}], e.g. 0.05 or 0.10")
     inverse = sigma_rel**-2.0  # (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2
     return max(0.0, float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max()))
 

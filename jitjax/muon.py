@@ -201,7 +201,9 @@ def newton_schulz(stacks: Sequence[jax.Array], steps: int) -> list[jax.Array]:
     one, rounding = jnp.eye(short), jnp.finfo(half).eps / 2 / short**0.5  # of eigenvalues, for a Frobenius norm of 1
     for first in range(0, steps, GRAM_STEPS):
         g = jnp.concatenate([x @ _turned(x) if _wide(x) else _turned(x) @ x for x in stacks])
-        norm = jnp.sqrt(jnp.sum(jnp.square(g.astype(f32)), axis=(1, 2), keepdims=True))
+        # The trace is 1 to sqrt(short) times the norm. Without it the squares, fourth powers of x, would leave float32's range.
+        size = jnp.maximum(jnp.trace(g.astype(f32), axis1=1, axis2=2), SMALLEST_NORM**2)[:, None, None]
+        norm = size * jnp.sqrt(jnp.sum(jnp.square(g.astype(f32) / size), axis=(1, 2), keepdims=True))
         product, scale = None, 1.0
         if first == 0:  # g and the product with x are divided instead of x itself, which is longer
             norm = jnp.maximum(norm, SMALLEST_NORM**2)

@@ -26,7 +26,8 @@ GRID = dict(pattern=r"uniform|power:\d+(\.\d+)?", form="uniform or power:RHO, e.
 INT32 = 2**31 - 1  # the largest optimizer step that a device counts
 POSITIVE = dict(low=0, open_low=True)
 STEPS = dict(low=1, high=INT32, unit="optimizer steps")
-SIGMA_REL = dict(low=0, high=0.288, open_low=True)
+SIGMA_REL = dict(low=1e-6, high=0.288)
+DECAY = dict(low=0, high=0.999999)  # AdamW divides by 1 - decay^step, in float32: of 0.99999999 that is 0 for ever
 EPOCHS = dict(POSITIVE, high=1e9, unit="epochs")
 DECODING = ("exif_rotate", "all_formats", "high_depth")  # of `Data`: how a file becomes pixels
 
@@ -95,9 +96,10 @@ class Optimizer:
     warmup_steps: int | None = setting(None, "Linear warm-up; set: replaces warmup_epochs.", low=0, high=INT32, unit="steps")
     schedule: str = setting("constant", "Learning rate after the warm-up.", choices=("constant", "cosine"))
     weight_decay: float = setting(0.0, "Decoupled weight decay of matrices.", low=0, high=1e3)
-    b1: float = setting(0.9, "AdamW's decay of the first moment; Muon has muon_momentum.", low=0, high=1, open_high=True)
-    b2: float = setting(0.95, "AdamW's decay of the second moment; Muon has none.", low=0, high=1, open_high=True)
-    eps: float = setting(1e-8, "AdamW's epsilon; Muon has none.", high=1, **POSITIVE)
+    b1: float = setting(0.9, "AdamW's decay of the first moment; Muon has muon_momentum.", **DECAY)
+    b2: float = setting(0.95, "AdamW's decay of the second moment; Muon has none.", **DECAY)
+    # Gradients below 1e-19 have squares that float32 lacks: with a smaller epsilon their updates would be huge, or 0 / 0.
+    eps: float = setting(1e-8, "AdamW's epsilon; Muon has none.", low=1e-16, high=1)
     muon_momentum: float = setting(0.95, "Muon's decay of its Nesterov momentum.", low=0, high=1, open_high=True)
     muon_steps: int = setting(
         3, "Newton-Schulz steps of Muon: more cost more and bring smaller singular values to 1.", low=1, high=10

@@ -154,6 +154,7 @@ def test_mistakes_are_refused(tmp_path):
     _, _, snapshots, _ = trajectory()
     for line, call in {
         r"sigma_rel=0\.4": lambda: ema.gamma_of(0.4),
+        "sigma_rel=1e-170": lambda: ema.gamma_of(1e-170),
         "give one of the two": lambda: ema.Target(10),
         r"decay=1\.0": lambda: ema.Target(10, decay=1.0),
         "steps 100 to 2000": lambda: ema.reconstruct(snapshots, ema.Target(50, sigma_rel=0.05)),

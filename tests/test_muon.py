@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_settings
+from conftest import DEEPER, small_settings
 from test_step import equations, run
 from test_train import metrics
 
@@ -185,14 +185,17 @@ def test_no_singular_value_runs_away(steps):
     assert np.linalg.norm(np.asarray(found, np.float32), 2, axis=(1, 2)).max() < 1.25
 
 
-def test_the_length_of_a_direction_does_not_matter():
-    """Down to a norm of a billionth, and a matrix of zeros (the first gradient of blocks behind adaLN's zeros) stays zeros."""
-    matrix = np.random.default_rng(0).normal(size=(24, 40)) / 30
-    lengths = np.array([1e6, 1, 1e-7, 0])
+@pytest.mark.parametrize("rows, columns, decay", [(24, 40, 0), (256, 96, 0), (256, 96, 3), (96, 256, 3)])
+def test_the_length_of_a_direction_does_not_matter(rows, columns, decay):
+    """From a norm of a billionth up to 10^18, where squares of its Gram matrix are outside float32's range. A matrix of zeros
+    (the first gradient of blocks behind adaLN's zeros) stays zeros."""
+    u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=(rows, columns)), full_matrices=False)
+    matrix = (u * np.arange(1.0, len(v) + 1) ** -decay) @ v  # singular values: 1 to 1, or from 1 down to a millionth
+    lengths = np.array([1, *2.0 ** np.array([20, 30, 58, -24, -27, -28, -29]), 0])  # powers of 2, which round nothing
     (found,) = muon.newton_schulz([jnp.asarray(lengths[:, None, None] * matrix, jnp.bfloat16)], 3)
-    found = np.asarray(found, np.float32)
-    assert distance(found[0], found[1]) < 0.05 and distance(found[2], found[1]) < 0.05
-    assert 0.6 < np.linalg.norm(found[1], 2) < 1.25 and not found[3].any()
+    first, *others, zeros = np.asarray(found, np.float32)
+    assert max(distance(other, first) for other in others) < 0.05
+    assert 0.6 < np.linalg.norm(first, 2) < 1.25 and not zeros.any()
 
 
 def test_parts_of_a_matrix_move_apart():
@@ -282,6 +285,31 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, capsys):
     convert.main(["--from", str(tmp_path / "a"), "--to", str(tmp_path / "a.pth")])
     said = capsys.readouterr().out
     assert "the state of muon has no place in other formats and is left out" in said and "AdamW" not in said
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 4), pytest.param((2, 4, 1), marks=pytest.mark.slow)])
+def test_options_of_shorter_training_resume_together(monkeypatch, tmp_path, axes):
+    """Bit for bit: Muon, the class loss, power-function and warmed-up EMAs and other times, accumulated in bfloat16."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 64)  # so that this small model's matrices are split
+    settings = small_settings(
+        **DEEPER,
+        **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, axes, strict=True)},
+        dtype="bfloat16",
+        optim__name="muon",
+        optim__accumulation_steps=2,
+        optim__power_emas=(0.1, 0.05),
+        optim__ema_warmup=True,
+        model__class_loss=100.0,
+        diffusion__p_mean=0.6,
+    )
+    assert train(settings, tmp_path / "a") == 0
+    assert train(dataclasses.replace(settings, stop_after="2 steps"), tmp_path / "b") == 0
+    assert train(settings, tmp_path / "b") == 0
+    geometry = model.geometry_of(settings.model, settings.data.image_size, 8)
+    like = abstract_state(settings, geometry, sharding.make_mesh(*axes))
+    a, b = (jax.device_get(checkpoint.restore(tmp_path / name / checkpoint.DIRECTORY / "4", like)) for name in "ab")
+    chex.assert_trees_all_equal(a, b)
+    assert set(a.ema) == {"power:0.1", "power:0.05", *map(str, settings.optim.ema_decays)} and "class_head.kernel" in a.params
 
 
 def test_an_adamw_run_is_not_continued_as_muon(tmp_path):

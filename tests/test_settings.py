@@ -113,9 +113,10 @@ model.mlp_ratio=-inf,nan,inf,0,-1,1e-9 model.context_length=99999999999999999999
 model.depth=1000,2147483648,99999999999999999999 data.image_size=2147483648,99999999999999999999
 model.bottleneck=99999999999999999999,0,-3 model.width=2147483648,0 optim.warmup_steps=2147483648,99999999999999999999,1e18
 preview.every_epochs=inf seed=99999999999999999999,1e30 epochs=nan,inf total_images=nan total_tokens=inf total_steps=1e30
-data.num_workers=2147483648,99999999999999999999 optim.b1=nan,inf,1,-1,3.7e5 optim.b2=nan,inf,1,7 optim.lr=inf
-optim.weight_decay=inf optim.eps=inf diffusion.noise_scale=inf,1e30 diffusion.p_mean=nan,inf diffusion.p_std=inf
-diffusion.t_eps=inf preview.cfg_scale=nan,inf preview.t_eps=1.5,inf preview.interval=(2,1)
+data.num_workers=2147483648,99999999999999999999 optim.b1=nan,inf,1,-1,3.7e5,0.99999999 optim.b2=nan,inf,1,7,0.99999999
+optim.lr=inf optim.weight_decay=inf optim.eps=inf,0,1e-37 optim.power_emas=1e-170 diffusion.noise_scale=inf,1e30
+diffusion.p_mean=nan,inf diffusion.p_std=inf diffusion.t_eps=inf preview.cfg_scale=nan,inf preview.t_eps=1.5,inf
+preview.interval=(2,1)
 """.split()
 
 
