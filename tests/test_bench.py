@@ -325,6 +325,7 @@ def test_table_adds_up_one_gpus_streams():
 
     events = [thread(1, 7, "Stream #7(Compute)"), thread(1, 8, "XLA Ops"), thread(2, 7, "Stream #7(Compute)")]
     events += [event(1, 7, "nvjet_a", 0, 60), event(1, 7, "swiglu_forward", 60, 30), event(1, 7, "loop_add_fusion_3", 100, 10)]
+    events += [event(1, 7, "swiglu_forward", 112, 0), event(1, 7, "MemcpyP2P", 90, 0), event(1, 7, "nvjet_a", 109.5, 0)]
     events += [event(1, 8, "fusion", 0, 999), event(2, 7, "nvjet_a", 0, 999)]
     hlo = """HloModule jit_step
 
@@ -339,7 +340,10 @@ ENTRY %main {
     assert rows["matmuls"] == ["30", "60.0%"]
     assert rows["SwiGLU"] == ["15", "30.0%"]
     assert rows["optimizer and EMA"] == ["5", "10.0%"]
-    assert rows["sum of kernels"] == ["50"] and rows["span"] == ["55"]
+    assert rows["sum of kernels"] == ["50"] and rows["span"] == ["56"]
+    # One starts as its predecessor ends, one 10 us later, one while another runs, one 2 us behind the last to end.
+    assert summary.gaps == [0, 10, -0.5, 2]
+    assert rows["short gaps"][:3] == ["1", "1.8%", "2"] and rows["gaps above 8 us"] == ["5", "8.9%"]
     assert rows["attention"] == ["0", "0.0%"]
 
 

@@ -6,8 +6,10 @@ names. What is in no scope counts by kind, or as "other": `Summary.other` is its
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from jitjax.kernels import constants
 
 STEPS = 3  # in one trace
 LARGEST = 30  # kernels listed one by one
+WAIT = 8.0  # us: a longer gap is no launch of the next kernel, but a wait for data
 
 MATMULS, REDUCTIONS, COPIES, COLLECTIVES, OTHER = "matmuls", "reductions", "copies", "collectives", "other"
 # Scopes (`jax.named_scope`) of the program and the group that each counts to.
@@ -127,6 +130,7 @@ class Summary(NamedTuple):
     groups: dict[str, float]
     kernels: dict[str, tuple[str, list[float]]]  # by short name: group, time of each execution
     span: float  # from the first kernel's start to the last one's end
+    gaps: list[float]  # of `gaps_between`
 
     @property
     def other(self) -> float:
@@ -147,7 +151,15 @@ def summarise(kernels: list[Kernel], hlo: str) -> Summary | None:
         short = re.sub(r"_\d+$", "", kernel.name)[:60] + (f"  [{scope}]" if scope else "")
         by_name.setdefault(short, (group, []))[1].append(kernel.duration)
     span = max(k.start + k.duration for k in kernels) - min(k.start for k in kernels)
-    return Summary(groups, by_name, span)
+    return Summary(groups, by_name, span, gaps_between(kernels))
+
+
+def gaps_between(kernels: Iterable[Kernel]) -> list[float]:
+    """us from the end of everything before to the start of the next kernel, below 0 where it overlaps. Copies, which run beside
+    kernels, do not count; memsets do."""
+    ordered = sorted((k.start, k.start + k.duration) for k in kernels if "memcpy" not in k.name.lower())
+    ends = itertools.accumulate((end for _, end in ordered), max)
+    return [start - end for (start, _), end in zip(ordered[1:], ends, strict=False)]
 
 
 def table(summary: Summary | None, steps: int) -> str:
@@ -157,7 +169,16 @@ def table(summary: Summary | None, steps: int) -> str:
     total = sum(summary.groups.values())
     lines = [f"{'group':<25}{'us/step':>10}{'share':>8}"]
     lines += [f"{group:<25}{time / steps:>10.0f}{time / total:>8.1%}" for group, time in summary.groups.items()]
-    lines += [f"{'sum of kernels':<25}{total / steps:>10.0f}", f"{'span':<25}{summary.span / steps:>10.0f}", ""]
+    lines += [f"{'sum of kernels':<25}{total / steps:>10.0f}", f"{'span':<25}{summary.span / steps:>10.0f}"]
+    if gaps := summary.gaps:
+        waits = sum(gap for gap in gaps if gap > WAIT)
+        idle = sum(gap for gap in gaps if gap > 0) - waits
+        lines += [
+            f"{'short gaps':<25}{idle / steps:>10.0f}{idle / summary.span:>8.1%}"
+            f"  {len(gaps) / steps:,.0f} kernels follow one another, {statistics.median(gaps):.2f} us apart in the median",
+            f"{f'gaps above {WAIT:.0f} us':<25}{waits / steps:>10.0f}{waits / summary.span:>8.1%}",
+        ]
+    lines += [""]
     lines += [f"{'us/step':>10}{'calls':>7}{'us/call':>9}  kernel"]
     for name, (group, times) in sorted(summary.kernels.items(), key=lambda item: -sum(item[1][1]))[:LARGEST]:
         each = sum(times) / len(times)
