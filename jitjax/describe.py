@@ -16,7 +16,7 @@ from jitjax.data.shapes import CLASSES, PER_CLASS
 from jitjax.plan import Plan, make_plan, resolve_num_classes
 from jitjax.settings import Settings
 
-RECIPE_BATCH = 1024  # images per optimizer step of the published runs, for which blr is meant
+RECIPE_BATCH, RECIPE_RATE = 1024, 2e-4  # images per optimizer step and learning rate of the published runs
 RECIPE_NOISE = 256  # image size up to which the published noise scale is 1
 MOST_SHOWN = 0.05  # share of a run's time for previews or scores above which they are worth a word
 
@@ -155,11 +155,12 @@ def of_schedule(settings: Settings, plan: Plan) -> list[str]:
             f"the warm-up takes {plan.warmup_steps:,.0f} steps and the run {plan.total_steps:,}: the rate never reaches "
             "its peak; lower --config.optim.warmup_steps or warmup_epochs"
         )
-    if settings.optim.lr is None and not RECIPE_BATCH / 4 <= plan.global_batch <= 4 * RECIPE_BATCH:
-        relation = "below" if plan.global_batch < RECIPE_BATCH else "above"
+    relations = plan.peak_lr / RECIPE_RATE, plan.global_batch / RECIPE_BATCH
+    if settings.optim.lr is None and (max(relations) < 1 / 4 or min(relations) > 4):
+        relation = "below" if max(relations) < 1 else "above"
         found.append(
             f"the learning rate {plan.peak_lr:.2g} (blr x effective batch / 256) is far {relation} the recipe's "
-            f"{settings.optim.blr * RECIPE_BATCH / 256:.2g}, because the effective batch is {plan.global_batch:,} and not "
+            f"{RECIPE_RATE:.2g}, because the effective batch is {plan.global_batch:,} and not "
             f"{RECIPE_BATCH:,}: set --config.optim.lr, or another batch_size or accumulation_steps"
         )
     slow = slow_emas(settings, plan.total_steps)

@@ -210,6 +210,7 @@ def test_the_same_effective_batch_in_smaller_parts():
         (dict(preview__every_steps=1), "previews take about"),
         (dict(preview__every_steps=4, preview__num_images=4), "--config.preview.num_images=4 is fewer than the 8 devices"),
         (dict(optim__lr=None), "far below the recipe's 0.0002, because the effective batch is 16"),
+        (dict(optim__lr=None, optim__blr=1e-6), "rate 6.2e-08 (blr x effective batch / 256) is far below the recipe's 0.0002"),
         (dict(optim__ema_decays=(0.9999,)), "with decay 0.9999 too many for 4"),
         (dict(optim__accumulation_steps=4), "4 micro-batches of 2 images"),
         (dict(batch_size=32), "an epoch is 2 steps"),
@@ -224,6 +225,12 @@ def test_warnings(overrides, says):
     assert any(says in line for line in found), found
     if "no effect" in says or "retains nothing" in says or "guides away" in says:
         assert any(says in line for line in describe.of_schedule(outlook.settings, outlook.plan))  # at the start of a run, too
+
+
+def test_a_rate_for_a_small_batch_is_no_mistake():
+    """What `blr` and the batch make together is what counts, against the published rate."""
+    outlook = describe.look(small_settings(optim__ema_decays=(0.5,), optim__lr=None, optim__blr=3.2e-3))  # 16 images: 2e-4
+    assert describe.warnings(outlook) == []
 
 
 @pytest.mark.parametrize("method, interval", [("heun", (0.1, 1.0)), ("abm2", (0.0, 1.0)), ("euler", (0.5, 0.8))])

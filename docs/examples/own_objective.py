@@ -43,7 +43,7 @@ def pseudo_huber(output, x, e, t):
 
 def dispersive(output, x, e, t, activations):
     """The published loss plus the dispersive loss (Wang and He, arXiv 2506.09027), which pushes the images of this device apart
-    in the middle of the network, without labels and without another network.
+    after the attention of the third block, without labels and without another network.
 
     Args:
       output, x, e, t: as above.
