@@ -100,6 +100,8 @@ def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
         (["step", "--accumulation_steps=1,0"], "accumulation_steps=0"),
         (["step", "--devices=1,2"], "--devices=1,2: 2 devices of the 1 that there are"),
         (["step", "--forms=zero,zera"], "--forms=zero,zera: zera is not one of data, zero, fsdp"),
+        (["step", "--xla_options=xla_gpu_enable_pdl"], "--xla_options=xla_gpu_enable_pdl: xla_gpu_enable_pdl has no value"),
+        (["step", "--xla_options=xla_gpu_disable_pld=1"], "--xla_options=xla_gpu_disable_pld=1: INVALID_ARGUMENT: No such"),
         (["sample", "--baseline", "--config.model.class_conditional=False"], "--baseline"),
     ],
 )
@@ -124,14 +126,14 @@ def test_a_mistake_in_a_flag_is_answered_before_jax_starts():
 def test_a_variant_that_does_not_fit_is_reported_after_the_others_ran(monkeypatch, capsys):
     """Out of memory at one batch size: the larger and the smaller one are still printed."""
 
-    def measure(setup, *_, **__):
+    def measure(setup, options):
         if setup.settings.batch_size == 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         return {"batch_size": setup.settings.batch_size}
 
-    setups = [common.prepare(small_settings(batch_size=size)) for size in (2, 4, 8)]
+    variants = [(common.prepare(small_settings(batch_size=size)), {}) for size in (2, 4, 8)]
     with pytest.raises(UserError, match="batch_size=4 .*remat"):
-        step_bench.measure_all(setups, measure)
+        step_bench.measure_all(variants, measure)
     assert [json.loads(line)["batch_size"] for line in capsys.readouterr().out.splitlines()] == [2, 8]
 
 
@@ -156,6 +158,32 @@ def test_several_devices_say_their_share_of_as_many_times_one(tmp_path, monkeypa
     assert [record["steps"] for record in records] == [1, 2, 1, 1, 2, 2]
     assert [record["share_of_one"] for record in records] == [1.0] * 2 + [round(96 / 99, 4)] * 4
     assert len(set(folders)) == len(folders) and folders[-1] == "auto_2_2_fsdp4"
+
+
+def test_options_of_xla_are_compared_and_taken(tmp_path, monkeypatch, capsys):
+    """Each beside none, and one device with the same; the programs are compiled with them."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    folders = []
+
+    def profiled(compiled, state, batch, folder):
+        folders.append(folder.name)
+
+    monkeypatch.setattr(step_bench, "profile_steps", profiled)
+    monkeypatch.setattr(card, "matmul_peak", lambda: {"matmul_tflops": 1, "matmul_tflops_sustained": 1})
+    compiled, compile_one = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *given: compiled.append(given[1:]) or compile_one(*given))
+    flags = ["--xla_options=", "--xla_options=xla_cpu_enable_fast_math=True,--xla_backend_optimization_level=1"]
+    flags += ["--devices=1,2", "--steps=1", "--warmup=1", "--repeats=1", f"--profile={tmp_path}"]
+    bench.main(["step", f"--config={config}", *flags])
+    options = {"xla_cpu_enable_fast_math": True, "xla_backend_optimization_level": 1}
+    assert compiled[2:] == [(None,), (options,)] * 2  # behind the trial of each
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["compiler_options"] for record in records] == [{}, options] * 2
+    one, one_with, two, two_with = (record["tokens_per_second"] for record in records)
+    shares = [two / one / 2, two_with / one_with / 2]
+    assert [record["share_of_one"] for record in records[2:]] == pytest.approx(shares, abs=1e-3)
+    assert folders == ["none", "xla_cpu_enable_fast_math=True_xla_backend_optimization_level=1"] * 2
 
 
 def test_no_backward_product_multiplies_zeros():

@@ -4,6 +4,8 @@
         --config.model.class_conditional=True --kernels plain,fused --batch_sizes 64,256
     jitjax bench step --config configs/h200.py:finetune --devices 1,2,4,8 --forms zero,fsdp --accumulation_steps 1,2
 
+    jitjax bench step --config configs/h200.py --xla_options "" --xla_options xla_gpu_enable_pdl=false
+
 One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state. On several
 devices `share_of_one` is the rate over that of as many times one device, the first, where that was measured, too. `cards` has
 clock, power and temperature of each: together they keep the pace of the slowest, and cards of one machine differ by percents.
@@ -19,12 +21,14 @@ datasheet's. Memory: `temporary_gib` is what XLA lays out for activations, `prog
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,8 @@ from jitjax.errors import UserError
 from jitjax.from_settings import Setup
 from jitjax.settings import Settings
 
+Options = Mapping[str, bool | int | float | str]  # of XLA, by name
+
 
 def run(args: argparse.Namespace) -> None:
     """Measure every variant, with the flags of `jitjax.bench`.
@@ -43,12 +49,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       UserError: a mistake in the configuration, or a variant that does not fit the card (after all were tried).
     """
-    setups = [common.prepare(*variant) for variant in _list_variants(args)]  # mistakes first
+    options = [_xla_options(text) for text in args.xla_options or [""]]  # mistakes first
+    setups = [common.prepare(*variant) for variant in _list_variants(args)]
     peak = card.matmul_peak()
     common.say(f"matmul {peak['matmul_tflops']:,} TFLOP/s, sustained {peak['matmul_tflops_sustained']:,}")
     alone: dict[Any, float] = {}  # tokens/s of one device
 
-    def measure_one(setup: Setup) -> dict[str, Any]:
+    def measure_one(setup: Setup, given: Options) -> dict[str, Any]:
         config, mesh = setup.settings, setup.mesh
         folder = Path(args.profile) if args.profile else None
         if folder and len(setups) > 1:
@@ -57,8 +64,12 @@ def run(args: argparse.Namespace) -> None:
                 form = "".join(f"{axis}{size}" for axis, size in mesh.shape.items() if size > 1)
                 names += [config.optim.accumulation_steps, form or "one"]
             folder = folder / "_".join(map(str, names))
-        record = measure(setup, peak, folder=folder, steps=args.steps, warmup=args.warmup, repeats=args.repeats)
-        what, rate = (config.kernels, config.batch_size, config.optim.accumulation_steps), record["tokens_per_second"]
+        if folder and len(options) > 1:
+            folder = folder / (re.sub(r"[^\w.=]+", "_", ",".join(f"{name}={value}" for name, value in given.items())) or "none")
+        how = dict(steps=args.steps, warmup=args.warmup, repeats=args.repeats)
+        record = measure(setup, peak, folder=folder, xla_options=given, **how)
+        what = config.kernels, config.batch_size, config.optim.accumulation_steps, *given.items()
+        rate = record["tokens_per_second"]
         if mesh.size == 1:
             alone[what] = rate
         record["share_of_one"] = round(rate / mesh.size / alone[what], 4) if what in alone else None
@@ -66,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             common.say(f"{sharding.describe(mesh)}: {record['share_of_one']:.1%} of {mesh.size} times one")
         return record
 
-    records = measure_all(setups, measure_one)
+    records = measure_all(list(itertools.product(setups, options)), measure_one)
     shares = [record["profile_other"] for record in records if record.get("profile_other") is not None]
     if shares and max(shares) > args.max_other:
         raise UserError(
@@ -75,16 +86,18 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def measure_all(setups: Sequence[Setup], measure_one: Callable[[Setup], dict[str, Any]]) -> list[dict[str, Any]]:
+def measure_all(
+    variants: Sequence[tuple[Setup, Options]], measure_one: Callable[[Setup, Options], dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Measure and print each, and return the records; one that does not fit does not stop the others.
 
     Raises:
       UserError: at the end, if any was out of memory.
     """
     too_large, records = [], []
-    for setup in setups:
+    for setup, options in variants:
         try:
-            records.append(measure_one(setup))
+            records.append(measure_one(setup, options))
             common.emit(records[-1])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
@@ -133,6 +146,34 @@ def _list_variants(args: argparse.Namespace) -> list[tuple[Settings, int]]:
     return variants
 
 
+def _xla_options(text: str) -> dict[str, bool | int | float | str]:
+    """Of "NAME=VALUE,...".
+
+    Raises:
+      UserError: not that, or no option or value that this XLA knows.
+    """
+    options = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.strip().removeprefix("--").partition("=")
+        if not equals:
+            raise UserError(f"--xla_options={text}: {part} has no value; give e.g. xla_gpu_enable_pdl=false")
+        options[name] = _value(value)
+    try:
+        jax.jit(lambda: 0).lower().compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--xla_options={text}: {error}") from error
+    return options
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def _numbers(flag: str, text: str, example: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")] if text else []
@@ -141,7 +182,14 @@ def _numbers(flag: str, text: str, example: str) -> list[int]:
 
 
 def measure(
-    setup: Setup, peak: dict[str, float], *, steps: int, warmup: int, repeats: int, folder: Path | None = None
+    setup: Setup,
+    peak: dict[str, float],
+    *,
+    steps: int,
+    warmup: int,
+    repeats: int,
+    folder: Path | None = None,
+    xla_options: Options | None = None,
 ) -> dict[str, Any]:
     """Compile the step and time it.
 
@@ -149,6 +197,7 @@ def measure(
       peak: of `card.matmul_peak`.
       steps, warmup, repeats: as the flags.
       folder: where a profile goes, or None.
+      xla_options: to compile with; they replace the step's own of the same names (`jitjax.exchange.compiler_options`).
 
     Returns:
       The record to print. Times in ms and s, rates a second, memory in GiB (2^30 bytes).
@@ -162,7 +211,7 @@ def measure(
     lower_seconds = time.perf_counter() - begun
     with CacheHits() as hits:
         begun = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(dict(xla_options) if xla_options else None)
         compile_seconds = time.perf_counter() - begun
     (state, metrics), first_seconds = common.timed(lambda: compiled(state, batch))
     state, metrics, _ = run_steps(compiled, state, batch, warmup)
@@ -204,6 +253,7 @@ def measure(
         "cards": monitor.report(),
         **common.describe(setup),
     }
+    record["compiler_options"] |= xla_options or {}
     common.say(
         f"{config.model.name} {setup.kernels}, batch {config.batch_size}: {record['ms']} ms a step, "
         f"{record['tokens_per_second']:,.0f} tokens/s, {record['tflops_per_device']} TFLOP/s a device, "

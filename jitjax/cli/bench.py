@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            "many times one; default all devices")  # fmt: skip
     step.add_argument("--forms", default="", metavar="A,B",
                       help="ways to share the work over several devices: zero, fsdp, data; default the config's")  # fmt: skip
+    step.add_argument("--xla_options", action="append", metavar="NAME=VALUE,...",
+                      help="compile with these options of XLA; may be given several times, '' for none")  # fmt: skip
     step.add_argument("--profile", metavar="DIR", help="write a trace of three steps and a table of its GPU kernels there")
     step.add_argument("--max_other", type=at_least(0, float), default=0.1, metavar="SHARE",
                       help="fail if more of the profiled time belongs to no part of the program (default 0.1)")  # fmt: skip
