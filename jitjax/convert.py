@@ -75,7 +75,10 @@ def run(args: argparse.Namespace) -> None:
         write = weights.write_safetensors if kind == "safetensors" else diffusers.write_folder
         write(target, found.sets[which], found.geometry, facts=found.facts)
         written, rest = [which], [name for name in found.sets if name != which]
-        found.notes.append(f"written is {which}; not written: {', '.join([*rest, 'optimizer state'])}")
+        emas = (name for name in found.sets if name != "model")
+        said = {"model": "model", **{name: f"{name} ({decay})" for name, decay in zip(emas, found.decays, strict=True)}}
+        left = ", ".join([*(said[name] for name in rest), "optimizer state"])
+        found.notes.append(f"written is {said[which]}; not written: {left}")
         if kind == "diffusers" and found.noise_scale not in (None, 1.0):
             found.notes.append(f"call the pipeline with noise_scale={found.noise_scale:g}: its default is 1")
     print(f"{source} -> {target}: {', '.join(written)}; {json.dumps(dataclasses.asdict(found.geometry))}")

@@ -164,7 +164,8 @@ def of_schedule(settings: Settings, plan: Plan) -> list[str]:
             f"{RECIPE_BATCH:,}: set --config.optim.lr, or another batch_size or accumulation_steps"
         )
     slow = slow_emas(settings, plan.total_steps)
-    if slow and not settings.optim.power_emas:  # which are sampled where there are some
+    # Power functions are sampled where there are some. In a trial of a few steps 0.5, the least that is advised, is too long.
+    if slow and not settings.optim.power_emas and plan.total_steps >= 4:
         shown = " and ".join(f"{decay:g}" for decay in slow)
         found.append(
             f"an EMA averages about 1 / (1 - decay) steps: with decay {shown} too many for {plan.total_steps:,}, samples "
@@ -189,6 +190,12 @@ def _without_effect(settings: Settings, plan: Plan) -> list[str]:
             found.append(f"{shown} without --config.{needs} has no effect")
     if settings.optim.min_lr and settings.optim.schedule == "constant":
         found.append(f"--config.optim.min_lr={settings.optim.min_lr:g} has no effect: set --config.optim.schedule=cosine")
+    if keep.ema_every_steps and not settings.optim.power_emas:
+        found.append("--config.checkpoint.ema_every_steps without --config.optim.power_emas has no effect")
+    dropout = [name for name in ("attn_dropout", "proj_dropout") if getattr(settings.model, name)]
+    if dropout and (depth := settings.model.depth) and depth < 4:
+        shown = " and ".join(f"--config.model.{name}" for name in dropout)
+        found.append(f"{shown} has no effect at --config.model.depth={depth}: it acts in the middle half of 4 or more")
     if keep.keep_every:
         regular = math.lcm(keep.keep_every, plan.checkpoint_steps or keep.keep_every)
         if plan.total_steps % keep.keep_every and (not plan.checkpoint_steps or regular > plan.total_steps):  # the end is saved

@@ -157,9 +157,10 @@ def geometry_of(model: Model, image_size: int, num_classes: int) -> Geometry:
     if not model.class_loss:
         return geometry
     if not model.class_conditional or not 0 < geometry.context_start < geometry.depth:
+        starts = f"from 1 to {geometry.depth - 1}" if geometry.depth > 1 else "from 1 on, so --config.model.depth of 2 or more"
         raise UserError(
             f"--config.model.class_loss={model.class_loss:g} needs --config.model.class_conditional=True and "
-            f"--config.model.context_start from 1 to {geometry.depth - 1}: the blocks in front of it learn to tell the class"
+            f"--config.model.context_start {starts}: the blocks in front of it learn to tell the class"
         )
     return dataclasses.replace(geometry, class_start=geometry.context_start, class_head=True)
 

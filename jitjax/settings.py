@@ -34,7 +34,7 @@ DECODING = ("exif_rotate", "all_formats", "high_depth")  # of `Data`: how a file
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    path: str = free("", "Image folder, archive, Parquet files, or a directory made by `jitjax prepare`.")
+    path: str = free("", "Image folder, or a directory made by `jitjax prepare`, which also reads archives and Parquet files.")
     synthetic: str = setting("", "'shapes' draws a small data set into the workdir; '' uses data.path.", choices=("", "shapes"))
     image_size: int = setting(64, "Side of the square images.", low=1, high=8192, unit="pixels")
     num_workers: int = free(8, "Decoding processes; 0 decodes in threads of the main process.", low=0, high=1024)

@@ -53,7 +53,7 @@ from jitjax.signals import StopAfter, Stopped, StopRequest, leave
 from jitjax.snapshots import Snapshots
 from jitjax.timing import TimeAccount
 from jitjax.watchdog import Watchdog
-from jitjax.workdir import Workdir, fitted, parameter_table
+from jitjax.workdir import Workdir, check_apart, fitted, parameter_table
 
 # A step that takes longer is a hang, unless steps usually take long. Several processes wait for the one that hangs.
 HANG_SECONDS, HANG_SECONDS_OF_SEVERAL = 300.0, 100.0
@@ -184,16 +184,19 @@ def build(
             + ("" if settings.mesh == given.mesh else f", mesh.zero={settings.mesh.zero}, mesh.fsdp={settings.mesh.fsdp}")
         )
     mesh = sharding.mesh_of(settings.mesh)
+    path, image_size, dataset = settings.data.path, settings.data.image_size, own_dataset
+    if dataset is None and path:
+        dataset = data.open_dataset(path, image_size, **settings.data.reading())
+        check_apart(workdir, dataset)
     folder = Workdir(workdir, is_main=is_main)
     stack.callback(folder.close)
-    path, image_size = settings.data.path, settings.data.image_size
-    if settings.data.synthetic == "shapes" and own_dataset is None:
+    if dataset is None:  # shapes
         if not is_main:
             peers.agree(0)  # until process 0 has drawn them
         path = str(draw_dataset(folder.path / "shapes", image_size=image_size))
         if is_main:
             peers.agree(0)
-    dataset = own_dataset or data.open_dataset(path, image_size, **settings.data.reading())
+        dataset = data.open_dataset(path, image_size, **settings.data.reading())
     if dataset.image_size != image_size:
         raise UserError(f"--config.data.image_size={image_size}, but the data set's images have {dataset.image_size} pixels")
     objective = own_objective or from_settings.published_objective(settings)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jitjax import atomic, leftovers, paths
 from jitjax.errors import UserError
@@ -21,8 +21,20 @@ from jitjax.monitor.metrics import line_of
 from jitjax.plan import fit_devices
 from jitjax.settings import Settings, differing_fields, flatten, to_dict
 
+if TYPE_CHECKING:
+    from jitjax.data import DataSet
+
 BEST_FILE = "best.json"  # which checkpoint has the best score, and by which
 PACKAGES = ("jitjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "wandb")
+
+
+def check_apart(workdir: str | Path, dataset: DataSet) -> None:
+    """Raises:
+    UserError: the run's folders would be among the data set's, as classes without images.
+    """
+    root, run = os.path.realpath(dataset.path), os.path.realpath(paths.workdir(workdir))
+    if dataset.kind == "folder" and os.path.commonpath([root, run]) == root:
+        raise UserError(f"--workdir={workdir} lies among the images of {dataset.path}: name a folder elsewhere")
 
 
 class Workdir:

@@ -133,5 +133,7 @@ def test_what_it_needs():
             UserError, match="class_loss=100 needs --config.model.class_conditional=True and --config.model.con"
         ):
             model.geometry_of(config.model, 8, CLASSES)
+    with pytest.raises(UserError, match=r"context_start from 1 on, so --config.model.depth of 2 or more: the blocks in front"):
+        model.geometry_of(small_settings(**ON | {"model__depth": 1, "model__context_start": 0}).model, 8, CLASSES)
     with pytest.raises(UserError, match="context tokens show the class from block 0 on"):
         model.make_geometry("JiT-nano/4", 8, CLASSES, class_start=1, context_start=0)

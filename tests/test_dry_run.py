@@ -205,6 +205,8 @@ def test_the_same_effective_batch_in_smaller_parts():
         (dict(checkpoint__every_steps=2, checkpoint__keep_every=8), "keep_every=8 retains nothing"),
         (dict(eval__metric="mind", eval__num_images=9), "--config.eval.num_images and --config.eval.metric without"),
         (dict(wandb__project="mine"), "--config.wandb.project without --config.wandb.enabled=True has no effect"),
+        (dict(checkpoint__ema_every_steps=2), "ema_every_steps without --config.optim.power_emas has no effect"),
+        (dict(model__attn_dropout=0.1), "attn_dropout has no effect at --config.model.depth=1: it acts in"),
         (dict(optim__min_lr=1e-5), "min_lr=1e-05 has no effect: set --config.optim.schedule=cosine"),
         (dict(diffusion__label_drop_prob=0.0, preview__every_steps=4), "--config.preview.cfg_scale=2.9 guides away from"),
         (dict(preview__every_steps=1), "previews take about"),
@@ -225,6 +227,13 @@ def test_warnings(overrides, says):
     assert any(says in line for line in found), found
     if "no effect" in says or "retains nothing" in says or "guides away" in says:
         assert any(says in line for line in describe.of_schedule(outlook.settings, outlook.plan))  # at the start of a run, too
+
+
+def test_no_warning_of_a_decay_advises_one_that_is_warned_of():
+    for steps in range(1, 40):
+        found = describe.warnings(describe.look(small_settings(optim__ema_decays=(0.9999,), total_steps=steps)))
+        for decay in (float(d) for line in found for d in re.findall(r"ema_decays=\(([\d.]+),\)", line)):
+            assert describe.slow_emas(small_settings(optim__ema_decays=(decay,)), steps) == []
 
 
 def test_a_rate_for_a_small_batch_is_no_mistake():

@@ -376,6 +376,21 @@ def test_labels_on_a_flat_folder_are_refused(tmp_path):
     assert train(small_settings(**unlabelled, data__synthetic="", data__path=str(images)), tmp_path / "run") == 0
 
 
+def test_a_workdir_among_the_images_is_refused_and_nothing_is_left_in_them(tmp_path):
+    """Its folders would be classes without images. Beside the split that is read it may lie."""
+    images = tmp_path / "train"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for i in range(16):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(images / name / f"{i}.png")
+    own = dict(data__synthetic="", total_steps=1)
+    for workdir in (images, images / "runs" / "a"):
+        with pytest.raises(UserError, match=r"--workdir=.* lies among the images of .*train: name a folder elsewhere"):
+            train(small_settings(**own, data__path=str(images)), workdir)
+    assert sorted(path.name for path in images.iterdir()) == ["a", "b"]
+    assert train(small_settings(**own, data__path=str(tmp_path), data__split="train"), tmp_path / "run") == 0
+
+
 def test_a_broken_image_is_reported_once_and_replaced(tmp_path):
     """Training on a folder with a file that cannot be decoded: one warning that names it, and the run goes on."""
     images = tmp_path / "images"

@@ -27,12 +27,12 @@ SHAPE = dict(depth=2, width=32, heads=2, bottleneck=8, context_length=2, context
 G = model.make_geometry("JiT-nano/4", 16, 3, **SHAPE)
 
 
-def params(seed):
-    """Random values in the shapes of G; norm weights near 1, as after some training."""
-    rng, shapes = np.random.default_rng(seed), official.official_shapes(G)
+def params(seed, g=G):
+    """Random values in the shapes of g; norm weights near 1, as after some training."""
+    rng, shapes = np.random.default_rng(seed), official.official_shapes(g)
     tensors = {name: rng.standard_normal(shape, np.float32) / 10 + ("norm" in name) for name, shape in shapes.items()}
-    tensors[official.POSITIONS] = model.position_table(G.width, G.grid)[None]
-    return official.to_params(tensors, G)
+    tensors[official.POSITIONS] = model.position_table(g.width, g.grid)[None]
+    return official.to_params(tensors, g)
 
 
 RAW, EMA, EMA2 = params(1), params(2), params(3)
@@ -258,7 +258,9 @@ def test_decays_come_from_names_arguments_and_neighbours(tmp_path):
     two = {"model": state(RAW), "model_ema2": state(EMA2), "model_ema1": state(EMA)}
     found = read(tmp_path, {**two, "args": {"ema_decay1": 0.9, "ema_decay2": 0.5}})
     assert found.decays == (0.9, 0.5) and same(found.sets["model_ema1"], EMA)
+    assert read(tmp_path, {**two, "args": {"ema_decay1": 1.0, "ema_decay2": 0.0}}).decays == (1.0, 0.0)
     assert read(tmp_path, {"model": state(RAW), "ema": state(EMA), "args": {"ema_decay": 0.99}}).decays == (0.99,)
+    assert read(tmp_path, {"model": state(RAW), "ema": state(EMA), "args": {"ema": 1}}).decays == (0.9999,)  # a switch
     decay = np.array(0.999, np.float32)  # a tensor, as a buffer of the EMA
     assert read(tmp_path, {"model": state(RAW), "ema": {**state(EMA), "decay": decay}}, which="0.999").decays == (0.999,)
     assert any("0.9999 is assumed" in note for note in read(tmp_path, {"model": state(RAW), "ema": state(EMA)}).notes)
@@ -592,20 +594,56 @@ def test_an_exported_folder_keeps_every_set(tmp_path):
         write_folder(tmp_path / "other", {"best": RAW}, G)
 
 
-@pytest.fixture(scope="module")
-def epsilon_run(tmp_path_factory):
-    """A workdir of ours whose network predicts the noise."""
+def test_an_exported_folder_keeps_every_decay_that_a_run_may_have(tmp_path):
+    names = settings.Optimizer(ema_decays=(1.0, 1e-5, 0.0), power_emas=(1e-6, 0.1)).emas
+    write_folder(tmp_path / "out", {"model": RAW, **{name: params(i + 2) for i, name in enumerate(names)}}, G)
+    found = read_weights(tmp_path / "out")
+    assert tuple(map(str, found.decays)) == names and not found.notes
+    assert all(same(found.sets[f"model_ema{i + 1}"], params(i + 2)) for i in range(len(names)))
+
+
+def test_an_unconditional_model_becomes_a_workdir(tmp_path):
+    g = dataclasses.replace(G, num_classes=0)
+    write_safetensors(tmp_path / "a.safetensors", params(1, g), g)
+    convert.main(["--from", str(tmp_path / "a.safetensors"), "--to", str(tmp_path / "run")])
+    found = read_weights(tmp_path / "run")
+    assert same(found.sets["model"], params(1, g)) and found.geometry == g
+
+
+def run_of(workdir, emas, **overrides):
+    """A workdir of ours with these EMAs."""
     import jax
 
-    workdir = tmp_path_factory.mktemp("epsilon") / "run"
-    config = small_settings(prediction="epsilon", diffusion__noise_scale=2.0, data__image_size=16, optim__ema_decays=(0.9,))
-    device = {k: jax.numpy.asarray(v) for k, v in RAW.items()}
-    ema = {"0.9": {k: jax.numpy.asarray(v) for k, v in EMA.items()}}
+    config = small_settings(data__image_size=16, **overrides)
+    device, ema = jax.tree.map(jax.numpy.asarray, (RAW, emas))
     saved = saving.Checkpoints(workdir)
     meta = checkpoint.describe(G, ema, config=settings.to_dict(config), class_names=["a", "b", "c"])
     saved.save(step.fresh_state(device, ema, config.optim, config.dtype), 5, meta)
     saved.close()
     return workdir
+
+
+@pytest.fixture(scope="module")
+def epsilon_run(tmp_path_factory):
+    """A workdir whose network predicts the noise."""
+    how = dict(prediction="epsilon", diffusion__noise_scale=2.0, preview__t_eps=0.02, optim__ema_decays=(0.9,))
+    return run_of(tmp_path_factory.mktemp("epsilon") / "run", {"0.9": EMA}, **how)
+
+
+def test_an_ema_of_a_power_function_is_written_where_one_set_is(tmp_path, capsys):
+    emas = dict(optim__ema_decays=(0.9,), optim__power_emas=(0.1,))
+    run = run_of(tmp_path / "run", {"power:0.1": EMA2, "0.9": EMA}, **emas)
+    for target, *options in (["a.safetensors"], ["diffusers", "--format", "diffusers"]):
+        convert.main(["--from", str(run), "--to", str(tmp_path / target), *options, "--which", "power:0.1"])
+        assert same(one(read_weights(tmp_path / target)), EMA2)
+    capsys.readouterr()
+    convert.main(["--from", str(run), "--to", str(tmp_path / "b.safetensors")])
+    said = "written is model_ema1 (0.9); not written: model, model_ema2 (power:0.1), optimizer state"
+    assert same(one(read_weights(tmp_path / "b.safetensors")), EMA) and said in capsys.readouterr().out
+    convert.main(["--from", str(run), "--to", str(tmp_path / "a.pth")])
+    assert "power-function EMAs have no place in other formats: power:0.1 left out" in capsys.readouterr().out
+    found = read_weights(tmp_path / "a.pth", context_start=1)
+    assert same(found.sets["model_ema1"], EMA) and found.decays[0] == 0.9
 
 
 def test_an_epsilon_run_is_not_written_as_what_others_sample_as_x(tmp_path, epsilon_run):

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, help="file or new folder to write, or hf://OWNER/NAME")
     parser.add_argument("--format", choices=FORMATS, help="what to write; default by the ending of --to, a workdir without one")
     parser.add_argument(
-        "--which", help="set for .safetensors and Diffusers: model, model_ema1 (default), model_ema2 or a decay"
+        "--which", help="set for .safetensors and Diffusers: model, model_ema1 (default), model_ema2, a decay or power:0.1"
     )
     parser.add_argument("--context_start", type=int, help="first block with context tokens, for unpublished sizes")
 

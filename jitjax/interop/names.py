@@ -293,7 +293,7 @@ def some(names: Iterable[str]) -> str:
 def decay_in(label: str) -> float | None:
     """A decay in a set's name, e.g. ema_0.9999 or ema0_9996."""
     match = re.search(r"(?<!\d)0[._](\d+)", label)
-    return float(f"0.{match[1]}") if match else None
+    return float(f"0.{match[1]}") or None if match else None
 
 
 def order_in(label: str) -> int | None:

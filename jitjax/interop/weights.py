@@ -34,6 +34,7 @@ from jitjax.settings import POWER
 _log = logging.getLogger(__name__)
 
 DEFAULT_DECAYS = (0.9999, 0.9996)  # the official defaults
+DECAY = r"0\.\d+|1\.0|\d(?:\.\d+)?e-\d+"  # a number in [0, 1] as Python writes it
 NO_POWER_FUNCTIONS = "power-function EMAs have no place in other formats: {} left out"
 Params = dict[str, np.ndarray]
 FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names", "class_conditional")
@@ -285,7 +286,7 @@ def _name_sets(
 
     def order(ema: names.Found) -> tuple[int, int]:
         decay = str(_decay_in(ema.origin))
-        return names.order_in(ema.origin) or 0, ours.index(decay) if decay in ours else 0
+        return (0, ours.index(decay)) if decay in ours else (names.order_in(ema.origin) or 0, 0)
 
     emas = sorted((f for f in found if f.is_ema), key=order)
     if raw[1:]:
@@ -309,7 +310,8 @@ def _name_sets(
             ema.tensors = listed
             notes.append(f"{ema.origin} is a list: its tensors were named in the order of the model's parameters")
         number = len(decays) + 1
-        decay = _decay_in(ema.origin) or ema.decay or _decay_of(args, number, len(emas))
+        said = (_decay_in(ema.origin), ema.decay, _decay_of(args, number, len(emas)))
+        decay = next((decay for decay in said if decay is not None), None)  # 0 is one
         if decay is None and number <= len(DEFAULT_DECAYS):
             decay = DEFAULT_DECAYS[number - 1]
             if args or ema.origin.split(".")[0] not in official.SETS:
@@ -331,14 +333,17 @@ def _name_sets(
 
 
 def _decay_in(origin: str) -> float | str | None:
-    power = re.search(rf"{POWER}\d+(\.\d+)?", origin)
-    return power[0] if power else names.decay_in(origin)
+    if power := re.search(rf"{POWER}({DECAY})", origin):
+        return power[0]
+    ours = re.fullmatch(rf"ema_({DECAY})", origin)
+    return float(ours[1]) if ours else names.decay_in(origin)
 
 
 def _decay_of(args: Mapping[str, Any], number: int, count: int) -> float | None:
     keys = [f"ema_decay{number}", *(["ema_decay", "ema_rate", "ema"] if count == 1 else [])]
-    values = [args.get(key) for key in keys]
-    return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < 1), None)
+    given = [(key, args[key]) for key in keys if isinstance(args.get(key), int | float) and not isinstance(args[key], bool)]
+    # Under the official name 0 and 1 are decays, as a run may have them; elsewhere they may be switches.
+    return next((float(v) for key, v in given if 0 < v < 1 or (key == keys[0] and v in (0, 1))), None)
 
 
 def _complete(tensors: names.Tensors, known: Mapping, args: Mapping, name: str, notes: list[str]) -> None:
@@ -520,7 +525,7 @@ def write_folder(
     """
     folder, tensors, facts = Path(folder).expanduser(), {}, dict(facts or {})
     for name, params in sets.items():
-        if name != "model" and not re.fullmatch(rf"({POWER})?0\.\d+", name):
+        if name != "model" and not re.fullmatch(rf"({POWER})?({DECAY})", name):
             raise UserError(f"{folder}: a set of weights is called 'model' or by its decay, e.g. '0.9999', not {name!r}")
         prefix = "model.net." if name == "model" else f"ema_{name}.net."
         tensors |= official.to_state_dict(params, geometry, prefix=prefix)

@@ -25,7 +25,7 @@ from jitjax.config import default_config
 from jitjax.errors import UserError
 from jitjax.interop import adamw, official
 from jitjax.interop.pth import write_pth
-from jitjax.interop.weights import DEFAULT_DECAYS, NO_POWER_FUNCTIONS, Weights, published_noise_scale, select
+from jitjax.interop.weights import DEFAULT_DECAYS, Weights, published_noise_scale, select
 from jitjax.model import SIZES, Geometry
 from jitjax.optimizer import make_optimizer
 
@@ -52,13 +52,13 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
     config = settings.from_mapping(saved.meta.get("config", {}), ignore_unknown=True)
     decays = [d for d in map(str, config.optim.ema_decays) if d in saved.ema]  # the configured order is ema1, ema2
     power = [name for name in saved.ema if name.startswith(settings.POWER)]
-    decays += [d for d in sorted(saved.ema) if d not in decays and d not in power]
+    decays += [*(d for d in sorted(saved.ema) if d not in decays and d not in power), *power]
     trees = {"model": saved.params, **{f"model_ema{i}": saved.ema[d] for i, d in enumerate(decays, 1)}}
     imported = saved.meta.get("official") or {}
     weights = Weights(
         geometry=saved.geometry,
         sets={},
-        decays=tuple(map(float, decays)),
+        decays=tuple(d if d in power else float(d) for d in decays),
         prediction=config.prediction,
         noise_scale=config.diffusion.noise_scale,
         t_eps=config.diffusion.t_eps,
@@ -70,8 +70,6 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
         config=saved.meta.get("config", {}),
         class_conditional=False if saved.geometry.num_classes and not config.model.class_conditional else None,
     )
-    if power:
-        weights.notes.append(NO_POWER_FUNCTIONS.format(", ".join(power)))
     if which is not None:
         name = select(weights.origins, weights.decays, which, path, weights.notes)
         weights.decays = tuple(d for i, d in enumerate(weights.decays, 1) if name == f"model_ema{i}")
@@ -175,7 +173,7 @@ def config_of(weights: Weights) -> settings.Settings:
     size = next((n for n, s in SIZES.items() if (s["depth"], s["width"]) == (g.depth, g.width)), "B")
     config.model.name = f"JiT-{size}/{g.patch_size}"
     config.model.class_conditional = g.num_classes > 0 and weights.class_conditional is not False
-    config.model.num_classes = g.num_classes
+    config.model.num_classes = g.num_classes or None
     for name in ("depth", "width", "heads", "bottleneck", "context_length", "context_start"):
         if getattr(g, name) != SIZES[size][name]:
             config.model[name] = getattr(g, name)
@@ -189,6 +187,7 @@ def config_of(weights: Weights) -> settings.Settings:
         config.preview.interval = (float(args["interval_min"]), float(args["interval_max"]))
     _set(config, "prediction", weights.prediction)
     _set(config, "diffusion.t_eps", weights.t_eps)
+    _set(config, "preview.t_eps", weights.sample_t_eps)
     noise_scale = weights.noise_scale
     if noise_scale is None:
         noise_scale = published_noise_scale(g.image_size)
