@@ -60,6 +60,8 @@ def draw(
             raise UserError(f"--path={path}: use FILE.png for strips or FILE.gif for a film")
         if film.absolute() == target.absolute():
             raise UserError(f"--path={path} is --out too: name another file")
+        if ending == "" and film.resolve().parent == target.resolve():
+            raise UserError(f"--path={path} lies among the images of --out={out}: name a file elsewhere")
         writable_folder(film.absolute().parent, "--path")
         _check_replaceable(film, "--path")
     if ending == ".png":

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,7 +223,7 @@ class Pipeline:
         if isinstance(label, str):
             if label in self.class_names:
                 return self.class_names.index(label)
-            if not label.strip().lstrip("-").isdigit():
+            if not re.fullmatch(r"-?[0-9]+", label.strip()):
                 import difflib
 
                 if not self.class_names:

@@ -68,6 +68,8 @@ def prepare(
         raise UserError(
             f"--quality={quality} is for --encoding jpeg, and this set is stored as {encoding}; leave --quality out"
         )
+    if quality and quality > 100:
+        raise UserError(f"--quality={quality} must be at most 100")
     output = os.path.expanduser(output)
     partial = os.path.join(output, PARTIAL_FOLDER)
     with _locked(output):

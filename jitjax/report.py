@@ -119,6 +119,8 @@ def write_report(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike |
         raise UserError("a report needs the plotly package: pip install -e '.[report]' in jitjax's folder") from None
     paths = [Path(workdir).expanduser() for workdir in workdirs]
     out = paths[0] / "report.html" if out is None else Path(out).expanduser()
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out={out}: use FILE.html")
     runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     template = string.Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     page = template.substitute(

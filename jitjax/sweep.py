@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,10 +40,10 @@ def scales(text: str) -> list[float]:
     """
     try:
         if ":" in text:
-            low, high, step = [*map(float, text.split(":")), 0.1][:3]
+            low, high, step = map(float, text.split(":") if text.count(":") > 1 else [*text.split(":"), 0.1])
             if not (0 < step and low < high and (high - low) / step < 10_000):
                 raise ValueError
-            count = round((high - low) / step)
+            count = math.floor((high - low) / step + 1e-6)
             return [round(low + i * step, 6) for i in range(count + 1)]
         values = sorted({float(value) for value in text.split(",")})
         if not all(-1e3 < value < 1e3 for value in values):

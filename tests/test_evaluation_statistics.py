@@ -122,6 +122,8 @@ def npz(path, **arrays):
         (lambda p, s: npz(p, mu=s.mu, sigma=s.sigma, mu_s=s.mu), "only one of mu_s and sigma_s"),
         (lambda p, s: npz(p, mu=s.mu, sigma=s.sigma, count=np.array(["many", "more"])), "count"),
         (lambda p, s: npz(p, mu=np.array([s], object), sigma=s.sigma), "damaged, or no .npz of plain arrays"),
+        (lambda p, s: npz(p, mu=s.mu, sigma=s.sigma, features=np.zeros((0, 6))), "features holds no rows"),
+        (lambda p, s: npz(p, mu=s.mu, sigma=s.sigma, features=np.full((5, 6), np.nan)), "features holds .* NaN"),
         (lambda p, s: npz(p, mu=s.mu, sigma=s.sigma, jitjax_format=9), "newer jitjax"),
     ],
 )

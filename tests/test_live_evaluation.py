@@ -187,6 +187,7 @@ def test_the_search_finds_the_valley_without_the_grid(best):
 
 
 def test_scales_are_read_in_three_forms():
+    assert sweep.scales("1:2:0.6") == [1.0, 1.6]  # never above HIGH
     assert sweep.scales("1:2:0.5") == [1.0, 1.5, 2.0] and sweep.scales("3,1") == [1.0, 3.0] and len(sweep.scales("1:4")) == 31
     for wrong in ("", "a", "2:1", "1:2:0", "nan"):
         with pytest.raises(UserError, match="--cfg_scale="):
@@ -209,6 +210,22 @@ def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
     assert capsys.readouterr().out.split("best: ")[1] == first.split("best: ")[1]
     assert cli.main([*argv, "--seed=1"]) == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err
+
+
+def test_evaluate_replaces_its_own_scores_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
+    Path("A.NPZ").write_bytes(before := Path("a.npz").read_bytes())
+    argv = ["evaluate", "A.NPZ", "--reference=A.NPZ", f"--extractor={EXTRACTOR}"]
+    for _ in range(2):
+        assert cli.main([*argv, "--json=scores.json"]) == 0
+    Path("notes.json").write_text('{"scores": 1}')
+    for name in ("a.npz", "notes.json"):
+        assert cli.main([*argv, f"--json={name}"]) == 2
+        assert f"--json={name} exists and holds no scores of jitjax" in capsys.readouterr().err
+    assert Path("a.npz").read_bytes() == before and Path("notes.json").read_text() == '{"scores": 1}'
+    assert cli.main(["evaluate", "stats", "a.npz", "--out=s.npz", "--split=val", f"--extractor={EXTRACTOR}"]) == 2
+    assert "--split=val is for a folder of images, and DATA=a.npz is none" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_wherever_its_last_line_was_cut(tmp_path):

@@ -505,9 +505,20 @@ def test_bad_images_are_listed_or_fatal(folder, tmp_path):
         open_dataset(tmp_path / "strict", SIZE)
 
 
+def test_flags_that_do_nothing_are_refused(prepared, tmp_path):
+    with pytest.raises(UserError, match="^--output, --image_size, --exif_rotate: for preparing, but --check="):
+        main(["--check", str(prepared), "--output", str(tmp_path), "--image_size", "8", "--exif_rotate"])
+    with pytest.raises(UserError, match="--labels=none and --label_column=breed: give one of the two"):
+        prepare(str(tmp_path), str(tmp_path / "out"), SIZE, labels="none", label_column="breed")
+    with pytest.raises(UserError, match="--quality=101 must be at most 100"):
+        prepare(str(tmp_path), str(tmp_path / "out"), SIZE, encoding="jpeg", quality=101)
+
+
 def test_the_prepared_size_must_be_the_configured_one(prepared):
     with pytest.raises(UserError, match=r"prepared at 32 px, not at --config.data.image_size=64"):
         open_dataset(prepared, 64)
+    with pytest.raises(UserError, match=r"^--reference=.* was prepared at 32 px, and 64 px are needed"):
+        open_dataset(prepared, 64, flag="--reference")
     with pytest.raises(UserError, match="exif_rotate"):
         open_dataset(prepared, 32, exif_rotate=True)
 

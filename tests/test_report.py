@@ -124,6 +124,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     workdir = make_run(tmp_path / "a", 1)
     with pytest.raises(UserError, match="--out=.*nosuch.* cannot be written"):
         report.write_report([workdir], tmp_path / "nosuch" / "r.html")
+    before = (workdir / "config.json").read_bytes()
+    for out in ("", workdir / "config.json"):
+        with pytest.raises(UserError, match="--out=.*: use FILE.html"):
+            report.write_report([workdir], out)
+    assert (workdir / "config.json").read_bytes() == before
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[report\]'"):
         report.write_report([workdir])

@@ -45,7 +45,7 @@ def add_extractor(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     stats = args.target == "stats"
     for flag, value in (("--out", args.out), ("--image_size", args.image_size), ("DATA", args.data)):
-        if stats and value is None and not (flag == "--image_size" and str(args.data).endswith(".npz")):
+        if stats and value is None and not (flag == "--image_size" and str(args.data).lower().endswith(".npz")):
             raise UserError(f"{flag} is missing: jitjax evaluate stats DATA --image_size 64 --out stats64.npz")
         if not stats and value is not None:
             raise UserError(f"{flag}={value} is for `jitjax evaluate stats DATA`")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--out={args.out}: statistics are written as FILE.npz")
         arguments.existing(args.data, "DATA")
         refuse_drawing(args, "statistics are of images")
-    if args.json and Path(args.json).is_dir():
+    if args.json is not None and Path(args.json).expanduser().is_dir():
         raise UserError(f"--json={args.json} is a folder: name a file")
     runtime.set_environment()
     runtime.start_distributed()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from jitjax.cli.arguments import at_least
+from jitjax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", metavar="DIR", help="verify a prepared directory instead: checksums, counts, every record")
 
 
+def given_beside_check(args: argparse.Namespace) -> list[str]:
+    """The flags that `--check` does not use and that were given another value than their default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([])).items()
+    return [f"--{name}" for name, value in defaults if name not in ("check", "workers") and getattr(args, name) != value]
+
+
 def run(args: argparse.Namespace) -> int:
     from jitjax import prepare
 
+    if args.check is not None and (given := given_beside_check(args)):
+        raise UserError(f"{', '.join(given)}: for preparing, but --check={args.check} only reads: leave out what is named")
     names = vars(args).keys() - {"verb", "run", "config_arguments"}
     return prepare.run({name: getattr(args, name) for name in names})

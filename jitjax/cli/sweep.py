@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="guidance interval; may be given several times (default 0.1,1)")  # fmt: skip
     parser.add_argument("--which", default="all", help="EMAs to compare, separated by commas (default all, raw weights too)")
     parser.add_argument("--num", type=at_least(2), default=8000, help="images per evaluation (default 8000)")
-    parser.add_argument("--metric", help="score to minimise (default the Fréchet distance); IS, precision, recall: maximise")
+    parser.add_argument(
+        "--metric", help="score to minimise (default the Fréchet distance); inception_score, precision, recall: maximise"
+    )
     parser.add_argument("--labels", default="all", help="as for `jitjax sample`")
     parser.add_argument("--steps", type=at_least(1), default=50, help="steps of the time grid (default 50)")
     parser.add_argument("--method", default="heun", help="solver (default heun)")

@@ -112,6 +112,8 @@ def open_input(
     path = os.path.expanduser(path)
     require(path, ask.where, "an image folder, a zip or tar of one, or Parquet files")
     endings, label_column = rules.endings(all_formats), label_column or ""
+    if label_column and labels not in ("", label_column):
+        raise UserError(f"--labels={labels} and --label_column={label_column}: give one of the two")
     with reading(ask):
         files, left, notes, settled, prefixes = [path], [], [], False, []
         if os.path.isdir(path):

@@ -119,6 +119,11 @@ def check_usable(
 ) -> None:
     """Raises UserError where the prepared pixels are not those that the configuration asks for."""
     if index["image_size"] != image_size:
+        if not where.startswith("--config."):
+            raise UserError(
+                f"{where} was prepared at {index['image_size']} px, and {image_size} px are needed: prepare with "
+                f"--image_size {image_size}"
+            )
         raise UserError(
             f"{where} was prepared at {index['image_size']} px, not at --config.data.image_size={image_size}; set "
             f"the flag to {index['image_size']} or prepare with --image_size {image_size}"

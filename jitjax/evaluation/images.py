@@ -109,7 +109,7 @@ def open_images(path: str | os.PathLike) -> NpzImages | FileImages:
       UserError: nothing usable there, images that are no squares. While iterating: a file of another size, or no image.
     """
     path = Path(path).expanduser()
-    if path.is_file() and path.suffix == ".npz":
+    if path.is_file() and path.suffix.lower() == ".npz":
         return npz_images(path)
     if not path.is_dir():
         state = "is neither a folder nor an .npz" if path.exists() else "does not exist"

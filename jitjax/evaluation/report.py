@@ -43,6 +43,7 @@ def evaluate(
     path = Path(target).expanduser()
     if json_file:
         draw.writable_folder(Path(json_file).expanduser().absolute().parent, "--json")
+        _check_replaceable(Path(json_file).expanduser())
     chosen = open_extractor(**extractor)
     if is_images(path):
         images = open_images(path)
@@ -109,7 +110,9 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
     draw.writable_folder(Path(out).expanduser().absolute().parent)
     chosen = open_extractor(**extractor)
     path = Path(data).expanduser()
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
+        if split:
+            raise UserError(f"--split={split} is for a folder of images, and DATA={data} is none: leave it out")
         images = npz_images(path)
         if image_size not in (None, images.image_size):
             raise UserError(f"--image_size={image_size}: the images of {data} have {images.image_size} px")
@@ -129,13 +132,27 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
 
 def is_images(path: Path) -> bool:
     """Whether a target is a set of images rather than a model."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return True
     if not path.is_dir():
         return False
     from jitjax.interop.sources import is_workdir
 
     return not is_workdir(path) and not any(path.glob("*.safetensors")) and not any(path.glob("*/*.safetensors"))
+
+
+def _check_replaceable(file: Path) -> None:
+    """Raises:
+    UserError: the file is there and holds something else than scores.
+    """
+    if not file.exists():
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict) or not {"scores", "evaluator"} <= before.keys():
+        raise UserError(f"--json={file} exists and holds no scores of jitjax: name another file")
 
 
 def _patch_of(image_size: int) -> int:

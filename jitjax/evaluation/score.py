@@ -95,7 +95,7 @@ def open_reference(
             notes.append(f"reference: {reference.summary}")
         elif split := (reading or {}).get("split"):
             raise UserError(f"--split={split} is for a folder of images, and {flag}={path} is none: leave it out")
-        elif path.suffix == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
+        elif path.suffix.lower() == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)
             made = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
@@ -105,7 +105,7 @@ def open_reference(
             notes += reference.check(
                 extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize
             )
-            if reference.features is None and path.suffix == ".npz" and "arr_0" in npz_names(path):
+            if reference.features is None and path.suffix.lower() == ".npz" and "arr_0" in npz_names(path):
                 images = npz_images(path)
                 _check_size(str(path), images.image_size, image_size)
                 sample = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)

@@ -214,6 +214,8 @@ def _checked(found: dict[str, Any], source: str) -> Statistics:
     features = found.get("features")
     if features is not None and (features.ndim != 2 or features.shape[1] != len(found["mu"]) or features.dtype.kind != "f"):
         raise UserError(f"{source}: features must be floats of shape (M, {len(found['mu'])}), got {features.shape}")
+    if features is not None and not (len(features) and np.isfinite(features).all()):
+        raise UserError(f"{source}: features holds no rows, NaN or infinity: the file is damaged")
     for name, kind in (("extractor", str), ("resize", str), ("image_size", int), ("count", int)):
         if name in found and not isinstance(found[name], kind):
             raise UserError(f"{source}: {name} must be one {kind.__name__}: the file is damaged")
