@@ -63,9 +63,9 @@ def draw(
         if ending == "" and film.resolve().parent == target.resolve():
             raise UserError(f"--path={path} lies among the images of --out={out}: name a file elsewhere")
         writable_folder(film.absolute().parent, "--path")
-        _check_replaceable(film, "--path")
+        _check_is_picture(film, "--path")
     if ending == ".png":
-        _check_replaceable(target, "--out")
+        _check_is_picture(target, "--out")
         if (legend := legend_of(target)).exists() and not written_here(legend):
             raise UserError(f"--out={out}: names that do not fit go into {legend}, which is no such list: name another file")
     pipe = pipeline.load(model, which)
@@ -108,7 +108,10 @@ def _writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written ({error.strerror or error}): the same command continues") from error
 
 
-def _check_replaceable(file: Path, flag: str) -> None:
+def _check_is_picture(file: Path, flag: str) -> None:
+    """Raises:
+    UserError: the file is there and is no picture that this program wrote.
+    """
     if file.exists() and not drawn_here(file):
         raise UserError(f"{flag}={file} exists and is no picture of jitjax's: name another file")
 
@@ -291,6 +294,8 @@ class Npz:
                     f"({type(error).__name__}: {error}): delete both, or name another file"
                 ) from None
         else:
+            if self._log.exists():  # of images that are gone
+                self._log.unlink()
             self._images = np.lib.format.open_memmap(self._partial, mode="w+", dtype=np.uint8, shape=shape)
 
     def missing(self) -> list[int]:
@@ -330,6 +335,11 @@ def writable_folder(path: Path, flag: str = "--out") -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """What a file says about the images beside it, as `describe` made it.
+
+    Raises:
+      UserError: it cannot be read or is no record.
+    """
     try:
         record = json.loads(path.read_text())
         if not isinstance(record, dict):

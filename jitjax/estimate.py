@@ -189,7 +189,10 @@ def plan_of(config: Settings, geometry: Geometry, devices: int, images_per_epoch
     """The plan of a run over `tokens`. A data set smaller than the batch counts as one batch."""
     batch = config.batch_size * devices * config.optim.accumulation_steps
     run = dataclasses.replace(config, epochs=None, total_images=None, total_steps=None, total_tokens=tokens)
-    return make_plan(run, images=max(images_per_epoch, batch), tokens_per_image=geometry.tokens, devices=devices)
+    try:
+        return make_plan(run, images=max(images_per_epoch, batch), tokens_per_image=geometry.tokens, devices=devices)
+    except UserError as error:  # too long
+        raise UserError(str(error).replace("--config.total_tokens", "--tokens")) from None
 
 
 def _power(number: float) -> str:

@@ -263,9 +263,8 @@ def _report(output: str, index: dict[str, Any]) -> None:
         )
     size = sum(shard["bytes"] for shard in index["shards"]) / 2**20
     classes = f"{len(index['classes'])} classes" if index["classes"] else "no labels"
-    print(
-        f"{output}: {index['count']} images, {classes}, {len(index['shards'])} shards, {size:.1f} MiB, {len(skipped)} skipped"
-    )
+    shards = f"{len(index['shards'])} shard{'s' * (len(index['shards']) != 1)}"
+    print(f"{output}: {index['count']} images, {classes}, {shards}, {size:.1f} MiB, {len(skipped)} skipped")
 
 
 @contextlib.contextmanager
@@ -310,7 +309,11 @@ def _check_job(root: str, shard: dict[str, Any]) -> str | None:
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Prepare, or check a prepared directory, with the flags of `jitjax prepare` by name."""
+    """Prepare, or check a prepared directory, with the flags of `jitjax prepare` by name; returns the exit code.
+
+    Raises:
+      UserError: a flag is missing; see `prepare` and `check`.
+    """
     directory = arguments.pop("check")
     if directory:
         count = check(directory, arguments["workers"])

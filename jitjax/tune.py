@@ -7,11 +7,13 @@ bracketed, then by its square root once. Warm-ups are compared at the best rate.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import json
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,11 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitjax import tables
+from jitjax import signals, tables
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
 from jitjax.monitor.metrics import read_last
-from jitjax.settings import INT32, RUN_LENGTHS, Eval, Settings, differing_fields
+from jitjax.settings import INT32, RUN_LENGTHS, Eval, Settings, differing_fields, fields
 from jitjax.workdir import BEST_FILE
 
 DOWN = 5
@@ -31,6 +33,8 @@ DOWN = 5
 COMPARED = {"batch_size", "optim.accumulation_steps", "data.path", *RUN_LENGTHS}
 COMPARED |= {f"eval.{field.name}" for field in dataclasses.fields(Eval)}
 COMPARED -= {"eval.every_steps", "eval.every_epochs", "eval.batch_size"}
+BATCH = {"batch_size", "optim.accumulation_steps"}  # of these, what a trial that is continued would not take over
+HIGHEST = fields()["optim.lr"].rule.high
 FAILED, BROKE_DOWN = 2, "not finite"  # exit code of a run that cannot go on, and what its message says where the rate is why
 
 
@@ -115,6 +119,8 @@ def tune(
         if trial in found:
             return found[trial]
         folder = workdir / trial.folder
+        if trial.lr > HIGHEST:  # no field takes it: the end of the range
+            return math.inf
         record, problem = run_trial(trial, config_arguments, settings, folder, say)
         for warning in warnings_of(folder):
             if warning not in shown:
@@ -139,6 +145,7 @@ def tune(
         for warmup in warmups[1:] if scored else ():
             score(Trial(round_to(rate, 3), warmup))
     except Stopped as stopped:
+        say("stopped: the same command goes on")
         return stopped.args[0]
     say(f"\n{table(found, scored)}")
     if not scored:
@@ -158,6 +165,7 @@ def tune(
 
 
 def round_to(number: float, digits: int) -> float:
+    """`number` with so many significant digits."""
     return float(f"{number:.{digits}g}")
 
 
@@ -168,37 +176,78 @@ def run_trial(
 
     Raises:
       Stopped: by a signal, or without having saved; the same command goes on.
-      UserError: the run made no score, or a complete one is of another configuration.
+      UserError: the run made no score or was killed, or one that is there is of another configuration.
     """
-    if (record := result_of(folder)) is not None:
-        differing = differing_fields(json.loads((folder / "config.json").read_text()), trial.of(settings), also=COMPARED)
-        if differing:
-            raise UserError(
-                f"--workdir={folder.parent} holds trials of another configuration ({trial.folder}: {'; '.join(differing)}): "
-                "use another workdir"
-            )
+    record = result_of(folder)
+    try:
+        before = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):  # it has not begun; what is damaged the run reports
+        before = {}
+    if differing := differing_fields(before, trial.of(settings), also=BATCH if record is None else COMPARED):
+        raise UserError(
+            f"--workdir={folder.parent} holds trials of another configuration ({trial.folder}: {'; '.join(differing)}): "
+            "use another workdir"
+        )
+    if record is not None:
         return record, ""
     command = [sys.executable, "-m", "jitjax", "train", *config_arguments, *trial.flags, f"--workdir={folder}"]
     if settings.eval.every_steps is None and settings.eval.every_epochs is None:
         command.append(f"--config.eval.every_steps={INT32}")  # once, at the end
     say(f"{trial.folder}: training ...")
     begun = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        errors = process.communicate()[1]
-    except KeyboardInterrupt:  # the trial was interrupted, too, and saves
-        process.wait()
-        raise Stopped(process.returncode) from None
-    if process.returncode == FAILED:
+    code, errors = run(command)
+    if code == FAILED:
         return None, (errors.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-    if process.returncode:
+    if code < 0:
+        raise UserError(
+            f"{trial.folder}: killed by {signal.Signals(-code).name}, mostly because memory ran out: the same command goes on"
+        )
+    if code:
         sys.stderr.write(errors)
-        raise Stopped(process.returncode)
+        raise Stopped(code)
     record = result_of(folder)
     if record is None:
         raise UserError(f"{folder}: the run is complete but has no score at its last step")
     say(f"{trial.folder}: trained in {(time.monotonic() - begun) / 60:.1f} minutes")
     return record, ""
+
+
+def run(command: Sequence[str]) -> tuple[int, str]:
+    """The exit code of a trial and what it wrote to stderr. A signal that asks us to stop is passed on to the trial.
+
+    The trial has a session of its own, so that a terminal's Ctrl-C reaches it once, by us.
+
+    Raises:
+      Stopped: such a signal came, and the trial has ended.
+    """
+    arrived, begun = [], []
+
+    def pass_on(number: int, frame: Any) -> None:
+        arrived.append(number)
+        for process in begun:
+            process.send_signal(number)
+
+    heeded = [number for number in signals.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heeded}
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        process = subprocess.Popen(command, text=True, start_new_session=True, preexec_fn=_end_with_parent, **pipes)
+        begun.append(process)
+        if arrived:
+            process.send_signal(arrived[0])
+        errors = process.communicate()[1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        raise Stopped(process.returncode if process.returncode > 0 else 128 + arrived[0])
+    return process.returncode, errors
+
+
+def _end_with_parent() -> None:
+    """In a trial before it begins: SIGTERM when its parent is gone, even by SIGKILL, so that it saves (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -231,6 +280,7 @@ def warnings_of(folder: Path) -> list[str]:
 
 
 def table(found: dict[Trial, float], scored: dict[Trial, dict[str, Any]]) -> str:
+    """The trials by warm-up and rate, with what they scored."""
     cells = [("learning rate", "warm-up", "score", "last training loss")]
     for trial in sorted(found, key=lambda t: (t.warmup, t.lr)):
         record = scored.get(trial)

@@ -261,8 +261,16 @@ def test_what_does_not_fit_is_refused_before_it_is_scored(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_reference(tmp_path / "toy.npz", other, size)
-    with pytest.raises(UserError, match="No such file"):
-        open_reference(tmp_path / "nowhere.npz", toy, SIZE)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "toy.npz").read_bytes()[:200])
+    flag = "--config.eval.reference"
+    for name, size, message in (
+        ("nowhere.npz", SIZE, "No such file"),
+        ("cut.npz", SIZE, "damaged"),
+        ("toy.npz", 16, "the scored ones have 16 px; make statistics with this extractor and size"),
+    ):
+        with pytest.raises(UserError, match=f"^{flag}={tmp_path / name}: .*{message}") as refused:
+            open_reference(tmp_path / name, toy, size, flag=flag)
+        assert str(refused.value).count(name) == 1
 
 
 @pytest.mark.parametrize("what", ["sizes", "text", "rectangle", "nothing"])

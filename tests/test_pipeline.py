@@ -224,6 +224,26 @@ def test_an_interrupted_sample_continues(exported, tmp_path, capsys, monkeypatch
     assert record["num"] == 20 and record["class_names"] == list(NAMES)
 
 
+def test_images_of_an_interrupted_sample_that_were_deleted_are_drawn_again(exported, tmp_path, monkeypatch):
+    """Also if the next call is interrupted before its first batch."""
+    argv, write = ["sample", exported, "--steps=1", "--num=6", "--batch_size=2"], draw.Npz.write
+    for writes in (write, lambda *_: None):
+
+        def once(*arguments, writes=writes):
+            writes(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(draw.Npz, "write", once)
+        assert cli.main([*argv, f"--out={tmp_path / 'a.npz'}"]) == 130
+        if writes is write:
+            (tmp_path / ".a.npz.partial.npy").unlink()
+    monkeypatch.setattr(draw.Npz, "write", write)
+    for name in ("a.npz", "whole.npz"):
+        assert cli.main([*argv, f"--out={tmp_path / name}"]) == 0
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "whole.npz") as b:
+        np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+
+
 def test_sample_replaces_its_own_files_only(exported, tmp_path, capsys):
     """Pictures of others stay; a folder's PNGs that are empty or cut are drawn again; a mistake leaves nothing behind."""
     common, folder = ["sample", exported, "--steps=1", "--num=3"], tmp_path / "folder"

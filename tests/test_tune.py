@@ -4,6 +4,11 @@ import json
 import math
 import os
 import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +108,76 @@ def test_what_is_no_matter_of_the_rate_ends_the_search(tmp_path, monkeypatch):
         anomalies.add(1, {"train/loss": math.nan, "train/grad_norm": math.nan})
 
 
+def test_rates_that_no_run_takes_are_the_end_of_the_range(tmp_path, monkeypatch):
+    tried = []
+
+    def run_trial(trial, *args):
+        tried.append(trial.lr)
+        return {"metric": "eval/fd", "value": 1 / trial.lr, "loss": 1.0}, ""
+
+    monkeypatch.setattr(tune, "run_trial", run_trial)
+    said = []
+    assert tune.tune([], small_settings(), tmp_path, start=80.0, factor=2.0, warmups=[1], say=said.append) == 0
+    assert max(tried) == 80 and any("with lr 80 " in line for line in said)
+
+
+# A run as tune sees it: says that it is there, and saves when it is asked to stop.
+SAVES = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    with open("signals", "a") as file:
+        file.write(f"{number} ")
+    time.sleep(0.5)
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, save)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+def wait_for(file):
+    until = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_passed_on_to_the_trial_once_and_ends_the_search(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def send():
+        wait_for(tmp_path / "ready")
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, and in the background, some are ignored
+    try:
+        threading.Thread(target=send).start()
+        with pytest.raises(tune.Stopped) as stopped:
+            tune.run([sys.executable, "-c", SAVES])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert stopped.value.args == (128 + number,) and (tmp_path / "signals").read_text().split() == [str(int(number))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_trial_saves_when_tune_is_killed(tmp_path):
+    code = f"import sys; from jitjax import tune; tune.run([sys.executable, '-c', {SAVES!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "signals")
+
+
+def test_a_trial_that_was_killed_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "run", lambda command: (-signal.SIGKILL, ""))
+    with pytest.raises(UserError, match=r"lr_0.0001_warmup_1: killed by SIGKILL, .*the same command goes on"):
+        tune.tune([], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1], say=str)
+
+
 def test_a_run_without_a_finite_score_is_complete_and_failed(tmp_path, monkeypatch):
     """No checkpoint is the best, so there is no best.json."""
     trial = tune.Trial(1e-4, 1)
@@ -139,6 +214,19 @@ def test_trials_of_another_configuration_are_refused(change, says, tmp_path):
     assert tune.run_trial(trial, [], small_settings(**before | free), tmp_path / trial.folder, str)[0]["value"] == 5
 
 
+def test_an_unfinished_trial_of_another_configuration_is_refused(tmp_path, monkeypatch):
+    """With a remedy that tune has. What is scored, and how long is trained, is not decided yet."""
+    trial, before = tune.Trial(1e-4, 1), dict(total_steps=8, batch_size=2)
+    complete(tmp_path, trial, 5, settings=small_settings(**before))
+    (tmp_path / trial.folder / "scores.jsonl").unlink()
+    for change in (dict(seed=3), dict(batch_size=16)):
+        with pytest.raises(UserError, match=f"another configuration .*{next(iter(change))}: .*: use another workdir"):
+            tune.tune([], small_settings(**before | change), tmp_path, start=1e-4, factor=2.0, warmups=[1], say=str)
+    monkeypatch.setattr(tune, "run", lambda command: (tune.FAILED, "error: it began"))
+    free = dict(total_steps=9, eval__reference="other")
+    assert tune.run_trial(trial, [], small_settings(**before | free), tmp_path / trial.folder, str) == (None, "it began")
+
+
 def test_a_result_with_null_is_one_that_is_not_finite(tmp_path):
     trial = tune.Trial(1e-4, 1)
     complete(tmp_path, trial, 5)
@@ -151,7 +239,13 @@ def test_a_result_with_null_is_one_that_is_not_finite(tmp_path):
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = ["tune", "--config=configs/quickstart.py"]
-    for flags, says in (([], "--workdir is missing"), (["--workdir=x", "--warmup=-1"], "--warmup=-1: give steps")):
+    for flags, says in (
+        ([], "--workdir is missing"),
+        (["--workdir=x", "--warmup=-1"], "--warmup=-1: give steps"),
+        (["--workdir=x", "--config.optim.warmup_steps=5"], "is what tune searches for: use --warmup"),
+        (["--workdir=x", "--config.stop_after=5steps"], "--config.stop_after=5steps ends a trial before it is scored"),
+        (["--workdir=x", "--start=200"], "--start=200: a rate is at most 100"),
+    ):
         assert cli.main([*command, *flags]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(UserError, match="lr_0.0001_warmup_1: .*nosuch"):

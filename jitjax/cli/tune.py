@@ -17,7 +17,7 @@ from pathlib import Path
 from jitjax.cli import arguments
 from jitjax.cli.arguments import at_least
 from jitjax.errors import UserError
-from jitjax.settings import check_data
+from jitjax.settings import INT32, check_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,25 +31,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = arguments.load(args.config_arguments)
-    for name, flag in (("optim.blr", "--start"), ("optim.warmup_epochs", "--warmup")):
+    for name, flag in (("optim.blr", "--start"), ("optim.warmup_epochs", "--warmup"), ("optim.warmup_steps", "--warmup")):
         if any(argument.startswith(f"--config.{name}=") for argument in args.config_arguments):
-            raise UserError(f"--config.{name} is what tune searches for, as {arguments.SIBLINGS[name]}: use {flag}")
+            searched = f", as {arguments.SIBLINGS[name]}" if name in arguments.SIBLINGS else ""
+            raise UserError(f"--config.{name} is what tune searches for{searched}: use {flag}")
+    if loaded.settings.stop_after:
+        raise UserError(
+            f"--config.stop_after={loaded.settings.stop_after} ends a trial before it is scored: leave it out, or unset it "
+            "with --config.stop_after="
+        )
     check_data(loaded.settings.data)
     if not args.workdir:
         raise UserError("--workdir is missing: name a folder for the trials, e.g. --workdir=runs/tune")
     try:
         warmups = [int(text) for text in args.warmup.split(",")]
-        if min(warmups) < 0:
+        if min(warmups) < 0 or max(warmups) > INT32:
             raise ValueError
     except ValueError:
-        raise UserError(f"--warmup={args.warmup}: give steps, e.g. 100 or 0,100,1000") from None
+        raise UserError(f"--warmup={args.warmup}: give steps, up to {INT32}, e.g. 100 or 0,100,1000") from None
     from jitjax import tune
 
+    start = args.start or loaded.settings.optim.lr or 2e-4
+    if start > tune.HIGHEST:
+        raise UserError(f"--start={start:g}: a rate is at most {tune.HIGHEST:g}")
     return tune.tune(
         args.config_arguments,
         loaded.settings,
         Path(args.workdir).expanduser(),
-        start=args.start or loaded.settings.optim.lr or 2e-4,
+        start=start,
         factor=args.factor,
         warmups=warmups,
     )

@@ -193,10 +193,11 @@ def _look_for_clipped(source: FolderSource, where: str) -> None:
     if clipped:
         _log.warning(
             "%s: %d of the %d pictures looked at come out constant: their 16-bit or float values are clipped to 8 bits, as the "
-            "official loader does; scale them with --config.data.high_depth=range or picture",
+            "official loader does; %s",
             where,
             clipped,
             len(chosen),
+            "scale them with --config.data.high_depth=range or picture" if where.startswith("--config.") else "scale the files",
         )
 
 

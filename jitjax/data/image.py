@@ -50,7 +50,7 @@ def preprocess(picture: Image.Image | np.ndarray, size: int) -> np.ndarray:
       (size, size, 3) uint8, RGB; maybe read-only.
 
     Raises:
-      BadImage: the picture is empty or so oblong that the intermediate image would exceed `MAX_PIXELS`.
+      BadImage: the picture is empty, or so oblong that the intermediate image, or the square, would exceed `MAX_PIXELS`.
     """
     if isinstance(picture, Image.Image) and picture.mode != "RGB":
         picture = picture.convert("RGB")
@@ -59,6 +59,8 @@ def preprocess(picture: Image.Image | np.ndarray, size: int) -> np.ndarray:
         raise BadImage(f"the picture is empty ({width}x{height})")
     steps = _sizes((width, height), size)
     (before, scaled) = ((width, height), *steps)[-2:]
+    if size * size > MAX_PIXELS:
+        raise BadImage(f"squares of {size} px have more than the {MAX_PIXELS} pixels that an image may have")
     if scaled[0] * scaled[1] > MAX_PIXELS:
         raise BadImage(f"too oblong: {before[0]}x{before[1]} would be enlarged to {scaled[0]}x{scaled[1]}")
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2

@@ -119,7 +119,7 @@ def check_usable(
 ) -> None:
     """Raises UserError where the prepared pixels are not those that the configuration asks for."""
     if index["image_size"] != image_size:
-        if not where.startswith("--config."):
+        if not where.startswith("--config.data."):
             raise UserError(
                 f"{where} was prepared at {index['image_size']} px, and {image_size} px are needed: prepare with "
                 f"--image_size {image_size}"

@@ -48,6 +48,7 @@ TABLE_ENDINGS = (".parquet", ".arrow")
 
 
 def endings(all_formats: bool) -> tuple[str, ...]:
+    """Endings of the files that are read as pictures."""
     return ENDINGS + MORE_ENDINGS if all_formats else ENDINGS
 
 
@@ -103,6 +104,7 @@ _SIDE_FOLDERS = frozenset(
 
 
 def is_side_folder(name: str) -> bool:
+    """Whether folders of this name usually stand beside a data set's images: "annotations", "masks"."""
     return name.lower() in _SIDE_FOLDERS
 
 

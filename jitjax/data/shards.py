@@ -41,6 +41,7 @@ class Settings:
 
 
 def shard_name(number: int, total: int) -> str:
+    """The file name of shard `number`, from 0, of `total`."""
     return f"shard-{number:05d}-of-{total:05d}.arrayrecord"
 
 
@@ -151,6 +152,7 @@ def check_shard(root: str, shard: dict[str, Any], index: dict[str, Any], step: C
 
 
 def sha256(path: str) -> str:
+    """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):

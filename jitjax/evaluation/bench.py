@@ -65,6 +65,7 @@ def _random_state(shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) 
 
 
 def main() -> None:
+    """The command line: prints what `bench` returned as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--extractor", choices=("inception", "efficientnet-lite0"), default="inception")
     parser.add_argument("--image_size", type=int, default=64, help="edge in pixels")

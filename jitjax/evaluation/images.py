@@ -18,7 +18,7 @@ from jitjax.data.image import BadImage
 from jitjax.data.rules import HERE, NO_LABELS
 from jitjax.data.tree import is_prepared
 from jitjax.errors import UserError
-from jitjax.evaluation.statistics import NpzImages, npz_images
+from jitjax.evaluation.statistics import NpzImages, is_npz, npz_images
 
 _BATCH = 64  # images a thread reads at a time
 _THREADS = min(16, os.cpu_count() or 1)
@@ -109,7 +109,7 @@ def open_images(path: str | os.PathLike) -> NpzImages | FileImages:
       UserError: nothing usable there, images that are no squares. While iterating: a file of another size, or no image.
     """
     path = Path(path).expanduser()
-    if path.is_file() and path.suffix.lower() == ".npz":
+    if path.is_file() and is_npz(path):
         return npz_images(path)
     if not path.is_dir():
         state = "is neither a folder nor an .npz" if path.exists() else "does not exist"

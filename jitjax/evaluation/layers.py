@@ -39,6 +39,7 @@ def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int,
 
 
 def convolve(x: jax.Array, params: tuple[jax.Array, jax.Array], stride: int, padding: str, precision: Any) -> jax.Array:
+    """Convolution of x (B, H, W, C) with (kernel HWIO, bias) as `folded` gives them; padding and precision as for `jax.lax`."""
     kernel, bias = params
     dimensions = ("NHWC", "HWIO", "NHWC")
     return bias + jax.lax.conv_general_dilated(
@@ -48,7 +49,7 @@ def convolve(x: jax.Array, params: tuple[jax.Array, jax.Array], stride: int, pad
 
 def convolve_depthwise(x: jax.Array, params: tuple[jax.Array, jax.Array], stride: int) -> jax.Array:
     """One k x k kernel (k, k, 1, C) per channel, SAME padding, as a sum of k^2 shifted products: XLA makes one loop of
-    them. The grouped convolution it replaces is 1.5 times slower on an H200 and many times slower on CPU."""
+    them. A grouped convolution is 1.5 times slower on an H200 and many times slower on CPU."""
     kernel, bias = params
     size = kernel.shape[0]
     out = [-(-edge // stride) for edge in x.shape[1:3]]

@@ -99,7 +99,7 @@ class LiveEvaluation:
         return {"metric": self.metric, "value": value, "how": self.how}
 
     def compares_with(self, before: dict[str, Any]) -> bool:
-        """Whether the best score so far was made as these are. (The version before did not say how.)"""
+        """Whether the best score so far was made as these are. (Where it does not say how, it counts as made alike.)"""
         return before["metric"] == self.metric and before.get("how", self.how) == self.how
 
 

@@ -15,7 +15,7 @@ from jitjax.evaluation.extractor import open_extractor
 from jitjax.evaluation.images import DataImages, open_images
 from jitjax.evaluation.models import Evaluation, evaluate_batches, evaluate_pipeline
 from jitjax.evaluation.score import make_statistics, open_reference
-from jitjax.evaluation.statistics import npz_images, write_statistics
+from jitjax.evaluation.statistics import is_npz, npz_images, write_statistics
 from jitjax.settings import to_dict
 
 
@@ -43,7 +43,7 @@ def evaluate(
     path = Path(target).expanduser()
     if json_file:
         draw.writable_folder(Path(json_file).expanduser().absolute().parent, "--json")
-        _check_replaceable(Path(json_file).expanduser())
+        _check_holds_scores(Path(json_file).expanduser())
     chosen = open_extractor(**extractor)
     if is_images(path):
         images = open_images(path)
@@ -90,6 +90,7 @@ def evaluate(
 
 
 def report_lines(result: Evaluation) -> list[str]:
+    """The scores, the seam index where there is one, and where the time went."""
     seconds = result.seconds
     total = sum(seconds.values()) or 1.0
     share = "; ".join(
@@ -110,7 +111,7 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
     draw.writable_folder(Path(out).expanduser().absolute().parent)
     chosen = open_extractor(**extractor)
     path = Path(data).expanduser()
-    if path.suffix.lower() == ".npz":
+    if is_npz(path):
         if split:
             raise UserError(f"--split={split} is for a folder of images, and DATA={data} is none: leave it out")
         images = npz_images(path)
@@ -125,14 +126,16 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
     if jax.process_index() == 0:
         write_statistics(Path(out).expanduser(), made)
         print(f"{out}: {chosen.name}, {made.count} images of {made.image_size} px, {chosen.dim} features")
-        for notice in [*chosen.notices, *(getattr(images, "skipped", None) or [])[:5]]:
+        skipped = getattr(images, "skipped", ())
+        left_out = [f"{len(skipped)} images could not be decoded, the first: {skipped[0]}"] if skipped else []
+        for notice in [*chosen.notices, *left_out]:
             tables.say(f"note: {notice}")
     return 0
 
 
 def is_images(path: Path) -> bool:
     """Whether a target is a set of images rather than a model."""
-    if path.suffix.lower() == ".npz":
+    if is_npz(path):
         return True
     if not path.is_dir():
         return False
@@ -141,7 +144,7 @@ def is_images(path: Path) -> bool:
     return not is_workdir(path) and not any(path.glob("*.safetensors")) and not any(path.glob("*/*.safetensors"))
 
 
-def _check_replaceable(file: Path) -> None:
+def _check_holds_scores(file: Path) -> None:
     """Raises:
     UserError: the file is there and holds something else than scores.
     """

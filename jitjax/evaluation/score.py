@@ -22,6 +22,7 @@ from jitjax.evaluation.images import DataImages
 from jitjax.evaluation.statistics import (
     FeatureStatistics,
     Statistics,
+    is_npz,
     npz_images,
     npz_names,
     read_statistics,
@@ -30,17 +31,6 @@ from jitjax.evaluation.statistics import (
 from jitjax.settings import DECODING
 
 PAPER_IMAGES = 50_000
-# Guidance of the published evaluations, inside times 0.1 to 1.0 (official README; G: paper). No value for 64 px is published.
-PUBLISHED_INTERVAL = (0.1, 1.0)
-PUBLISHED_CFG_SCALE = {
-    "JiT-B/16": 3.0,
-    "JiT-B/32": 3.0,
-    "JiT-L/16": 2.4,
-    "JiT-L/32": 2.5,
-    "JiT-H/16": 2.2,
-    "JiT-H/32": 2.3,
-    "JiT-G/16": 2.2,
-}
 CACHE_VERSION = 2  # of cached statistics: those of version 1 can lack 64 images
 REFERENCE_FEATURES = 10_000  # ADM's number of reference images for precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
@@ -87,15 +77,33 @@ def open_reference(
     Raises:
       UserError: nothing usable, damaged, or of another extractor, resize rule or size.
     """
+    if not isinstance(reference, str | os.PathLike):
+        return _open_reference(reference, extractor, image_size, {}, flag, cache, progress)
+    try:
+        return _open_reference(reference, extractor, image_size, reading or {}, flag, cache, progress)
+    except UserError as error:
+        problem = str(error).removeprefix(f"{Path(reference).expanduser()}: ")
+        raise UserError(problem if flag in problem else f"{flag}={reference}: {problem}") from None
+
+
+def _open_reference(
+    reference: str | os.PathLike | DataSet | Statistics,
+    extractor: Extractor,
+    image_size: int,
+    reading: Mapping[str, Any],
+    flag: str,
+    cache: bool,
+    progress: Callable[[int], None] | None,
+) -> tuple[Statistics, list[str]]:
     notes: list[str] = []
     if isinstance(reference, str | os.PathLike):
         path = Path(reference).expanduser()
         if path.is_dir():
-            reference = open_dataset(path, image_size, flag=flag, **(reading or {}))
+            reference = open_dataset(path, image_size, flag=flag, **reading)
             notes.append(f"reference: {reference.summary}")
-        elif split := (reading or {}).get("split"):
+        elif split := reading.get("split"):
             raise UserError(f"--split={split} is for a folder of images, and {flag}={path} is none: leave it out")
-        elif path.suffix.lower() == ".npz" and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
+        elif is_npz(path) and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
             images = npz_images(path)
             _check_size(str(path), images.image_size, image_size)
             made = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
@@ -105,7 +113,7 @@ def open_reference(
             notes += reference.check(
                 extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize
             )
-            if reference.features is None and path.suffix.lower() == ".npz" and "arr_0" in npz_names(path):
+            if reference.features is None and is_npz(path) and "arr_0" in npz_names(path):
                 images = npz_images(path)
                 _check_size(str(path), images.image_size, image_size)
                 sample = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)

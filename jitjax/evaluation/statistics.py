@@ -124,7 +124,8 @@ class Statistics:
         if self.resize is not None and resize is not None and self.resize != resize:
             raise UserError(f"{self.source}: statistics with resize rule '{self.resize}', not '{resize}'; {remedy}")
         if self.image_size is not None and self.image_size != image_size:
-            raise UserError(f"{self.source}: statistics of {self.image_size} px images, the scored ones have {image_size} px")
+            sizes = f"statistics of {self.image_size} px images, the scored ones have {image_size} px"
+            raise UserError(f"{self.source}: {sizes}; {remedy}")
         unknown = [] if known else [f"{self.source} does not name its extractor: assumed to be {extractor}"]
         if self.image_size is None:
             unknown.append(f"{self.source} does not say of what image size it is: assumed to be {image_size} px")
@@ -286,6 +287,11 @@ def _read_edm2(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- images in .npz
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file of this name is taken for an .npz: by its ending alone, in capitals or not."""
+    return path.suffix.lower() == ".npz"
 
 
 def npz_names(path: str | os.PathLike) -> list[str]:

@@ -175,7 +175,7 @@ def infer_geometry(
             why = "as in the published size" if (depth, width) in known else "depth // 3, as in the published B, L and H"
             text = (
                 f"the tensors do not say where the {context_length} context tokens start: block {context_start} is assumed "
-                f"({why}); context_start says otherwise"
+                f"({why}); if that is wrong, give context_start"
             )
             if notes is not None:
                 notes.append(text)
