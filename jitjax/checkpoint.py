@@ -87,6 +87,7 @@ def defect(folder: Path, run: str | None) -> str | None:
 
 
 def report_skipped(folder: Path, reason: str) -> None:
+    """Warn that the checkpoint in `folder` is not used."""
     _log.warning("checkpoint %s is not used: %s", folder, reason)
 
 
@@ -158,7 +159,8 @@ def reason_of(error: BaseException | None) -> str:
     """One line about an exception of Orbax, TensorStore or the system, whose own texts have up to 314 lines."""
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+    full = full or ("RESOURCE_EXHAUSTED" in text and not isinstance(error, jax.errors.JaxRuntimeError))  # XLA's is of memory
+    if full or "No space left" in text:
         return "no space left for a checkpoint"
     if isinstance(error, PermissionError) or "Permission denied" in text or "PERMISSION_DENIED" in text:
         return "no permission to write checkpoints there"
@@ -237,6 +239,11 @@ def means_best(path: Path) -> bool:
 
 
 def read_best(workdir: Path) -> dict[str, Any] | None:
+    """What best.json of a workdir says: {"step", "metric", "value", "how"}; None where there is no file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
         return json.loads((workdir / BEST_FILE).read_text())
     except FileNotFoundError:
@@ -272,24 +279,6 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
     params, *emas = map(jit_model.without_class_head, (restored["params"], *restored["ema"].values()))
     meta = {**meta, "geometry": {**meta["geometry"], "class_head": False}}
     return Weights(params, dict(zip(restored["ema"], emas, strict=True)), meta, step)
-
-
-def load_model(path: str | Path, which: str = "") -> jit_model.JiT:
-    """A module with the weights of a workdir's newest whole checkpoint or of one checkpoint, ready for `jitjax.sample`.
-
-    Args:
-      path: a workdir or <workdir>/checkpoints/<step>.
-      which: a decay, e.g. "0.9999", or "params" for the weights that the optimizer moves; "": the slowest EMA.
-
-    Raises:
-      UserError: nothing whole at `path`, or no such EMA in it.
-    """
-    weights = load_weights(path)
-    choices = {"params": weights.params, **weights.ema}
-    which = which or max(weights.ema, key=float)
-    if which not in choices:
-        raise UserError(f"{path} has no weights {which!r}: it has {', '.join(choices)}")
-    return jit_model.merge(jit_model.graphdef_of(weights.geometry), choices[which])
 
 
 def check_fits(

@@ -13,6 +13,8 @@ from jitjax import tables
 class UserError(Exception):
     """A user's mistake: one line that names the flag, the value and the remedy. It is shown without a traceback."""
 
+    exit_code = 2  # `jitjax.signals` has their meanings
+
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jitjax import from_settings, hlo, kernels, model, sharding
+from jitjax import from_settings, hlo, kernels, model, runtime, sharding
 from jitjax import settings as settings_lib
 from jitjax.cards import Card
 from jitjax.errors import UserError
@@ -31,9 +31,9 @@ from jitjax.settings import Settings
 GIB = 2**30
 
 
-# Compiled to be read, not to run: no machine code worth the name, and what a CPU does otherwise than a GPU is off. It would
-# multiply float16 in float32 and keep float32 copies of all that is multiplied twice; sum float16 over devices in float32; and
-# drop the barriers of rematerialisation, so that nothing were computed again.
+# The program is only read, never run. So code generation is cut short (the first two options), and what XLA does for a CPU but
+# not for a GPU is switched off: float16 matmuls in float32, with float32 copies of operands that are used twice; float16 sums
+# over devices in float32; and dropping the barriers of rematerialisation, without which nothing would be computed again.
 COMPILER_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -121,13 +121,24 @@ def _elements(leaf: Any) -> int:
 # ---------------------------------------------------------------- which batch fits
 
 
-def out_of_memory(settings: Settings, num_classes: int | None, *, say: Callable[[str], None] | None) -> UserError:
+def out_of_memory(
+    error: Exception, settings: Settings, num_classes: int | None, *, say: Callable[[str], None] | None
+) -> UserError:
     """The error for a run that is out of memory: which batch would fit.
 
     Args:
+      error: the runtime's.
       num_classes: None if there was no room for the run's state.
-      say: takes a line before the work begins; compiling takes a while.
+      say: takes the runtime's own words, and a line before the work begins; compiling takes a while.
     """
+    if say:
+        say(f"the runtime says: {' '.join(str(error).splitlines()[0].split())[:300]}")
+    if runtime.HOST_MEMORY_LIMIT in str(error):  # XLA names it where host memory is lacking
+        return UserError(
+            "out of host memory: saves and EMA snapshots copy the state there. Free some, set "
+            f"{runtime.HOST_MEMORY_LIMIT} higher than {os.environ.get(runtime.HOST_MEMORY_LIMIT, '64')}, or keep fewer EMAs "
+            "(--config.optim.ema_decays, --config.optim.power_emas)"
+        )
     if num_classes is None:
         return UserError(
             "out of memory before the first step, for parameters, moments and EMAs: shard them over more devices "
@@ -178,6 +189,7 @@ def fitting(
 
 
 def flags(settings: Settings) -> str:
+    """The flags that give these settings' micro-batches."""
     return f"--config.batch_size={settings.batch_size} --config.optim.accumulation_steps={settings.optim.accumulation_steps}"
 
 

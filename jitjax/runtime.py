@@ -27,6 +27,8 @@ ENVIRONMENT = {
     # Where input workers are killed with the run, Python removes their shared memory, and would call that a leak.
     "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
 }
+# GB of page-locked host memory that XLA may take, 64 by default. Saves and EMA snapshots need there what the state takes.
+HOST_MEMORY_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
 def is_worker() -> bool:
@@ -46,10 +48,15 @@ def set_environment() -> None:
     mine = os.environ.get("XLA_FLAGS", "")
     ours = [f"{name}={value}" for name, value in XLA_FLAGS.items() if name not in mine]
     os.environ["XLA_FLAGS"] = " ".join([*ours, mine]).strip()
-    for name, value in ENVIRONMENT.items():
+    for name, value in {**ENVIRONMENT, HOST_MEMORY_LIMIT: str(_host_memory_limit())}.items():
         os.environ.setdefault(name, value)
     # JAX reports at every start on a machine without a TPU that there is none.
     logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "'tpu'" not in record.getMessage())
+
+
+def _host_memory_limit() -> int:
+    """All that the machine has, in GB (a limit reserves nothing), but no less than XLA's default."""
+    return max(64, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30)
 
 
 def start_distributed() -> distributed.Peers:

@@ -168,7 +168,7 @@ class Checkpoints:
         return steps[::-1]
 
     def _verified(self, step: int) -> bool:
-        """Whether the checkpoint is whole; where not, one line says why. Process 0 reads, all get its verdict."""
+        """Whether the checkpoint is whole; where not, one line says why. Process 0 reads, all get its result."""
         if step in self._whole:
             return True
         reason = checkpoint.defect(self._folder / str(step), self._run.get("run")) if self._is_main else None
@@ -214,7 +214,7 @@ class Checkpoints:
 
     def require_space(self, state: TrainState) -> None:
         """Raises:
-        UserError: the disk has not room for one more checkpoint. Orbax would find out half-way.
+        UserError: the disk has no space for one more checkpoint. Orbax would find out half-way.
         """
         if reason := self._lacks_space(state):
             raise UserError(f"--workdir={self._workdir}: {reason}: free some and run the same command again")
@@ -283,7 +283,7 @@ class Checkpoints:
         if alone:
             try:
                 copy = host_copy.to_host(state)
-            except Exception as error:  # no room for it in page-locked memory: Orbax copies, and training waits
+            except Exception as error:  # no space for it in page-locked memory: Orbax copies, and training waits
                 _log.warning(
                     "no copy of the state fits into page-locked host memory (%s): this save is slower",
                     checkpoint.reason_of(error),
@@ -311,6 +311,11 @@ class Checkpoints:
         """Whether a whole checkpoint of `step` is on disk. Waits for the write in the background."""
         self._settle()
         return step in self._whole
+
+    def newest(self) -> int | None:
+        """The step that the run would continue from. Waits for the write in the background."""
+        self._settle()
+        return max(self._whole, default=None)
 
     def is_whole(self, step: int) -> bool:
         """As `has`, without waiting. Any thread may ask."""

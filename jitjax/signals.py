@@ -18,7 +18,8 @@ from typing import Any
 from jitjax.errors import UserError
 
 # Exit codes: 0 complete, or `stop_after` reached; 1 a bug; 2 a user's mistake or a run that cannot go on (one line says what);
-# 3 stopped without saving; 128 + n saved and stopped by signal n. After 3 and 128 + n the same command continues the run.
+# 3 stopped without saving, also by lack of memory after a save; 128 + n saved and stopped by signal n. After 3 and 128 + n the
+# same command continues the run.
 NOT_SAVED = 3
 _WAKE = signal.SIGURG  # ends a wait of the main thread; ignored by default, so harmless where nobody handles it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -29,9 +30,12 @@ class Stopped(Exception):
 
 
 def keep_interrupts() -> None:
-    """From now on a Ctrl-C is heeded whatever it meets. While JAX is being imported it ends the process: nothing has begun, and
-    native modules abort if their import is interrupted. It comes a second time if it is lost in a callback of the interpreter,
-    whose exceptions Python reports and forgets; JAX has one for garbage collection."""
+    """Make every Ctrl-C count from now on, in two places where Python's own handling fails.
+
+    While JAX is being imported it ends the process: native modules abort if their import is interrupted, and nothing has begun.
+    Inside a callback of the interpreter, whose exceptions Python prints and drops (JAX has one for garbage collection), it is
+    sent again a moment later.
+    """
     before = sys.unraisablehook
 
     def handle(number, frame):

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jitjax import ema, host_copy, settings, sharding
+from jitjax import checkpoint, ema, host_copy, settings, sharding
 from jitjax.errors import UserError
 
 _ATTEMPTS, _RETRY_SECONDS = 5, 60.0
@@ -33,7 +33,7 @@ class Snapshots:
         for name, params in emas.items():
             if not name.startswith(settings.POWER):
                 continue
-            whole = host_copy.to_host(params) if jax.process_count() == 1 else sharding.replicated(params)
+            whole = _to_host(name, params) if jax.process_count() == 1 else sharding.replicated(params)
             if jax.process_index() == 0:
                 self._pending.append(self._pool.submit(self._write, step, float(name.removeprefix(settings.POWER)), whole))
 
@@ -59,7 +59,7 @@ class Snapshots:
             written.result()
 
     def close(self) -> None:
-        """Like `settle`, without patience for a disk that refuses."""
+        """Like `settle`, but does not try again where the disk refuses."""
         self._closing.set()
         try:
             self.settle()
@@ -78,3 +78,12 @@ class Snapshots:
                     raise
                 _log.warning("%s; training goes on, attempt %d of %d", error, attempt, _ATTEMPTS)
             self._closing.wait(_RETRY_SECONDS)
+
+
+def _to_host(name: str, params: Mapping[str, jax.Array]) -> Any:
+    try:
+        return host_copy.to_host(params)
+    except jax.errors.JaxRuntimeError as error:
+        reason = checkpoint.reason_of(error)
+        _log.warning("no copy of %s fits into page-locked host memory (%s): training waits for this snapshot", name, reason)
+        return jax.device_get(params)

@@ -49,7 +49,7 @@ from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.plan import Plan, after_another_batch, resolve_num_classes
 from jitjax.preview import Preview
 from jitjax.settings import Settings
-from jitjax.signals import StopAfter, Stopped, StopRequest, leave
+from jitjax.signals import NOT_SAVED, StopAfter, Stopped, StopRequest, leave
 from jitjax.snapshots import Snapshots
 from jitjax.timing import TimeAccount
 from jitjax.watchdog import Watchdog
@@ -152,8 +152,11 @@ def train(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if run is None:
-                raise memory.out_of_memory(settings, None, say=None) from error
-            raise memory.out_of_memory(run.settings, run.geometry.num_classes, say=run.monitor.note) from error
+                raise memory.out_of_memory(error, settings, None, say=None) from error
+            failure = memory.out_of_memory(error, run.settings, run.geometry.num_classes, say=run.monitor.note)
+            if (run.checkpoints.newest() or 0) > run.start:  # it fitted until now, and the next start gets further
+                failure.exit_code = NOT_SAVED
+            raise failure from error
 
 
 def build(

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
-from jitjax import checkpoint, distributed, from_settings, memory, pipeline, settings
+from jitjax import checkpoint, cli, distributed, from_settings, memory, pipeline, runtime, settings
 from jitjax.data import order
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
@@ -236,11 +236,49 @@ def test_out_of_memory_is_answered_for_the_cards_that_are_here(begun_on_four, tm
 
     monkeypatch.setattr(from_settings, "make_step", lambda *_: exhausted)
     monkeypatch.setattr(
-        memory, "out_of_memory", lambda settings, *rest, **say: asked.append(settings) or answer(settings, *rest, **say)
+        memory, "out_of_memory", lambda error, settings, *a, **k: asked.append(settings) or answer(error, settings, *a, **k)
     )
     with pytest.raises(UserError, match="out of memory: use a smaller"):
         train(small_settings(**ON_FOUR), workdir)
     assert [(settings.batch_size, settings.optim.accumulation_steps) for settings in asked] == [(4, 1)]
+
+
+@pytest.mark.parametrize("at, code", [(2, 2), (4, 3)])
+def test_out_of_memory_after_a_save_is_worth_another_start(begun_on_four, tmp_path, monkeypatch, at, code):
+    """Exit code 3: a launcher starts it again. Where no start would get further it is 2."""
+    workdir, make_step = shutil.copytree(begun_on_four, tmp_path / "run"), from_settings.make_step
+    start = checkpoint.find(workdir)[1]
+
+    def make(*args):
+        step, calls = make_step(*args), []
+
+        def until(state, batch):
+            calls.append(1)
+            if len(calls) == at:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return step(state, batch)
+
+        return until
+
+    monkeypatch.setattr(from_settings, "make_step", make)
+    settings = small_settings(**ON_FOUR, checkpoint__every_steps=start + 2)
+    with pytest.raises(UserError, match="out of memory") as failed:
+        train(settings, workdir, accept_config_changes=True)
+    assert failed.value.exit_code == code
+    assert cli.guarded(lambda: (_ for _ in ()).throw(failed.value)) == code
+
+
+def test_host_memory_that_is_lacking_is_not_taken_for_the_cards(begun_on_four, tmp_path, monkeypatch):
+    workdir = shutil.copytree(begun_on_four, tmp_path / "run")
+    reason = f"Out of memory while trying to allocate 2.0GiB. Please set the environment variable {runtime.HOST_MEMORY_LIMIT}"
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {reason} to allocate larger host memory")
+
+    monkeypatch.setattr(from_settings, "make_step", lambda *_: exhausted)
+    with pytest.raises(UserError, match="out of host memory: .*EMAs"):
+        train(small_settings(**ON_FOUR), workdir)
+    assert f"the runtime says: RESOURCE_EXHAUSTED: {reason}" in (workdir / "log.txt").read_text()
 
 
 @pytest.mark.slow

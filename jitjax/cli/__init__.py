@@ -57,6 +57,11 @@ def program(argv: Sequence[str] | None = None) -> None:
 
 
 def dispatch(argv: list[str]) -> int:
+    """Run the verb that `argv` names and return its exit code; without arguments print the help.
+
+    Raises:
+      UserError: a user's mistake, see `guarded`.
+    """
     parser = make_parser(next((word for word in argv if word in VERBS), None))
     if not argv:
         parser.print_help()
@@ -91,12 +96,12 @@ def run(parser: Parser, argv: list[str]) -> int:
 
 
 def guarded(call: Callable[[], int | None]) -> int:
-    """The exit code of `call`. A `UserError` is one line on stderr and 2; Ctrl-C is 130; --help is 0."""
+    """The exit code of `call`. A `UserError` is one line on stderr and its code, mostly 2; Ctrl-C is 130; --help is 0."""
     try:
         return call() or 0
     except UserError as error:
         tables.say(f"error: {error}", sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

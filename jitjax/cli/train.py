@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             loaded.settings, args.workdir, accept_config_changes=args.accept_config_changes, notes=loaded.notes, peers=peers
         )
     except UserError as error:
-        peers.failed(str(error), 2)
+        peers.failed(str(error), error.exit_code)
         raise
     except BaseException as error:
         if peers.count > 1:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_checkpoint import LIKE, META, a_state
 
-from jitjax import ema, saving, snapshots
+from jitjax import ema, host_copy, saving, snapshots
 from jitjax.errors import UserError, closing
 from jitjax.snapshots import Snapshots
 
@@ -30,6 +30,21 @@ def test_they_hold_the_numbers_of_their_moment(tmp_path):
         for name, value in a_state(step).params.items():
             np.testing.assert_array_equal(found[10, sigma][name], np.asarray(value, np.float16))
             assert not found[20, sigma][name].any()
+
+
+def test_without_page_locked_memory_they_are_written_too(tmp_path, monkeypatch, caplog):
+    def full(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.0GiB.")
+
+    monkeypatch.setattr(host_copy, "to_host", full)
+    written = Snapshots(tmp_path)
+    written.save(emas(3), 10)
+    written.close()
+    assert caplog.text.count("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.0GiB.): training waits for") == 2
+    found = {sigma: read() for _, sigma, read in ema.find_snapshots(tmp_path)}
+    for sigma, step in ((0.1, 3), (0.05, 4)):
+        for name, value in a_state(step).params.items():
+            np.testing.assert_array_equal(found[sigma][name], np.asarray(value, np.float16))
 
 
 def test_a_disk_that_refuses_for_a_while_costs_nothing(tmp_path, monkeypatch, caplog):
