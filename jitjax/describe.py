@@ -72,6 +72,7 @@ def describe(settings: Settings) -> str:
 
 
 def settings_text(settings: Settings) -> str:
+    """The settings as indented JSON."""
     return json.dumps(settings_lib.to_dict(settings), indent=1)
 
 

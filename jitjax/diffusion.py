@@ -25,7 +25,7 @@ LABELS = "labels"
 
 def loss_of(objective: Objective, network: Callable[..., jax.Array], x: jax.Array, e: jax.Array, t: jax.Array, y: jax.Array,
             *, labels: jax.Array | None = None, **options: Any) -> jax.Array:  # fmt: skip
-    """The loss of each image, (B,) float32: `objective` of what `network` makes of the noised images.
+    """The loss of each image, (B,) float32: noises the images, applies `network`, and applies `objective` to its output.
 
     Args:
       network: a `jitjax.model.JiT`; `options` are further arguments of its call.

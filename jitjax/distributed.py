@@ -218,12 +218,13 @@ class Peers:
         """End this process with exit code `code` and the line `message`, and the others with the same code: one process's
         mistake is no reason to start all of them again. Returns only where there are no others.
 
-        A collective fails where another process died: for a moment this one waits for the better reason, with which it ends.
+        A collective also fails because another process died. So this one first waits a moment for that process's message, and
+        ends with it if it comes.
         """
         if self.count == 1:
             return
         if self._closed.wait(_REASON_SECONDS):
-            time.sleep(_REASON_SECONDS)  # it is being said
+            time.sleep(_REASON_SECONDS)  # the message has come, and ends this process
         self._closed.set()
         line = f"process {self.rank} stopped: {' '.join(message.split())[:300]}"
         for other in self._links:

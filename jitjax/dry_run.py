@@ -118,6 +118,8 @@ def memory_table(outlook: Outlook, needs: Needs, card: str) -> str:
 
 
 def what_fits(outlook: Outlook, needs: Needs, card: Card) -> str:
+    """The largest micro-batch of the same effective batch that fits, in words. Compiles each that it tries."""
+
     def look(settings: Settings) -> Needs:
         tables.say(f"does it fit with {memory.flags(settings)}? compiling ...", sys.stderr)
         return memory.needs(settings, outlook.geometry, outlook.plan, outlook.mesh, card)

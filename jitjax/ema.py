@@ -44,26 +44,17 @@ def gamma_of(sigma_rel: float) -> float:
     return max(0.0, float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max()))
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """The relative standard deviation of the profile tau^gamma."""
-    return (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
-
-
 # ---------------------------------------------------------------- during training
 
 
 def power_ema_rate(step: Any, sigma_rel: float) -> jax.Array:
     """1 - decay of the update that makes `step` updates in all (>= 1): ema += rate * (params - ema). Traceable in `step`.
 
-    The rate and not the decay, because float32 near 1 would leave a rate of 1e-5 with two digits. 1 at the first step.
+    1 - (1 - 1 / step)^(gamma + 1), float32; 1 at the first step. The rate and not the decay, because float32 near 1 would leave
+    a rate of 1e-5 with two digits.
     """
     step = jnp.asarray(step, jnp.float32)
     return -jnp.expm1((gamma_of(sigma_rel) + 1) * jnp.log1p(-1 / step))
-
-
-def power_ema_decay(step: Any, sigma_rel: float) -> jax.Array:
-    """beta = (1 - 1 / step)^(gamma + 1), float32. For the update itself use `power_ema_rate`."""
-    return 1 - power_ema_rate(step, sigma_rel)
 
 
 def warmup_ema_rate(step: Any, decay: float) -> jax.Array:
@@ -74,11 +65,6 @@ def warmup_ema_rate(step: Any, decay: float) -> jax.Array:
     """
     step = jnp.asarray(step, jnp.float32)
     return jnp.maximum(1 - decay, 9 / (10 + step))
-
-
-def warmup_ema_decay(step: Any, decay: float) -> jax.Array:
-    """min(decay, (1 + step) / (10 + step)), float32. For the update itself use `warmup_ema_rate`."""
-    return 1 - warmup_ema_rate(step, decay)
 
 
 # ---------------------------------------------------------------- reconstruction

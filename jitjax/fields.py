@@ -48,6 +48,7 @@ def free(default: Any, help: str, **rule: Any) -> Any:
 
 
 def group(kind: type) -> Any:
+    """A field that holds the settings class `kind`, at its defaults."""
     return dataclasses.field(default_factory=kind, metadata={"group": kind})
 
 
@@ -152,4 +153,5 @@ def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
 
 
 def get(settings: Any, dotted: str) -> Any:
+    """The value of the field with this dotted name, e.g. "optim.lr"."""
     return functools.reduce(getattr, dotted.split("."), settings)

@@ -1,4 +1,4 @@
-"""What a compiled program says between devices: collectives and their bytes, read from its HLO text."""
+"""What crosses devices in a compiled program: its collectives and their bytes, read from its HLO text."""
 
 from __future__ import annotations
 

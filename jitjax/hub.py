@@ -59,7 +59,7 @@ def push(folder: Path, name: str, *, private: bool | None, message: str) -> tupl
     A model card that the repository has already may have been edited there: it stays, and so does its picture.
 
     Returns:
-      the address, and what must be said.
+      the address, and lines to print.
 
     Raises:
       UserError: no such owner, no token that may write, or no network.

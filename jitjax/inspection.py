@@ -106,8 +106,8 @@ def mark(run: Run, number: int, scores: dict[str, float], save: Callable[..., No
 
 
 def mark_again(run: Run, number: int, save: Callable[..., None]) -> None:
-    """As `mark`, with the scores of step `number`, with which this start begins: a full disk may have taken them and not the
-    mark. All processes must call it."""
+    """As `mark`, with the scores that were written for step `number`, from which this start continues: a disk that was nearly
+    full may have taken the scores and refused the mark. All processes must call it."""
     if run.evaluation is None or not number:
         return
     line = checkpoint.score_line(run.folder.path, number) if run.peers.rank == 0 else None
@@ -119,10 +119,10 @@ def mark_again(run: Run, number: int, save: Callable[..., None]) -> None:
 
 @contextlib.contextmanager
 def writable(run: Run, number: int) -> Iterator[None]:
-    """A disk that takes no preview does not end a run before its last step. The next start draws that one.
+    """Around writing the preview of step `number`. A disk that refuses it costs one line and that picture, and the run goes on.
 
     Raises:
-      UserError: at the last step.
+      UserError: the disk refuses it at the last step. The next start draws it.
     """
     try:
         yield

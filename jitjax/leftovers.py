@@ -33,7 +33,7 @@ def new_segment(size: int) -> shared_memory.SharedMemory:
     """Shared memory of this process, which is the run's main one, with its number in the name.
 
     Raises:
-      OSError: there is no room for it.
+      OSError: no space for it.
     """
     return shared_memory.SharedMemory(f"{_PREFIX}{os.getpid():x}_{secrets.token_hex(4)}", create=True, size=size)
 

@@ -2,7 +2,7 @@
 
 `checksums.json` lies in a checkpoint's folder and names every file there with its size and XXH3-128 digest, the optimizer step,
 and the run that wrote it. It is written before Orbax renames the finished folder into place, so a committed checkpoint always
-has one. Checkpoints of jitjax 0.1.0 have none: they are read, and the reader reports that nothing vouches for their bytes.
+has one. Checkpoints of jitjax 0.1.0 have none: they are read, with a note that their bytes cannot be verified.
 
 Imports no JAX.
 """

@@ -231,6 +231,7 @@ normal = nnx.initializers.normal(0.02)
 
 
 def linear(n_in: int, n_out: int, rngs: nnx.Rngs, init=xavier, use_bias: bool = True) -> nnx.Linear:
+    """An affine map with a (n_in, n_out) kernel, Xavier uniform unless `init` says otherwise, and a bias of zeros."""
     return nnx.Linear(n_in, n_out, kernel_init=init, bias_init=zeros, use_bias=use_bias, rngs=rngs)
 
 
@@ -240,6 +241,7 @@ def matmul(layer: nnx.Linear, x: jax.Array) -> jax.Array:
 
 
 def affine(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """x @ kernel + bias in the type of x."""
     return matmul(layer, x) + layer.bias[...].astype(x.dtype)
 
 
@@ -336,9 +338,19 @@ class Block(nnx.Module):
         self.adaln = linear(g.width, 6 * g.width, rngs, init=zeros)
 
     def __call__(self, x_BTD, pending, c_BD, rope, keys_B3, ops: kernels.Ops, drop: int = 0, product_BP=None):
-        """Args: x and the `pending` branch of the block before (None at the start), silu of the conditioning, the rope
-        tables, three dropout keys per image or None, how many leading tokens are dropped after the attention, see
-        `modulations`. Returns x (first residual merged, without those tokens) and this block's pending."""
+        """One block without its last residual addition, which merges with the next norm.
+
+        Args:
+          pending: (branch, bias, gate) that the block before left; None for the first block.
+          c_BD: silu of the conditioning.
+          rope: cosines and sines, see `rope_tables`.
+          keys_B3: three dropout keys per image; None switches dropout off.
+          drop: leading tokens that are attended to and end here.
+          product_BP: see `modulations`.
+
+        Returns:
+          x after the attention's residual, (B, T - drop, D); this block's pending (branch, bias, gate).
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(self.adaln, c_BD, 6, product_BP)
         keys = (None,) * 3 if keys_B3 is None else tuple(keys_B3[:, i] for i in range(3))
         if pending is None:

@@ -22,7 +22,7 @@ HIGH_DEPTH = ("clip", "range", "picture")
 METHODS = ("heun", "euler", "abm2", "abm3", "dpmpp_2m")
 POWER = "power:"  # name of a power-function EMA: "power:0.05"
 FIRST_EMA = "e.g. 0.9999 or power:0.1; '': the first of optim.power_emas, else of optim.ema_decays."
-GRID = dict(pattern=r"uniform|power:\d+(\.\d+)?", form="uniform or power:RHO, e.g. power:1.6")
+GRID = dict(pattern=r"uniform|power:(?=.*[1-9])\d+(\.\d+)?", form="uniform or power:RHO with RHO > 0, e.g. power:1.6")
 INT32 = 2**31 - 1  # the largest optimizer step that a device counts
 POSITIVE = dict(low=0, open_low=True)
 STEPS = dict(low=1, high=INT32, unit="optimizer steps")
@@ -153,8 +153,16 @@ class Sampler:
     t_eps: float = setting(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
 
 
+class _Drawn:
+    """What the settings of previews and of scores share."""
+
+    def sampler(self) -> Sampler:
+        """The part that says how images are drawn."""
+        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
+
+
 @dataclasses.dataclass(frozen=True)
-class Preview:
+class Preview(_Drawn):
     every_steps: int | None = free(None, "A grid of samples at multiples of this step.", **STEPS)
     every_epochs: float | None = free(None, "A grid of samples every so many epochs.", **EPOCHS)
     num_images: int = free(64, "Images of a grid.", low=1, high=10**6)
@@ -166,12 +174,9 @@ class Preview:
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
     which: str = free("", f"EMA to sample from, {FIRST_EMA}")
 
-    def sampler(self) -> Sampler:
-        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
-
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
+class Eval(_Drawn):
     every_steps: int | None = free(None, "Score the live EMA at multiples of this step.", **STEPS)
     every_epochs: float | None = free(None, "Score the live EMA every so many epochs.", **EPOCHS)
     num_images: int = free(5000, "Images that are drawn and scored.", low=2, high=10**6)
@@ -188,9 +193,6 @@ class Eval:
     t_eps: float = free(0.05, "Lower clip of 1 - t when sampling.", high=1, **POSITIVE)
     batch_size: int = free(64, "Images drawn at once per device.", low=1, high=2**16)
     which: str = free("", f"EMA to score, {FIRST_EMA}")
-
-    def sampler(self) -> Sampler:
-        return Sampler(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampler)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +284,7 @@ def from_mapping(values: Mapping[str, Any], *, ignore_unknown: bool = False) -> 
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in a nested mapping."""
     for key, value in values.items():
         if hasattr(value, "items"):
             yield from flatten(value, f"{prefix}{key}.")
@@ -309,6 +312,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def did_you_mean(name: str) -> str:
+    """The end of the line about an unknown field: the nearest one, if any is near, and where all are listed."""
     import difflib
 
     leaf = name.rpartition(".")[2]
@@ -369,6 +373,9 @@ def check_data(data: Data) -> None:
 
 
 def check_interval(interval: tuple[float, ...], flag: str) -> None:
+    """Raises:
+    UserError: the two times of a guidance interval are not in increasing order; names `flag`.
+    """
     low, high = interval
     if not low < high:
         raise UserError(f"{flag}=({low:g},{high:g}): the first time must be smaller than the second, e.g. (0.1,1.0)")

@@ -95,6 +95,7 @@ def split_axis(name: str, shape: tuple[int, ...], parts: int) -> int | None:
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition spec of one parameter, by `split_axis`."""
     axis = split_axis(name, shape, mesh.shape[split_over(mesh)])
     return P() if axis is None else P(*(None,) * axis, split_over(mesh))
 
@@ -110,6 +111,7 @@ def _last_key(path: tuple[Any, ...]) -> str:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
+    """As `specs`, as shardings on the mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh), is_leaf=lambda leaf: isinstance(leaf, P))
 
 

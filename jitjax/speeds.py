@@ -24,14 +24,14 @@ NAMES = ("conservative", "middle", "optimistic")
 GUIDE_TOKENS_PER_SECOND = dict(zip(NAMES, (240e3, 400e3, 640e3), strict=True))
 GUIDE_DEVICES = 8
 
-# What is left of a measurement on fewer cards beside the exchange of gradients: two cards reach 0.96, eight are expected
-# between 0.91 and 0.96 (docs/speed.md, "Several cards").
+# What is left of a measurement on fewer cards beside the exchange of gradients: two cards reach 0.96 to 0.98, eight
+# are expected to reach 0.92 to 0.97 (docs/speed.md, "Several cards").
 SCALING = dict(zip(NAMES, (0.88, 0.93, 0.97), strict=True))
-# Share of a run's time in which it trains, where no run says: the loop loses 1 to 2% to saves and logs (docs/speed.md, "Train
-# step"); the rest is for previews, scores, crashes and waiting for the card.
+# Share of a run's time in which it trains, where no run says: the loop loses 1 to 2% to saves and logs (docs/speed.md, "How to
+# reach it"); the rest is for previews, scores, crashes and waiting for the card.
 GOODPUT = dict(zip(NAMES, (0.90, 0.97, 0.99), strict=True))
 
-STRETCH_SECONDS = 3.0  # of a measurement on the spot; a card at its power limit slows down within a second or two
+STRETCH_SECONDS = 3.0  # of one measurement by `measure`; a card at its power limit slows down within a second or two
 
 
 @dataclasses.dataclass(frozen=True)

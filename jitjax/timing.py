@@ -61,7 +61,7 @@ class TimeAccount:
     def _take_back(self, resumed_from: int) -> None:
         """What was trained after the checkpoint must be made again."""
         if self._step > resumed_from:
-            # By what the account said when that step was saved; where it does not know, by the share of steps.
+            # From the seconds noted at each save; between two of them in proportion to the steps.
             steps, seconds = zip((0, 0.0), *sorted(self._saves.items()), (self._step, self.seconds["step"]), strict=True)
             retained = float(np.interp(resumed_from, steps, seconds))
             self.seconds["lost"] += self.seconds["step"] - retained

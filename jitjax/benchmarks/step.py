@@ -3,7 +3,6 @@
     jitjax bench step --config configs/h200.py --config.optim.accumulation_steps=1 \\
         --config.model.class_conditional=True --kernels plain,fused --batch_sizes 64,256
     jitjax bench step --config configs/h200.py:finetune --devices 1,2,4,8 --forms zero,fsdp --accumulation_steps 1,2
-
     jitjax bench step --config configs/h200.py --xla_options "" --xla_options xla_gpu_enable_pdl=false
 
 One JSON line a variant, all measured in one process, so that ratios between them come from one card in one state. On several
@@ -147,10 +146,10 @@ def _list_variants(args: argparse.Namespace) -> list[tuple[Settings, int]]:
 
 
 def _xla_options(text: str) -> dict[str, bool | int | float | str]:
-    """Of "NAME=VALUE,...".
+    """The options in one `--xla_options`, "NAME=VALUE,...".
 
     Raises:
-      UserError: not that, or no option or value that this XLA knows.
+      UserError: an option without a value, or an option or value that this XLA does not know.
     """
     options = {}
     for part in filter(None, text.split(",")):

@@ -26,6 +26,7 @@ def flags_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def page() -> str:
+    """The text of docs/commands.md."""
     lines = [
         "# Commands",
         "",

@@ -46,6 +46,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
+    """The sampler's options among the flags, those that were given."""
     names = ("cfg_scale", "interval", "steps", "method", "grid", "t_eps")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

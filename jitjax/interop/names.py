@@ -62,11 +62,13 @@ class Joined:
 
 
 def is_ema(label: str) -> bool:
+    """Whether a name in a checkpoint is that of an EMA: "ema", "model_ema1", "EMA", "shadow_params", not "schema"."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", label).lower()
     return bool(EMA.search(words)) and not NOT_EMA.search(label.split(".", 1)[-1])
 
 
 def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, read or not: it has `shape`, `dtype` and `numpy()`."""
     return hasattr(value, "numpy") and hasattr(value, "shape") and hasattr(value, "dtype")
 
 

@@ -1,7 +1,7 @@
-"""Weights between a workdir of ours and the forms of `jitjax.interop.weights`: the run that stands around the weights.
+"""Weights between a workdir and the forms of `jitjax.interop.weights`, with settings, optimizer state and position of the run.
 
-The settings of a run and the official arguments name the same things in two ways; what only one of the two names is left
-at its default.
+The settings of a run and the official arguments have different names for the same things. A setting that the other side does
+not have is left at its default.
 """
 
 from __future__ import annotations

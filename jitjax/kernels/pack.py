@@ -1,4 +1,4 @@
-"""Many arrays in one buffer that crosses devices, row by row: into it, and out of it."""
+"""Many arrays packed row by row into one buffer for a transfer between devices, and unpacked again."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class View:
             self._first = (step, now)
         first_step, start = self._first
         per_step = (now - start) / (step - first_step) if step > first_step else metrics.get("time/step")
-        # Seconds to go, when that was so, and after how many the next status is due.
+        # Seconds left, the time of that estimate, and seconds from then to the next status.
         self._left = None if per_step is None else ((self.total_steps - step) * per_step, now, ago + steps * per_step)
         if self._weight:
             self.curve = (*self.curve, self._loss / self._weight)[-CURVE:]
