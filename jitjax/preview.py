@@ -9,7 +9,7 @@ import numpy as np
 
 from jitjax import model as jit_model
 from jitjax.monitor import save_grid
-from jitjax.pipeline import Sampler
+from jitjax.sampler import Sampler
 
 LARGEST_ROW = 16  # classes shown at most, one per column
 

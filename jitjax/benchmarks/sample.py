@@ -23,7 +23,7 @@ from jitjax import diffusion, flops, sampling, settings, sharding
 from jitjax.benchmarks import card, common
 from jitjax.errors import UserError
 from jitjax.from_settings import Setup
-from jitjax.pipeline import Sampler
+from jitjax.sampler import Sampler
 from jitjax.settings import Settings
 
 

@@ -25,7 +25,7 @@ from jitjax.evaluation.held_out import HeldOutLoss
 from jitjax.evaluation.models import evaluate_batches
 from jitjax.evaluation.score import computed, open_reference, slug
 from jitjax.evaluation.statistics import Statistics
-from jitjax.pipeline import Sampler
+from jitjax.sampler import Sampler
 from jitjax.settings import Eval
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import json_lines, small_settings
 from programs import Processes, wait_until, write_config
 
-from jitjax import checkpoint, distributed, pipeline
+from jitjax import checkpoint, distributed, sampler
 from jitjax.errors import UserError
 from jitjax.preview import Preview
 from jitjax.train import train
@@ -59,7 +59,7 @@ class Crash(Exception):
 def test_what_was_trained_is_saved_and_the_next_start_makes_up_for_the_rest(
     undisturbed, tmp_path, monkeypatch, call, crash, saves, left
 ):
-    draw, calls = pipeline.Sampler.__call__, []
+    draw, calls = sampler.Sampler.__call__, []
 
     def stop_at(self, *args, **kwargs):
         calls.append(args)
@@ -71,7 +71,7 @@ def test_what_was_trained_is_saved_and_the_next_start_makes_up_for_the_rest(
 
     settings, step = small_settings(**RUN, **saves), 6 if call > 6 else 4
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Sampler, "__call__", stop_at)
+        patch.setattr(sampler.Sampler, "__call__", stop_at)
         if crash:
             with pytest.raises(Crash):
                 train(settings, tmp_path)
@@ -100,7 +100,7 @@ def test_what_was_trained_is_saved_and_the_next_start_makes_up_for_the_rest(
 def test_a_signal_behind_the_vote_on_a_batch_waits_for_the_next_one(tmp_path, monkeypatch):
     """What one process alone knows must not end its evaluation: the others are in the batch, which would wait for ever."""
     pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
-    vote, draw, calls = distributed.Peers.agree, pipeline.Sampler.__call__, []
+    vote, draw, calls = distributed.Peers.agree, sampler.Sampler.__call__, []
 
     def vote_then_signal(self, value):
         agreed = vote(self, value)
@@ -108,7 +108,7 @@ def test_a_signal_behind_the_vote_on_a_batch_waits_for_the_next_one(tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return agreed
 
-    monkeypatch.setattr(pipeline.Sampler, "__call__", lambda *args, **size: calls.append(args) or draw(*args, **size))
+    monkeypatch.setattr(sampler.Sampler, "__call__", lambda *args, **size: calls.append(args) or draw(*args, **size))
     monkeypatch.setattr(distributed.Peers, "agree", vote_then_signal)
     assert train(small_settings(**RUN), tmp_path) == 128 + signal.SIGTERM
     assert len(calls) == 2 and checkpoint.steps_in(tmp_path / "checkpoints") == [2]
