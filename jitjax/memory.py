@@ -121,9 +121,7 @@ def _elements(leaf: Any) -> int:
 # ---------------------------------------------------------------- which batch fits
 
 
-def out_of_memory(
-    error: Exception, settings: Settings, num_classes: int | None, *, say: Callable[[str], None] | None
-) -> UserError:
+def out_of_memory(error: Exception, settings: Settings, num_classes: int | None, *, say: Callable[[str], None]) -> UserError:
     """The error for a run that is out of memory: which batch would fit.
 
     Args:
@@ -131,13 +129,14 @@ def out_of_memory(
       num_classes: None if there was no room for the run's state.
       say: takes the runtime's own words, and a line before the work begins; compiling takes a while.
     """
-    if say:
-        say(f"the runtime says: {' '.join(str(error).splitlines()[0].split())[:300]}")
+    say(f"the runtime says: {' '.join(str(error).splitlines()[0].split())[:300]}")
     if runtime.HOST_MEMORY_LIMIT in str(error):  # XLA names it where host memory is lacking
+        taken = os.environ.get(runtime.HOST_MEMORY_LIMIT, "64")
+        more = taken.isdigit() and int(taken) < runtime.host_memory_limit()
         return UserError(
-            "out of host memory: saves and EMA snapshots copy the state there. Free some, set "
-            f"{runtime.HOST_MEMORY_LIMIT} higher than {os.environ.get(runtime.HOST_MEMORY_LIMIT, '64')}, or keep fewer EMAs "
-            "(--config.optim.ema_decays, --config.optim.power_emas)"
+            "out of host memory: saves and EMA snapshots copy the state there. Free some, "
+            + (f"set {runtime.HOST_MEMORY_LIMIT} higher than {taken}, " if more else "")
+            + "or keep fewer EMAs (--config.optim.ema_decays, --config.optim.power_emas)"
         )
     if num_classes is None:
         return UserError(
@@ -148,8 +147,7 @@ def out_of_memory(
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if not limit:
         return UserError("out of memory: use a smaller --config.batch_size, or --config.remat=full")
-    if say:
-        say("out of memory; working out what fits ...")
+    say("out of memory; working out what fits ...")
     capability, cores = getattr(device, "compute_capability", ""), getattr(device, "core_count", 0)
     card = Card(device.device_kind, str(capability), cores, limit, device.platform)
     return UserError(f"out of memory: {advise(settings, num_classes, jax.device_count(), card, limit)}")

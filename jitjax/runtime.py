@@ -48,13 +48,13 @@ def set_environment() -> None:
     mine = os.environ.get("XLA_FLAGS", "")
     ours = [f"{name}={value}" for name, value in XLA_FLAGS.items() if name not in mine]
     os.environ["XLA_FLAGS"] = " ".join([*ours, mine]).strip()
-    for name, value in {**ENVIRONMENT, HOST_MEMORY_LIMIT: str(_host_memory_limit())}.items():
+    for name, value in {**ENVIRONMENT, HOST_MEMORY_LIMIT: str(host_memory_limit())}.items():
         os.environ.setdefault(name, value)
     # JAX reports at every start on a machine without a TPU that there is none.
     logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "'tpu'" not in record.getMessage())
 
 
-def _host_memory_limit() -> int:
+def host_memory_limit() -> int:
     """All that the machine has, in GB (a limit reserves nothing), but no less than XLA's default."""
     return max(64, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30)
 

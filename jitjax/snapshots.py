@@ -68,7 +68,13 @@ class Snapshots:
             self._pending.clear()  # raised once
 
     def _write(self, step: int, sigma_rel: float, params: Any) -> None:
-        params = jax.device_get(params)
+        try:
+            params = jax.device_get(params)
+        except jax.errors.JaxRuntimeError as error:  # the copy had only begun when `save` returned; the EMA has moved on
+            raise UserError(
+                f"no copy of power:{sigma_rel:g} at step {step:,} reached the host ({checkpoint.reason_of(error)}): free host "
+                "memory, or keep fewer of --config.optim.power_emas, and run the same command again"
+            ) from error
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 ema.write_snapshot(self._folder, step, sigma_rel, params)

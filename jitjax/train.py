@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,13 @@ from jitjax import (
     from_settings,
     memory,
     model,
-    pipeline,
     run_record,
     runtime,
+    sampler,
     saving,
     sharding,
     step,
+    tables,
 )
 from jitjax import settings as settings_lib
 from jitjax.anomalies import Anomalies
@@ -152,11 +154,16 @@ def train(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if run is None:
-                raise memory.out_of_memory(error, settings, None, say=None) from error
-            failure = memory.out_of_memory(error, run.settings, run.geometry.num_classes, say=run.monitor.note)
+                raise memory.out_of_memory(error, settings, None, say=say_on_stderr) from error
+            say = run.monitor.note if peers.rank == 0 else say_on_stderr  # the monitor of another process prints nothing
+            failure = memory.out_of_memory(error, run.settings, run.geometry.num_classes, say=say)
             if (run.checkpoints.newest() or 0) > run.start:  # it fitted until now, and the next start gets further
                 failure.exit_code = NOT_SAVED
             raise failure from error
+
+
+def say_on_stderr(line: str) -> None:
+    tables.say(line, sys.stderr)
 
 
 def build(
@@ -224,15 +231,22 @@ def build(
     )
     stack.enter_context(closing(saved))
     like = from_settings.abstract_state(settings, geometry, mesh)
+    changes: list[str] = []  # of the data, accepted
 
     def check_saved(meta: dict[str, Any]) -> None:
         if meta.get("data"):  # a checkpoint imported from elsewhere has seen none of ours
-            data.check_fingerprint(meta["data"], dataset, allow_changed=settings.data.allow_changed)
+            changes[:] = data.check_fingerprint(
+                meta["data"],
+                dataset,
+                allow_changed=settings.data.allow_changed,
+                class_names=meta.get("class_names") or () if conditional else (),
+            )
         checkpoint.check_fits(meta, geometry, settings.optim.emas, settings.optim, folder.path)
 
     start, order = 0, ExampleOrder(settings.seed, len(dataset), plan.global_batch)
     if (resumed := saved.resume(like, check_saved)) is not None:
         state, start, before = resumed
+        notes += changes
         if shift := before.get("examples", order.seen(start)) - order.seen(start):
             order = dataclasses.replace(order, shift=shift)
             plan = after_another_batch(plan, settings, shift)
@@ -276,7 +290,7 @@ def build(
         if not conditional:
             options = dataclasses.replace(options, cfg_scale=1.0)
         preview = Preview(
-            pipeline.Sampler(
+            sampler.Sampler(
                 geometry, process, options, mesh, dtype=settings.dtype, ops=setup.ops, comm_dtype=settings.mesh.comm_dtype
             ),
             num_images=settings.preview.num_images,

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -24,9 +25,9 @@ from typing import Any
 from jitjax import signals, tables
 from jitjax.errors import UserError
 from jitjax.evaluation import higher_is_better
-from jitjax.monitor.metrics import read_last
+from jitjax.monitor.metrics import read_last, read_records
 from jitjax.settings import INT32, RUN_LENGTHS, Eval, Settings, differing_fields, fields
-from jitjax.workdir import BEST_FILE
+from jitjax.workdir import BEST_FILE, saved_config
 
 DOWN = 5
 # Of the fields that a run may change, those on which a trial's score depends.
@@ -35,6 +36,7 @@ COMPARED |= {f"eval.{field.name}" for field in dataclasses.fields(Eval)}
 COMPARED -= {"eval.every_steps", "eval.every_epochs", "eval.batch_size"}
 BATCH = {"batch_size", "optim.accumulation_steps"}  # of these, what a trial that is continued would not take over
 HIGHEST = fields()["optim.lr"].rule.high
+DIVERGED = 10  # times the first training loss
 FAILED, BROKE_DOWN = 2, "not finite"  # exit code of a run that cannot go on, and what its message says where the rate is why
 
 
@@ -126,11 +128,13 @@ def tune(
             if warning not in shown:
                 shown.append(warning)
                 say(warning)
+        if record is None and BROKE_DOWN not in problem:  # a mistake or a fault: other rates would meet it, too
+            raise UserError(f"{trial.folder}: {problem}")
         if record and not math.isfinite(record["value"]):
-            record, problem = None, f"its {record['metric'] or 'score'} is {BROKE_DOWN}"
-        if record is None:
-            if BROKE_DOWN not in problem:  # a mistake or a fault: other rates would meet it, too
-                raise UserError(f"{trial.folder}: {problem}")
+            problem = f"its {record['metric'] or 'score'} is {BROKE_DOWN}"
+        elif record and record["loss"] > DIVERGED * record["first_loss"]:  # the EMA's score may not show it yet
+            problem = f"it diverged: the training loss went from {record['first_loss']:.3g} to {record['loss']:.3g}"
+        if problem:
             say(f"{trial.folder}: failed: {problem}")
             found[trial] = math.inf
             return math.inf
@@ -145,7 +149,8 @@ def tune(
         for warmup in warmups[1:] if scored else ():
             score(Trial(round_to(rate, 3), warmup))
     except Stopped as stopped:
-        say("stopped: the same command goes on")
+        if stopped.args[0] > FAILED:  # neither a bug nor a run that cannot go on: what the trial wrote is above
+            say("stopped: the same command goes on")
         return stopped.args[0]
     say(f"\n{table(found, scored)}")
     if not scored:
@@ -172,17 +177,13 @@ def round_to(number: float, digits: int) -> float:
 def run_trial(
     trial: Trial, config_arguments: Sequence[str], settings: Settings, folder: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any] | None, str]:
-    """Train and score one trial, or read what a complete one scored: ({"metric", "value", "loss"}, "") or (None, why not).
+    """Train and score one trial, or read what a complete one scored: (`result_of` it, "") or (None, why not).
 
     Raises:
       Stopped: by a signal, or without having saved; the same command goes on.
       UserError: the run made no score or was killed, or one that is there is of another configuration.
     """
-    record = result_of(folder)
-    try:
-        before = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):  # it has not begun; what is damaged the run reports
-        before = {}
+    record, before = result_of(folder), saved_config(folder) or {}
     if differing := differing_fields(before, trial.of(settings), also=BATCH if record is None else COMPARED):
         raise UserError(
             f"--workdir={folder.parent} holds trials of another configuration ({trial.folder}: {'; '.join(differing)}): "
@@ -198,12 +199,11 @@ def run_trial(
     code, errors = run(command)
     if code == FAILED:
         return None, (errors.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+    sys.stderr.write(errors if code else "")
     if code < 0:
-        raise UserError(
-            f"{trial.folder}: killed by {signal.Signals(-code).name}, mostly because memory ran out: the same command goes on"
-        )
+        why = ", mostly because memory ran out" if code == -signal.SIGKILL else ""
+        raise UserError(f"{trial.folder}: killed by {signal.Signals(-code).name}{why}: the same command goes on")
     if code:
-        sys.stderr.write(errors)
         raise Stopped(code)
     record = result_of(folder)
     if record is None:
@@ -215,10 +215,10 @@ def run_trial(
 def run(command: Sequence[str]) -> tuple[int, str]:
     """The exit code of a trial and what it wrote to stderr. A signal that asks us to stop is passed on to the trial.
 
-    The trial has a session of its own, so that a terminal's Ctrl-C reaches it once, by us.
+    The trial has a session of its own, so that a terminal's Ctrl-C reaches it once, by us. Ctrl-Z pauses both.
 
     Raises:
-      Stopped: such a signal came, and the trial has ended.
+      Stopped: such a signal came, and the trial has ended; what it wrote to stderr is printed.
     """
     arrived, begun = [], []
 
@@ -227,8 +227,18 @@ def run(command: Sequence[str]) -> tuple[int, str]:
         for process in begun:
             process.send_signal(number)
 
-    heeded = [number for number in signals.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, pass_on) for number in heeded}
+    def pause(number: int, frame: Any) -> None:
+        for process in begun:
+            process.send_signal(signal.SIGSTOP)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # stops here, until SIGCONT
+        signal.signal(number, pause)
+        for process in begun:
+            process.send_signal(signal.SIGCONT)
+
+    handlers = {**dict.fromkeys(signals.SIGNALS, pass_on), signal.SIGTSTP: pause}
+    heeded = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handlers[number]) for number in heeded}
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         process = subprocess.Popen(command, text=True, start_new_session=True, preexec_fn=_end_with_parent, **pipes)
@@ -240,6 +250,7 @@ def run(command: Sequence[str]) -> tuple[int, str]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if arrived:
+        sys.stderr.write(errors)
         raise Stopped(process.returncode if process.returncode > 0 else 128 + arrived[0])
     return process.returncode, errors
 
@@ -251,12 +262,13 @@ def _end_with_parent() -> None:
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """{"metric", "value", "loss"} at the last step of a complete run, NaN for what is not finite; None for one that is not
-    complete."""
+    """{"metric", "value", "loss"} at the last step of a complete run, and "first_loss"; NaN for what is not finite; None for
+    one that is not complete."""
     try:
         steps = json.loads((folder / "config.json").read_text())["planned_steps"]
         (last,) = read_last(folder / "scores.jsonl", 1)
         (training,) = read_last(folder / "metrics.jsonl", 1)
+        first = next(read_records(folder / "metrics.jsonl"))
         if last["step"] != steps:
             return None
         metric = json.loads((folder / BEST_FILE).read_text())["metric"] if (folder / BEST_FILE).exists() else None
@@ -265,8 +277,8 @@ def result_of(folder: Path) -> dict[str, Any] | None:
         return None
     if metric not in last:
         return None
-    value, loss = (math.nan if number is None else number for number in (last[metric], training.get("train/loss")))
-    return {"metric": metric, "value": value, "loss": loss}  # the files have null
+    numbers = {"value": last[metric], "loss": training.get("train/loss"), "first_loss": first.get("train/loss")}
+    return {"metric": metric} | {name: math.nan if number is None else number for name, number in numbers.items()}
 
 
 def warnings_of(folder: Path) -> list[str]:

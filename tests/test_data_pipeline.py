@@ -223,10 +223,23 @@ def test_a_data_set_that_changed_is_refused_unless_allowed(datasets, folder, tmp
     victim.write_bytes(victim.read_bytes() + b"\0")
     with pytest.raises(UserError, match=r"checksum.*--config.data.allow_changed"):
         check_fingerprint(saved, open_dataset(changed, SIZE))
-    check_fingerprint(saved, open_dataset(changed, SIZE), allow_changed=True)
+    assert check_fingerprint(saved, open_dataset(folder, SIZE), allow_changed=True) == []
+    (line,) = check_fingerprint(saved, open_dataset(changed, SIZE), allow_changed=True)
+    assert line.startswith("accepted: the data set changed since the checkpoint (checksum ")
     victim.unlink()
     with pytest.raises(UserError, match=f"count {len(datasets['folder'])} -> {len(datasets['folder']) - 1}"):
         check_fingerprint(saved, open_dataset(changed, SIZE))
+
+
+def test_an_allowed_change_that_gives_labels_to_other_classes_is_reported(datasets, tmp_path):
+    before = datasets["folder"]
+    changed = caltech_folder(tmp_path / "again", every=EVERY)
+    first, last = before.class_names[0], before.class_names[-1]
+    (changed / first).rename(changed / f"{last}_too")  # now the last class: each label is the next class's
+    lines = check_fingerprint(
+        before.fingerprint, open_dataset(changed, SIZE), allow_changed=True, class_names=before.class_names
+    )
+    assert len(lines) == 2 and f"(first: 0 was {first}, is {before.class_names[1]})" in lines[1]
 
 
 def test_folders_are_read_as_imagefolder_reads_them(folder, tmp_path, caplog):

@@ -276,9 +276,23 @@ def test_host_memory_that_is_lacking_is_not_taken_for_the_cards(begun_on_four, t
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {reason} to allocate larger host memory")
 
     monkeypatch.setattr(from_settings, "make_step", lambda *_: exhausted)
-    with pytest.raises(UserError, match="out of host memory: .*EMAs"):
-        train(small_settings(**ON_FOUR), workdir)
+    monkeypatch.setattr(runtime, "host_memory_limit", lambda: 100)
+    # More than the machine has is no remedy.
+    for limit, remedy in (("99", f"Free some, set {runtime.HOST_MEMORY_LIMIT} higher than 99, or"), ("100", "Free some, or")):
+        monkeypatch.setenv(runtime.HOST_MEMORY_LIMIT, limit)
+        with pytest.raises(UserError, match=f"out of host memory: .*{remedy} keep fewer EMAs"):
+            train(small_settings(**ON_FOUR), workdir)
     assert f"the runtime says: RESOURCE_EXHAUSTED: {reason}" in (workdir / "log.txt").read_text()
+
+
+def test_the_runtimes_own_words_are_there_before_the_run_has_begun(tmp_path, monkeypatch, capsys):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.0GiB.")
+
+    monkeypatch.setattr(from_settings, "first_state", exhausted)
+    with pytest.raises(UserError, match="out of memory before the first step"):
+        train(small_settings(), tmp_path / "run")
+    assert "the runtime says: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.0GiB." in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -408,10 +422,24 @@ def test_labels_on_a_flat_folder_are_refused(tmp_path):
     images.mkdir()
     for i in range(32):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(images / f"{i}.png")
-    with pytest.raises(UserError, match="flat folder"):
+    with pytest.raises(UserError, match="read without labels.*--config.data.labels"):
         train(small_settings(data__synthetic="", data__path=str(images)), tmp_path / "run")
     unlabelled = dict(model__class_conditional=False, total_steps=3)
     assert train(small_settings(**unlabelled, data__synthetic="", data__path=str(images)), tmp_path / "run") == 0
+
+
+def test_what_an_allowed_change_of_the_data_set_does_to_labels_is_printed(tmp_path):
+    for name in "abc":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(16):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    fields = dict(data__synthetic="", data__path=str(tmp_path / "images"), data__allow_changed=True)
+    assert train(small_settings(**fields, total_steps=1), tmp_path / "run") == 0
+    (tmp_path / "images" / "a").rename(tmp_path / "images" / "z")
+    assert train(small_settings(**fields, total_steps=2), tmp_path / "run") == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("accepted: the data set changed since the checkpoint (checksum ") == 1
+    assert log.count("warning: 3 of 3 labels stand for other classes than they were trained on (first: 0 was a, is b)") == 1
 
 
 def test_a_workdir_among_the_images_is_refused_and_nothing_is_left_in_them(tmp_path):

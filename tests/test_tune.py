@@ -20,6 +20,7 @@ from jitjax.anomalies import Anomalies
 from jitjax.errors import UserError
 from jitjax.settings import to_dict
 
+NO_LOSS = {"loss": math.nan, "first_loss": math.nan}
 EXTRACTOR = str(Path(__file__).parent / "mean_colour.onnx")
 
 
@@ -78,7 +79,7 @@ def test_a_rate_that_does_not_work_counts_as_the_worst(tmp_path, monkeypatch):
         (folder / "log.txt").write_text("now  warning: too few steps\nnow  first step after 1 s\nnow  warning: a jump\n")
         if trial.lr > fails:
             return None, "the loss is not finite at step 7"
-        return {"metric": "eval/fd", "value": math.nan if trial.lr > null else 1 / trial.lr, "loss": math.nan}, ""
+        return {"metric": "eval/fd", "value": math.nan if trial.lr > null else 1 / trial.lr} | NO_LOSS, ""
 
     monkeypatch.setattr(tune, "run_trial", run_trial)
     said, arguments = [], dict(start=8e-4, factor=2.0, warmups=[1])
@@ -97,7 +98,7 @@ def test_what_is_no_matter_of_the_rate_ends_the_search(tmp_path, monkeypatch):
 
     def run_trial(trial, *args):
         ran.append(trial.lr)
-        return ({"metric": "eval/fd", "value": 1.0, "loss": 1.0}, "") if len(ran) < 3 else (None, "the GPU is out of memory")
+        return ({"metric": "eval/fd", "value": 1.0} | NO_LOSS, "") if len(ran) < 3 else (None, "the GPU is out of memory")
 
     monkeypatch.setattr(tune, "run_trial", run_trial)
     with pytest.raises(UserError, match=r"lr_5e-05_warmup_1: the GPU is out of memory"):
@@ -113,7 +114,7 @@ def test_rates_that_no_run_takes_are_the_end_of_the_range(tmp_path, monkeypatch)
 
     def run_trial(trial, *args):
         tried.append(trial.lr)
-        return {"metric": "eval/fd", "value": 1 / trial.lr, "loss": 1.0}, ""
+        return {"metric": "eval/fd", "value": 1 / trial.lr} | NO_LOSS, ""
 
     monkeypatch.setattr(tune, "run_trial", run_trial)
     said = []
@@ -123,7 +124,7 @@ def test_rates_that_no_run_takes_are_the_end_of_the_range(tmp_path, monkeypatch)
 
 # A run as tune sees it: says that it is there, and saves when it is asked to stop.
 SAVES = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 def save(number, frame):
     with open("signals", "a") as file:
         file.write(f"{number} ")
@@ -131,7 +132,8 @@ def save(number, frame):
     sys.exit(128 + number)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, save)
-pathlib.Path("ready").touch()
+pathlib.Path("pid").write_text(str(os.getpid()))
+os.rename("pid", "ready")
 time.sleep(60)
 """
 
@@ -162,6 +164,21 @@ def test_a_signal_is_passed_on_to_the_trial_once_and_ends_the_search(number, tmp
     assert stopped.value.args == (128 + number,) and (tmp_path / "signals").read_text().split() == [str(int(number))]
 
 
+def test_a_signal_that_comes_while_a_trial_begins_ends_it(monkeypatch):
+    """Between fork and exec the trial itself cannot hear it."""
+
+    def popen(*arguments, begin=subprocess.Popen, **options):
+        process = begin(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    begun = time.monotonic()
+    with pytest.raises(tune.Stopped) as stopped:
+        tune.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert stopped.value.args == (128 + signal.SIGTERM,) and time.monotonic() - begun < 30
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_a_trial_saves_when_tune_is_killed(tmp_path):
     code = f"import sys; from jitjax import tune; tune.run([sys.executable, '-c', {SAVES!r}])"
@@ -172,9 +189,88 @@ def test_a_trial_saves_when_tune_is_killed(tmp_path):
     wait_for(tmp_path / "signals")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_keys_of_a_terminal_reach_a_trial(tmp_path):
+    """A terminal signals its whole foreground group. Ctrl-Z pauses the trial until SIGCONT, Ctrl-C reaches it once, and what
+    tune ignores (SIGHUP under nohup) never."""
+    code = f"""
+import signal, sys
+from jitjax import tune
+for number, handler in ((signal.SIGTSTP, signal.SIG_DFL), (signal.SIGINT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_IGN)):
+    signal.signal(number, handler)
+try:
+    tune.run([sys.executable, "-c", {SAVES!r}])
+except tune.Stopped as stopped:
+    sys.exit(stopped.args[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, process_group=0)
+
+    def wait_until_both_are(states):
+        until, stats = time.monotonic() + 60, [Path(f"/proc/{pid}/stat") for pid in (process.pid, trial)]
+        while not all(stat.read_text().rpartition(")")[2].split()[0] in states for stat in stats):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    try:
+        wait_for(tmp_path / "ready")
+        trial = (tmp_path / "ready").read_text()
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTSTP)
+            wait_until_both_are("T")
+            os.killpg(process.pid, signal.SIGCONT)
+            wait_until_both_are("SR")
+        os.killpg(process.pid, signal.SIGHUP)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    assert (tmp_path / "signals").read_text().split() == ["2"]
+
+
+ABORTS = "import os, sys; sys.stderr.write('Check failed'); sys.stderr.flush(); os.abort()"
+FAILS_TO_SAVE = """
+import pathlib, signal, sys, time
+def fail(*_):
+    sys.stderr.write("error: disk full")
+    sys.exit(2)
+signal.signal(signal.SIGTERM, fail)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "code, ended, wrote, goes_on",
+    [
+        (ABORTS, "killed by SIGABRT: the same command goes on", "Check failed", False),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug", False),
+        ("import sys; sys.stderr.write('no answer'); sys.exit(3)", 3, "no answer", True),
+        (FAILS_TO_SAVE, 2, "error: disk full", False),
+    ],
+)
+def test_what_a_trial_wrote_before_it_ended_is_shown(code, ended, wrote, goes_on, tmp_path, monkeypatch, capfd):
+    """That the same command goes on is said only where it does."""
+    monkeypatch.chdir(tmp_path)
+    run, said = tune.run, []
+    monkeypatch.setattr(tune, "run", lambda command: run([sys.executable, "-c", code]))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if code is FAILS_TO_SAVE:
+        threading.Thread(target=lambda: (wait_for(tmp_path / "ready"), os.kill(os.getpid(), signal.SIGTERM))).start()
+    try:
+        found = tune.tune([], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1], say=said.append)
+    except UserError as error:
+        found = str(error).partition(": ")[2]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == ended and wrote in capfd.readouterr().err and ("stopped: the same command goes on" in said) == goes_on
+
+
 def test_a_trial_that_was_killed_is_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run", lambda command: (-signal.SIGKILL, ""))
-    with pytest.raises(UserError, match=r"lr_0.0001_warmup_1: killed by SIGKILL, .*the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"lr_0.0001_warmup_1: killed by SIGKILL, mostly because memory ran out: the same command goes on"
+    ):
         tune.tune([], small_settings(), tmp_path, start=1e-4, factor=2.0, warmups=[1], say=str)
 
 
@@ -225,6 +321,20 @@ def test_an_unfinished_trial_of_another_configuration_is_refused(tmp_path, monke
     monkeypatch.setattr(tune, "run", lambda command: (tune.FAILED, "error: it began"))
     free = dict(total_steps=9, eval__reference="other")
     assert tune.run_trial(trial, [], small_settings(**before | free), tmp_path / trial.folder, str) == (None, "it began")
+
+
+def test_a_trial_that_diverged_has_failed_whatever_its_score(tmp_path):
+    """After a few steps an EMA is still near the initial weights, and scores like them. A spike is no divergence."""
+    scores = {1e-4: 12, 2e-4: 9, 4e-4: 5, 8e-4: 1, 2.83e-4: 7, 5.66e-4: 6}
+    for lr, value in scores.items():
+        complete(tmp_path, trial := tune.Trial(lr, 1), value)
+        losses = (0.4, 1.6e10) if lr == 8e-4 else (0.4, 0.9)
+        lines = [json.dumps({"step": step, "train/loss": loss}) for step, loss in zip((1, 8), losses, strict=True)]
+        (tmp_path / trial.folder / "metrics.jsonl").write_text("\n".join(lines))
+    said = []
+    assert tune.tune([], small_settings(total_steps=8), tmp_path, start=2e-4, factor=2.0, warmups=[1], say=said.append) == 0
+    assert any("best: eval/fd 5 with lr 0.0004" in line for line in said)
+    assert "lr_0.0008_warmup_1: failed: it diverged: the training loss went from 0.4 to 1.6e+10" in said
 
 
 def test_a_result_with_null_is_one_that_is_not_finite(tmp_path):

@@ -287,19 +287,37 @@ def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, class_names:
     return of_source(source, len(images), image_size=images.shape[1], checksum=checksum, class_names=class_names, name="arrays")
 
 
-def check_fingerprint(saved: dict[str, Any], dataset: DataSet, *, allow_changed: bool = False) -> None:
+def check_fingerprint(
+    saved: dict[str, Any], dataset: DataSet, *, allow_changed: bool = False, class_names: Sequence[str] = ()
+) -> list[str]:
     """Refuses to go on with a data set other than the one a checkpoint was trained on.
 
+    Args:
+      class_names: of the checkpoint's labels, where it was trained with labels.
+
+    Returns:
+      Lines about changes that `allow_changed` (--config.data.allow_changed) accepts.
+
     Raises:
-      UserError: count, classes or checksum differ and `allow_changed` (--config.data.allow_changed) is not set.
+      UserError: count, classes or checksum differ and `allow_changed` is not set.
     """
     differing = [name for name in ("count", "classes", "checksum") if saved.get(name) != dataset.fingerprint[name]]
-    if differing and not allow_changed:
-        changes = ", ".join(f"{k} {_short(saved.get(k))} -> {_short(dataset.fingerprint[k])}" for k in differing)
+    if not differing:
+        return []
+    changes = ", ".join(f"{k} {_short(saved.get(k))} -> {_short(dataset.fingerprint[k])}" for k in differing)
+    if not allow_changed:
         raise UserError(
             f"the data set in {_FLAG}={dataset.path} changed since the checkpoint ({changes}); restore it, start a new "
             "workdir, or go on with --config.data.allow_changed=True"
         )
+    lines = [f"accepted: the data set changed since the checkpoint ({changes})"]
+    pairs = enumerate(zip(class_names, dataset.class_names, strict=False))  # another number of them is another model
+    if renamed := [f"{label} was {old}, is {new}" for label, (old, new) in pairs if old != new]:
+        lines.append(
+            f"warning: {len(renamed)} of {len(class_names)} labels stand for other classes than they were trained on (first: "
+            f"{renamed[0]}): where that is more than a new name, put the class folders back"
+        )
+    return lines
 
 
 def _short(value: Any) -> Any:

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from jitjax import distributed
+from jitjax import cli, distributed, runtime
 from jitjax.distributed import Cluster, Peers, detect
 from jitjax.errors import UserError
 
@@ -226,3 +226,18 @@ def test_a_sound_run_ends_well():
     for process in processes:
         out, err = process.communicate(timeout=240)
         assert (process.returncode, out.splitlines()[-1:]) == (0, ["complete 2.0"]), err[-2000:]
+
+
+def test_the_others_end_with_the_code_of_an_error(tmp_path, monkeypatch):
+    """3 for a run that was out of memory after a save: a launcher takes the greatest of all codes, and starts it again."""
+    ended, failure = [], UserError("out of memory")
+    failure.exit_code = 3
+
+    def out_of_memory(*_, **__):
+        raise failure
+
+    monkeypatch.setattr("jitjax.train.train", out_of_memory)
+    monkeypatch.setattr(runtime, "set_environment", lambda: None)
+    monkeypatch.setattr(runtime, "start_distributed", lambda: Peers(1, 2, leave=lambda code, line: ended.append(code)))
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]) == 3 and ended == [3]

@@ -47,6 +47,21 @@ def test_without_page_locked_memory_they_are_written_too(tmp_path, monkeypatch, 
             np.testing.assert_array_equal(found[sigma][name], np.asarray(value, np.float16))
 
 
+def test_a_copy_that_fails_after_it_began_is_one_line(tmp_path, monkeypatch):
+    """An error of the runtime that came up while the run closes would end it as a bug."""
+
+    def full(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.0GiB.")
+
+    monkeypatch.setattr(jax, "device_get", full)
+    with (
+        pytest.raises(UserError, match="of power:0.1 at step 10 reached the host .*1.0GiB.*: free host memory"),
+        closing(Snapshots(tmp_path)) as written,
+    ):
+        written.save(emas(3), 10)
+        written.settle()
+
+
 def test_a_disk_that_refuses_for_a_while_costs_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(snapshots, "_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(snapshots, "_ATTEMPTS", 1000)
