@@ -121,8 +121,9 @@ def resolve_num_classes(class_conditional: bool, configured: int | None, found: 
         return configured or 0
     if found == 0:
         raise UserError(
-            "--config.model.class_conditional=True needs one sub-folder per class, but --config.data.path is a flat folder "
-            "of images: sort the images into class folders or train with --config.model.class_conditional=False"
+            "--config.model.class_conditional=True needs one sub-folder per class, but the images of --config.data.path are "
+            "read without labels: sort them into class folders, unset --config.data.labels if it is none, or train with "
+            "--config.model.class_conditional=False"
         )
     if configured is not None and configured != found:
         raise UserError(

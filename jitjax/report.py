@@ -153,12 +153,13 @@ def read_run(workdir: Path, name: str) -> Run:
       UserError: a file is missing or not readable.
     """
     try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        records = _Curves(workdir / "metrics.jsonl")
-        curves = records.arrays()
-        if (workdir / "scores.jsonl").exists():
-            curves |= _Curves(workdir / "scores.jsonl", upto=records.step).arrays()
-        versions, spent, best = (_json(workdir / file) for file in ("versions.json", timing.FILE, BEST_FILE))
+        config, versions, spent, best = (
+            _json(workdir / file) for file in ("config.json", "versions.json", timing.FILE, BEST_FILE)
+        )
+        if "model" not in config:
+            raise ValueError("there is no config.json of a run")
+        records = _Curves(workdir / "metrics.jsonl")  # without a file: not at its first step yet
+        curves = records.arrays() | _Curves(workdir / "scores.jsonl", upto=records.step).arrays()
         log = workdir / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.exists() else []
     except (OSError, ValueError) as error:
@@ -190,7 +191,7 @@ class _Curves:
         self._columns: dict[str, tuple[array.array, array.array]] = collections.defaultdict(
             lambda: (array.array("q"), array.array("d"))
         )
-        for record in read_records(path):
+        for record in read_records(path) if path.exists() else ():
             step = record.pop("step")
             if step > upto:
                 continue
@@ -208,7 +209,20 @@ class _Curves:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A file's object, {} without a file.
+
+    Raises:
+      ValueError: it holds something else; names the file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} cannot be read (it holds no object)")
+    return found
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

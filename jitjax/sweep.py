@@ -235,6 +235,7 @@ def sweep(
         pipe.sample_batches(shown, seed=seed, batch_size=batch_size, dtype=dtype, **how)
     setup = draw.describe(pipe, model, seed, numbers, dtype, options) | {
         "reference": reference,
+        "split": split or None,
         "reference_images": found.count,
         "reference_mean": f"{abs(found.mu).mean():.3g}",  # coarse: features made again differ in their last bits
         "extractor": chosen.name,

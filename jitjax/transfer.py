@@ -87,13 +87,18 @@ def initialise_from(
       path: what `jitjax.load` takes. state, geometry: of the new run, the state at step 0.
 
     Raises:
-      UserError: the other model predicts something else, or has no weights.
+      UserError: the other model predicts something else, is of another width, or has no weights.
     """
     pipe = pipeline.load(path)
     if pipe.diffusion.prediction != process.prediction:
         raise UserError(
             f"--config.init_from={path} predicts {pipe.diffusion.prediction}, this run predicts {process.prediction}: set "
             f"--config.prediction={pipe.diffusion.prediction}, or start from other weights"
+        )
+    if pipe.geometry.width != geometry.width:  # no matrix would fit: the run would begin anew
+        raise UserError(
+            f"--config.init_from={path} is a model of width {pipe.geometry.width}, this run's is {geometry.width}: set "
+            "--config.model.name or --config.model.width to that of these weights, or start from other weights"
         )
     weights = jax.device_get(pipe.weights)
     raw = weights.get(pipeline.RAW, weights[pipe.which])

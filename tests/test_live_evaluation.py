@@ -210,6 +210,8 @@ def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
     assert capsys.readouterr().out.split("best: ")[1] == first.split("best: ")[1]
     assert cli.main([*argv, "--seed=1"]) == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err
+    assert cli.main([*argv, "--split=."]) == 2  # another split may have as many images and nearly the same mean
+    assert "split: None -> ." in capsys.readouterr().err
 
 
 def test_evaluate_replaces_its_own_scores_only(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ import pytest
 import rich.console
 from conftest import ROOT
 
+from jitjax import cli
 from jitjax.errors import UserError
 from jitjax.monitor import Monitor, print_status, save_grid
 from jitjax.monitor.console import Console
@@ -294,5 +295,15 @@ def test_the_status_of_a_run_started_elsewhere_comes_from_its_files_also_while_i
     assert {" ".join(on_screen).count(word) for word in ("626,123", "fid 7.5", "last step written")} == {1}
     assert "; elapsed 1:00:00 in 2 starts, 50% of it training steps" in shown
     monitor.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match="metrics.jsonl"):
-        print_status(tmp_path / "samples", total_steps=1000)
+        print_status(tmp_path, total_steps=1000)
+
+
+def test_the_status_of_a_run_before_its_first_step(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"planned_steps": 9, "steps_per_epoch": 3, "model": {"name": "JiT-B/4"}}))
+    assert cli.main(["status", str(tmp_path)]) == 0  # the reference of its scores is read before there are metrics
+    assert "step 0/9" in (shown := capsys.readouterr().out) and shown.endswith("no step written yet\n")
+    (tmp_path / "config.json").write_text("[]")
+    assert cli.main(["status", str(tmp_path)]) == 2 and "config.json cannot be read" in capsys.readouterr().err

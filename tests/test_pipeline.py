@@ -67,6 +67,9 @@ def test_a_run_becomes_a_pipeline_with_everything(tmp_path):
         convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "a.pth")])
     with pytest.raises(UserError, match=r"init_from=.* predicts v, this run predicts x: set --config.prediction=v"):
         train(small_settings(total_steps=1, init_from=str(tmp_path / "run")), tmp_path / "other")
+    with pytest.raises(UserError, match=r"init_from=.* is a model of width .*, this run's is 96: set --config.model.name"):
+        wide = small_settings(total_steps=1, init_from=str(tmp_path / "run"), model__width=96, prediction="v")
+        train(wide, tmp_path / "other")
     pipe.save(tmp_path / "exported")  # an exported folder starts a run as its workdir does
     assert jitjax.load(tmp_path / "exported").which == "0.9"
     assert jitjax.load(same.save(tmp_path / "second", samples=0)).which == "0.5"  # the EMA in use comes first

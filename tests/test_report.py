@@ -116,12 +116,23 @@ def test_a_run_that_has_just_begun_and_one_of_an_older_version_have_a_report(tmp
     shutil.rmtree(workdir / "samples", ignore_errors=True)
     page = report.write_report([workdir], tmp_path / "r.html").read_text()
     assert panels_of(page)["train/loss"]["traces"][0]["x"] == [1] and data_of(page)["grids"] == [[]]
+    (workdir / "metrics.jsonl").unlink()  # not at its first step
+    assert panels_of(report.write_report([workdir], tmp_path / "r.html").read_text()) == {}
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="config.json.*give the workdir of a run"):
         report.write_report([tmp_path])
+    for text in ("[]", '{"geometry": {}}', "{"):  # that of an exported folder is the second
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json.*give the workdir of a run"):
+            report.write_report([tmp_path])
     workdir = make_run(tmp_path / "a", 1)
+    spent = (workdir / "time.json").read_text()
+    (workdir / "time.json").write_text("[]")
+    with pytest.raises(UserError, match="time.json cannot be read"):
+        report.write_report([workdir])
+    (workdir / "time.json").write_text(spent)
     with pytest.raises(UserError, match="--out=.*nosuch.* cannot be written"):
         report.write_report([workdir], tmp_path / "nosuch" / "r.html")
     before = (workdir / "config.json").read_bytes()

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         saved = json.loads(file.read_text())
         total, epoch, name = saved.get("planned_steps"), saved.get("steps_per_epoch"), saved["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{args.workdir}: {file.name} cannot be read ({error}): give the workdir of a run") from None
     if not isinstance(total, int):
         raise UserError(f"{args.workdir}: the run has not recorded its length yet")

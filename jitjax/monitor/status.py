@@ -36,13 +36,13 @@ def print_status(
       total_steps, steps_per_epoch, title, stream: as for `Console`.
 
     Raises:
-      UserError: the workdir has no readable metrics.
+      UserError: the run's metrics cannot be read.
     """
     workdir, file = Path(workdir), sys.stdout if stream is None else stream
     path = workdir / "metrics.jsonl"
     try:
-        records = read_last(path, STEPS)
-        written = path.stat().st_mtime
+        records = read_last(path, STEPS) if path.exists() else []  # not there before the reference of scores was read
+        written = path.stat().st_mtime if records else 0.0
     except OSError as error:
         raise UserError(f"{workdir}: cannot read {path.name} ({error.strerror}): give the workdir of a run") from error
     now = 0.0  # by the measured times of steps and pauses
@@ -73,7 +73,8 @@ def print_status(
         rest = "".join(f"  {label} {text}" for label, text in (marks | scores).items())
         tables.say(f"{title}  {view.line()}{rest}".strip(), file)
     doing, spent = _account(workdir, written)
-    tables.say(f"last step written {duration(time.time() - written)} ago{doing}{spent}", file)
+    steps = f"last step written {duration(time.time() - written)} ago" if records else "no step written yet"
+    tables.say(f"{steps}{doing}{spent}", file)
 
 
 def _account(workdir: Path, written: float) -> tuple[str, str]:
