@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jitjax import model as jit_model
+from jitjax.diffusion import Diffusion
+from jitjax.from_settings import Setup
 from jitjax.monitor import save_grid
 from jitjax.sampler import Sampler
 
@@ -41,3 +44,24 @@ class Preview:
             labels = None if self._captions is None else self._labels
             save_grid(path, images, columns=self._columns, captions=self._captions, labels=labels)
         return path
+
+
+def build_preview(setup: Setup, process: Diffusion, class_names: tuple[str, ...]) -> Preview:
+    """The previews of a run; one without labels is drawn without guidance.
+
+    Args:
+      class_names: of the data set, or empty.
+    """
+    settings, geometry, conditional = setup.settings, setup.geometry, setup.settings.model.class_conditional
+    options = settings.preview.sampler()
+    if not conditional:
+        options = dataclasses.replace(options, cfg_scale=1.0)
+    how = dict(dtype=settings.dtype, ops=setup.ops, comm_dtype=settings.mesh.comm_dtype)
+    return Preview(
+        Sampler(geometry, process, options, setup.mesh, **how),
+        num_images=settings.preview.num_images,
+        classes=geometry.num_classes if conditional else 0,
+        null_label=geometry.num_classes,
+        class_names=class_names,
+        seed=settings.seed,
+    )

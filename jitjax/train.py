@@ -33,7 +33,6 @@ from jitjax import (
     model,
     run_record,
     runtime,
-    sampler,
     saving,
     sharding,
     step,
@@ -49,7 +48,7 @@ from jitjax.evaluation import live
 from jitjax.inspection import due, inspect, mark_again, missed
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.plan import Plan, after_another_batch, resolve_num_classes
-from jitjax.preview import Preview
+from jitjax.preview import Preview, build_preview
 from jitjax.settings import Settings
 from jitjax.signals import NOT_SAVED, StopAfter, Stopped, StopRequest, leave
 from jitjax.snapshots import Snapshots
@@ -284,21 +283,7 @@ def build(
 
     # ---------------------------------------------------------------- step, input, monitor
     train_step = from_settings.make_step(setup, objective)
-    preview = None
-    if plan.preview_steps:
-        options = settings.preview.sampler()
-        if not conditional:
-            options = dataclasses.replace(options, cfg_scale=1.0)
-        preview = Preview(
-            sampler.Sampler(
-                geometry, process, options, mesh, dtype=settings.dtype, ops=setup.ops, comm_dtype=settings.mesh.comm_dtype
-            ),
-            num_images=settings.preview.num_images,
-            classes=num_classes if conditional else 0,
-            null_label=geometry.num_classes,
-            class_names=dataset.class_names,
-            seed=settings.seed,
-        )
+    preview = build_preview(setup, process, dataset.class_names) if plan.preview_steps else None
     evaluation = None
     if plan.eval_steps:
         held_out_path = "" if own_dataset else path
