@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,55 +78,50 @@ def open_reference(
     Raises:
       UserError: nothing usable, damaged, or of another extractor, resize rule or size.
     """
-    if not isinstance(reference, str | os.PathLike):
-        return _open_reference(reference, extractor, image_size, {}, flag, cache, progress)
-    try:
-        return _open_reference(reference, extractor, image_size, reading or {}, flag, cache, progress)
-    except UserError as error:
-        problem = str(error).removeprefix(f"{Path(reference).expanduser()}: ")
-        raise UserError(problem if flag in problem else f"{flag}={reference}: {problem}") from None
-
-
-def _open_reference(
-    reference: str | os.PathLike | DataSet | Statistics,
-    extractor: Extractor,
-    image_size: int,
-    reading: Mapping[str, Any],
-    flag: str,
-    cache: bool,
-    progress: Callable[[int], None] | None,
-) -> tuple[Statistics, list[str]]:
     notes: list[str] = []
-    if isinstance(reference, str | os.PathLike):
-        path = Path(reference).expanduser()
-        if path.is_dir():
-            reference = open_dataset(path, image_size, flag=flag, **reading)
-            notes.append(f"reference: {reference.summary}")
-        elif split := reading.get("split"):
-            raise UserError(f"--split={split} is for a folder of images, and {flag}={path} is none: leave it out")
-        elif is_npz(path) and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
-            images = npz_images(path)
-            _check_size(str(path), images.image_size, image_size)
-            made = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
-            return made, notes
-        else:
-            reference = read_statistics(path)
-            notes += reference.check(
-                extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize
-            )
-            if reference.features is None and is_npz(path) and "arr_0" in npz_names(path):
+    with _naming(flag, reference):
+        if isinstance(reference, str | os.PathLike):
+            path = Path(reference).expanduser()
+            if path.is_dir():
+                reference = open_dataset(path, image_size, flag=flag, **(reading or {}))
+                notes.append(f"reference: {reference.summary}")
+            elif split := (reading or {}).get("split"):
+                raise UserError(f"--split={split} is for a folder of images, and {flag}={path} is none: leave it out")
+            elif is_npz(path) and path.is_file() and "mu" not in (names := npz_names(path)) and "arr_0" in names:
                 images = npz_images(path)
                 _check_size(str(path), images.image_size, image_size)
-                sample = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
-                notes.append(f"{path}: KID, precision, recall and MIND use its {len(images)} images (arr_0)")
-                reference = dataclasses.replace(reference, features=sample.features, image_size=image_size)
-    if isinstance(reference, DataSet):
-        _check_size(reference.path, reference.image_size, image_size)
-        reference, cached = dataset_statistics(reference, extractor, cache=cache, progress=progress)
-        notes += cached
-    else:
-        reference.check(extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize)
+                made = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
+                return made, notes
+            else:
+                reference = read_statistics(path)
+                notes += reference.check(
+                    extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize
+                )
+                if reference.features is None and is_npz(path) and "arr_0" in npz_names(path):
+                    images = npz_images(path)
+                    _check_size(str(path), images.image_size, image_size)
+                    sample = make_statistics(images, extractor, source=str(path), image_size=image_size, progress=progress)
+                    notes.append(f"{path}: KID, precision, recall and MIND use its {len(images)} images (arr_0)")
+                    reference = dataclasses.replace(reference, features=sample.features, image_size=image_size)
+        if isinstance(reference, DataSet):
+            _check_size(reference.path, reference.image_size, image_size)
+            reference, cached = dataset_statistics(reference, extractor, cache=cache, progress=progress)
+            notes += cached
+        else:
+            reference.check(extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize)
     return reference, notes
+
+
+@contextlib.contextmanager
+def _naming(flag: str, reference: Any) -> Iterator[None]:
+    """Mistakes about a reference that the user named begin with the flag, where they do not name it themselves."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(reference, str | os.PathLike):
+            raise
+        problem = str(error).removeprefix(f"{Path(reference).expanduser()}: ")
+        raise UserError(problem if flag in problem else f"{flag}={reference}: {problem}") from None
 
 
 def _check_size(source: str, found: int, wanted: int) -> None:
