@@ -10,12 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Nearly all of the tests' time is compilation. Small programs compile four times faster without LLVM's expensive passes, and in
 # a third of that with XLA's older code generator for fusions, which later releases lack; sharding and fusion are decided before
-# them. `runtime.XLA_FLAGS` are named too, so that programs started by a test find what the test itself compiled.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=1200 --xla_gpu_enable_triton_gemm=false"
-    " --xla_gpu_use_memcpy_local_p2p=true"
-)
+# them. Ours are added below, so that programs started by a test find what the test itself compiled.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Compiled programs are shared by the test processes of one session and by the programs that they start, and removed after it.
@@ -32,6 +28,9 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from jitjax import runtime  # noqa: E402
+
+os.environ["XLA_FLAGS"] += "".join(f" {name}={value}" for name, value in runtime.xla_flags().items())
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,14 +1,16 @@
 """The program: verbs, overrides, help, and mistakes that cost one line and exit code 2 before JAX starts."""
 
 import dataclasses
+import importlib.metadata
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from conftest import ROOT
 
-from jitjax import cli, settings
+from jitjax import cli, runtime, settings
 from jitjax.cli import arguments
 from jitjax.errors import UserError
 
@@ -144,6 +146,17 @@ def test_print_config_shows_what_follows(tmp_path):
     assert (
         '"batch_size": 4' in done.stdout and "1,500 = 93.8 epochs" in done.stdout and "512 images of 8 classes" in done.stdout
     )
+
+
+@pytest.mark.parametrize(("jaxlib", "known"), [("0.10.2", False), ("0.11.0", True), ("0.12.1.dev20261101", True)])
+def test_the_allocators_flag_is_set_where_xla_knows_it(jaxlib, known, monkeypatch):
+    """An unknown flag ends the process."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"jaxlib": jaxlib}[name])
+    flag = "--xla_gpu_enable_allocator_spatial_partitioning"
+    for mine, expected in (("", f"{flag}=false" if known else ""), (f"{flag}=true", f"{flag}=true")):
+        with mock.patch.dict(os.environ, XLA_FLAGS=mine):
+            runtime.set_environment()
+            assert " ".join(given for given in os.environ["XLA_FLAGS"].split() if given.startswith(flag)) == expected
 
 
 def test_workers_never_start_jax():
