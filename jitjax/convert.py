@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jitjax import checkpoint, cli, hub, pipeline, settings, tables
-from jitjax.errors import UserError
-from jitjax.interop import diffusers, sources, weights, workdir
+from jitjax.errors import UserError, naming
+from jitjax.interop import diffusers, sets, sources, weights, workdir
 
 PTH_ENDINGS = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             f"--from={source} and --to={target} are both jitjax workdirs: end --to in .pth or .safetensors, or add --format"
         )
     if kind in ("pth", "safetensors") and not target.absolute().parent.is_dir():
-        raise UserError(f"--to={target}: the folder {target.absolute().parent} does not exist")
+        raise UserError(f"--to={target}: there is no folder {target.absolute().parent}: make it, or name another")
     one_set = kind in ("safetensors", "diffusers")
     if args.which and not one_set:
         raise UserError(f"--which={args.which}: a {kind} holds every set of weights; leave --which out")
@@ -68,12 +68,14 @@ def run(args: argparse.Namespace) -> None:
         workdir.write_run(target, found)
     elif kind == "pth":
         config = workdir.config_of(found) if found.config is None else settings.from_mapping(found.config, ignore_unknown=True)
-        workdir.write_official(target, found, config)
+        with naming("--to", target):
+            workdir.write_official(target, found, config)
     else:
         default = next(name for name in ("model_ema1", "model") if name in found.sets)
-        which = weights.select(found.origins, found.decays, args.which or default, source, found.notes)
+        which = sets.select(found.origins, found.decays, args.which or default, source, found.notes)
         write = weights.write_safetensors if kind == "safetensors" else diffusers.write_folder
-        write(target, found.sets[which], found.geometry, facts=found.facts)
+        with naming("--to", target):
+            write(target, found.sets[which], found.geometry, facts=found.facts)
         written, rest = [which], [name for name in found.sets if name != which]
         emas = (name for name in found.sets if name != "model")
         said = {"model": "model", **{name: f"{name} ({decay})" for name, decay in zip(emas, found.decays, strict=True)}}
@@ -98,7 +100,11 @@ def export(source: Path, args: argparse.Namespace) -> None:
         if value is not None:
             raise UserError(f"{flag}={value}: a folder holds every set of weights as they are; leave {flag} out")
     pipe = pipeline.load(source)
-    written = pipe.push(args.to) if hub.is_name(args.to) else pipe.save(args.to)
+    if hub.is_name(args.to):
+        written = pipe.push(args.to)
+    else:
+        with naming("--to", args.to):
+            written = pipe.save(args.to)
     print(f"{source} -> {written}: {', '.join(pipe.weights)}")
     for note in pipe.notes:
         tables.say(f"note: {note}")

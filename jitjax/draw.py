@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from jitjax import atomic, pipeline, processes, tables
-from jitjax.errors import UserError
+from jitjax.errors import UserError, writing
 from jitjax.monitor import drawn_here, save_animation, save_grid, save_strip
 from jitjax.monitor.images import legend_of, written_here
 
@@ -79,11 +80,12 @@ def draw(
     how = dict(seed=seed, batch_size=batch_size, dtype=dtype, **(options or {}))
     pipe.sample_batches(shown, **how)  # refuses what cannot be drawn before anything is written
     record = describe(pipe, model, seed, numbers, dtype, options or {})
-    sink = {".png": Grid, ".npz": Npz, "": Folder}[ending](target, pipe, numbers, record)
+    with writing(f"--out={out}"):
+        sink = {".png": Grid, ".npz": Npz, "": Folder}[ending](target, pipe, numbers, record)
     missing = processes.numbers_of_process_0(sink.missing())  # only process 0 looks at files
     batches = pipe.sample_batches([shown[i] for i in missing], indices=missing, **how)
     begun, first = time.perf_counter(), None
-    with _writing(f"--out={out}"), progress(len(missing), f"sampling {pipe.which}") as advance:
+    with writing(f"--out={out}"), progress(len(missing), f"sampling {pipe.which}") as advance:
         for indices, images in batches:
             sink.write(indices, images)
             advance(len(indices))
@@ -94,18 +96,9 @@ def draw(
         resumed = f" ({skipped} were there)" if skipped else ""
         tables.say(f"{len(missing)} images{resumed} in {speed(len(missing), time.perf_counter() - begun, first)} -> {target}")
     if path is not None:
-        with _writing(f"--path={path}"):
+        with writing(f"--path={path}"):
             write_path(pipe, shown[:PATH_IMAGES], Path(path).expanduser(), seed=seed, dtype=dtype, options=options or {})
     return 0
-
-
-@contextlib.contextmanager
-def _writing(what: str) -> Iterator[None]:
-    """What keeps files from being written, e.g. a full disk, in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what} cannot be written ({error.strerror or error}): the same command continues") from error
 
 
 def _check_is_picture(file: Path, flag: str) -> None:
@@ -293,10 +286,16 @@ class Npz:
                     f"--out={path}: what an interrupted call left in {self._partial} and {self._log} is damaged "
                     f"({type(error).__name__}: {error}): delete both, or name another file"
                 ) from None
+            _reserve(self._partial)
         else:
             if self._log.exists():  # of images that are gone
                 self._log.unlink()
             self._images = np.lib.format.open_memmap(self._partial, mode="w+", dtype=np.uint8, shape=shape)
+            try:
+                _reserve(self._partial)
+            except OSError:
+                self._partial.unlink()
+                raise
 
     def missing(self) -> list[int]:
         return np.flatnonzero(~self._done).tolist()
@@ -318,6 +317,23 @@ class Npz:
             self._images = None
         self._partial.unlink(missing_ok=True)
         self._log.unlink(missing_ok=True)
+
+
+def _reserve(path: Path) -> None:
+    """Let a file have its space on the disk now. Where a mapped file has none to be written to, the system ends the process
+    without a word (SIGBUS).
+
+    Raises:
+      OSError: the disk has no space for it.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+                raise
 
 
 def writable_folder(path: Path, flag: str = "--out") -> None:

@@ -308,7 +308,7 @@ class Pipeline:
             picture = self._preview(folder / hub.PICTURE) if samples is None else self._draw(folder / hub.PICTURE, samples)
             (folder / hub.CARD).write_text(model_card.model_card(self, name=name, picture=picture), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error}): free space or name another") from None
         return folder
 
     def _preview(self, picture: Path) -> str:

@@ -276,7 +276,7 @@ def _locked(output: str) -> Iterator[None]:
             os.makedirs(output, exist_ok=True)
             lock = os.open(path, os.O_CREAT | os.O_RDWR)
         except OSError as error:
-            raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+            raise UserError(f"--output={output} cannot be written ({error.strerror}): name another") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jitjax import atomic
-from jitjax.errors import UserError
+from jitjax.errors import UserError, writing
 from jitjax.evaluation import higher_is_better
 
 
@@ -111,7 +111,8 @@ class Results:
         """Nothing is written before the file is known to be of this sweep; one of several processes does so.
 
         Raises:
-          UserError: the file or the plot's place holds something else, e.g. another sweep; names what differs.
+          UserError: the file or the plot's place holds something else, e.g. another sweep; names what differs. Or the file
+            cannot be written.
         """
 
         self.path, self.picture, self._known, self._write = path, path.with_suffix(".png"), {}, write
@@ -121,7 +122,8 @@ class Results:
             if self.picture.exists():
                 raise UserError(f"--out={path}: the plot would replace {self.picture}: name another file")
             if write:
-                atomic.write_text(path, json.dumps({"setup": setup}) + "\n")
+                with writing(f"--out={path}"):
+                    atomic.write_text(path, json.dumps({"setup": setup}) + "\n")
             return
         try:
             *whole, rest = path.read_text().split("\n")  # a kill or a full disk may have cut the last line anywhere
@@ -134,16 +136,20 @@ class Results:
         if differing:
             raise UserError(f"--out={path} holds another sweep ({'; '.join(differing)}): name another file")
         if rest and write:
-            atomic.write_text(path, "".join(f"{text}\n" for text in whole))
+            with writing(f"--out={path}"):
+                atomic.write_text(path, "".join(f"{text}\n" for text in whole))
         self._known = known
 
     def get(self, point: Point) -> dict[str, float] | None:
         return self._known.get(point)
 
     def add(self, point: Point, scores: dict[str, float]) -> None:
+        """Raises:
+        UserError: the file cannot be written.
+        """
         self._known[point] = scores
         if self._write:
-            with self.path.open("a") as file:
+            with writing(f"--out={self.path}"), self.path.open("a") as file:
                 file.write(json.dumps({**dataclasses.asdict(point), "scores": scores}) + "\n")
 
     def table(self, metric: str) -> list[str]:
@@ -162,7 +168,7 @@ class Results:
         """Score against guidance, one curve per EMA and interval.
 
         Raises:
-          UserError: matplotlib is not installed.
+          UserError: matplotlib is not installed, or the file cannot be written.
         """
         try:
             from matplotlib.figure import Figure
@@ -180,7 +186,8 @@ class Results:
         axes.set_ylabel(metric)
         axes.legend(title="EMA, interval")
         axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=150)
+        with writing(f"--out={self.path}: {path}"):
+            figure.savefig(path, dpi=150)
 
 
 # ---------------------------------------------------------------- the command

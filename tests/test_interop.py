@@ -22,6 +22,7 @@ from jitjax.errors import UserError
 from jitjax.interop import official
 from jitjax.interop.pth import BadFile, PthFile, write_pth
 from jitjax.interop.weights import read_weights
+from jitjax.train import train
 
 SETS = ("model", "model_ema1", "model_ema2")
 
@@ -124,6 +125,23 @@ def test_a_run_of_ours_to_pth(tmp_path):
     assert content["args"]["ema_decay1"] == 0.5
     loaded = jitjax.load_official(tmp_path / "a.pth", "model_ema2", context_start=geometry.context_start)
     assert loaded.geometry == geometry
+
+
+def test_weights_and_moments_are_of_one_step_though_the_run_goes_on(tmp_path, monkeypatch):
+    run, load = tmp_path / "run", checkpoint.load_weights
+    assert train(small_settings(total_steps=2, checkpoint__every_steps=1, checkpoint__keep_last=3), run) == 0
+    first = read_weights(run / "checkpoints" / "1", moments=True).moments["mu"]
+
+    def before_the_second_was_saved(path):
+        (run / "checkpoints" / "2").rename(tmp_path / "2")
+        saved = load(path)
+        (tmp_path / "2").rename(run / "checkpoints" / "2")
+        return saved
+
+    monkeypatch.setattr(checkpoint, "load_weights", before_the_second_was_saved)
+    found = read_weights(run, moments=True)
+    assert found.step == 1
+    chex.assert_trees_all_equal(found.moments["mu"], first)
 
 
 # ---------------------------------------------------------------- geometry

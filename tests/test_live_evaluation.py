@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from conftest import small_settings
 
 import jitjax
-from jitjax import checkpoint, cli, ema, manifest, sweep
+from jitjax import atomic, checkpoint, cli, ema, manifest, sweep
 from jitjax import data as data_lib
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
@@ -214,6 +215,20 @@ def test_an_interrupted_sweep_continues(scored, tmp_path, capsys):
     assert "split: None -> ." in capsys.readouterr().err
 
 
+def test_a_target_that_cannot_be_written_is_named_with_its_flag(scored, tmp_path, monkeypatch, capsys):
+    """By process 0, after the checks of the folder, which /proc passes."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
+    for argv in (
+        ["evaluate", "a.npz", "--reference=a.npz", "--json=/proc/x.json"],
+        ["evaluate", "stats", "a.npz", "--out=/proc/x.npz"],
+        ["sweep", str(scored), "--reference=a.npz", "--num=16", "--cfg_scale=1,2", "--steps=1", "--out=/proc/x.jsonl"],
+    ):
+        assert cli.main([*argv, f"--extractor={EXTRACTOR}"]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(rf"error: {argv[-1]}:? cannot be written \(No such file or directory\).* name another\n", said)
+
+
 def test_evaluate_replaces_its_own_scores_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
@@ -244,6 +259,33 @@ def test_a_sweep_goes_on_wherever_its_last_line_was_cut(tmp_path):
         results.add(points[2], {"mind": 3.0})
         again = sweep.Results(path, {"seed": 0})
         assert again.get(points[2]) == {"mind": 3.0} and again.get(points[0]) == {"mind": 1.0}
+
+
+def test_a_disk_that_takes_no_score_of_a_sweep_costs_one_line(tmp_path, monkeypatch):
+    """/dev/full takes no byte."""
+    path, point = tmp_path / "s.jsonl", sweep.Point("model", 1.0, (0.0, 1.0))
+    full = r"s\.\w+ cannot be written \(No space left on device\): free space, and the same command continues, or name another"
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_create", lambda partial: partial.symlink_to("/dev/full"))
+        with pytest.raises(UserError, match=full):
+            sweep.Results(path, {"seed": 0})
+    results = sweep.Results(path, {"seed": 0})
+    whole = path.read_bytes()
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=full):
+        results.add(point, {"mind": 1.0})
+    (tmp_path / "s.png").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=full):
+        results.plot(tmp_path / "s.png", "mind")
+    path.unlink()
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_create", lambda partial: partial.symlink_to("/dev/full"))
+        path.write_bytes(whole + b"torn")
+        with pytest.raises(UserError, match=full):
+            sweep.Results(path, {"seed": 0})
+    assert path.read_bytes() == whole + b"torn"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The pipeline: what is saved is loaded, images depend on (seed, index, label) alone, what does not fit is refused."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 
 import jax
@@ -306,6 +308,35 @@ def test_a_disk_that_is_full_costs_one_line(exported, tmp_path, capsys, monkeypa
         assert f"{name} cannot be written (No space left on device)" in said and said.count("\n") == 1
 
 
+def test_an_npz_has_its_space_before_it_is_written_to(exported, tmp_path, capsys, monkeypatch):
+    """A mapped file without space on the disk would end the process with SIGBUS."""
+    argv = ["sample", exported, "--steps=1", "--num=40", "--batch_size=8", f"--out={tmp_path / 'a.npz'}"]
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((os, "posix_fallocate"), (np.lib.format, "open_memmap")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            assert cli.main(argv) == 2
+        said = capsys.readouterr().err
+        assert "a.npz cannot be written (No space left on device)" in said and said.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+    def stop(sink, *_):
+        file = os.stat(sink._partial)
+        assert 512 * file.st_blocks >= file.st_size > 40 * 8 * 8 * 3
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draw.Npz, "write", stop)
+        assert cli.main(argv) == 130
+    with monkeypatch.context() as patch:  # a file system that cannot reserve
+        patch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "not supported")))
+        assert cli.main(argv) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
+
 def test_an_npz_that_was_killed_while_it_tidied_up(exported, tmp_path, capsys, monkeypatch):
     argv = ["sample", exported, "--steps=1", "--num=3", f"--out={tmp_path / 'a.npz'}"]
     with monkeypatch.context() as patch:
@@ -346,6 +377,7 @@ def test_what_an_interrupted_npz_left_may_be_damaged(exported, tmp_path, capsys,
         (["--path=x/00000.png", "--out=x"], "--path=x/00000.png lies among the images of --out=x"),
         (["--which=0.5", "--out=x.png"], "no weights '0.5'"),
         (["--num=0", "--out=x.png"], "--num=0: must be at least 1"),
+        (["--out=/proc/x.npz"], "--out=/proc/x.npz cannot be written (No such file or directory)"),
         (["--out=x.jpg"], "--out=x.jpg: use FILE.png, FILE.npz, or a folder"),
         (["--interval=0.9,0.1", "--out=x.png"], "the first time must be smaller"),
         (["--interval=0.9", "--out=x.png"], "give two times"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from PIL import Image
 
 from jitjax import cli
 from jitjax.data import open_dataset
+from jitjax.data.archive import decompress
 from jitjax.data.prepared import index_checksum
 from jitjax.errors import UserError
 from jitjax.prepare import check, main, prepare
@@ -218,13 +220,21 @@ def test_killed_it_looks_unfinished_and_continues_to_the_same_bytes(folder, prep
     assert contents(output) == contents(prepared)
 
 
+def test_an_archive_that_cannot_be_decompressed_beside_the_output_names_the_flag(tmp_path):
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(b"some bytes")
+    with pytest.raises(UserError, match="^--data_path=a cannot be decompressed to /proc/a.tar .* name another --output"):
+        decompress(str(tmp_path / "a.tar.gz"), "/proc/a.tar", "--data_path=a")
+
+
 def test_a_full_disk_is_one_line_and_costs_nothing_that_was_done(folder, prepared, tmp_path):
     """A limit on the size of files stands for the disk: it fails the same writes."""
     output = tmp_path / "out"
     command = f"{sys.executable} -m jitjax.prepare --data_path {folder} --output {output} --image_size {SIZE} --shards 4"
     result = subprocess.run(["bash", "-c", f"ulimit -f 20; {command}"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.count("error: ") == 1 and "cannot be written" in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert f"error: --output: {output}/" in result.stderr and "cannot be written" in result.stderr
     with pytest.raises(UserError, match="not completely prepared"):
         open_dataset(output, SIZE)
     assert subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True).returncode == 0

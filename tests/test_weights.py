@@ -696,7 +696,7 @@ def test_converting_both_ways_to_diffusers_is_exact(tmp_path):
     ("arguments", "message"),
     [
         (["--to", "x.pth", "--which", "model"], "a pth holds every set"),
-        (["--to", "no/such/folder/x.pth"], "the folder .* does not exist"),
+        (["--to", "no/such/folder/x.pth"], "--to=no/such/folder/x.pth: there is no folder .*: make it"),
         (["--from", "missing.pth", "--to", "x"], "no such file or folder"),
         (["--to", "x.safetensors", "--which", "best"], "which='best' is not in the file"),
     ],
@@ -707,6 +707,17 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, arguments, message)
     with pytest.raises(UserError, match=message):
         convert.main(["--from", "a.pth", *arguments])
     assert [f.name for f in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("flags", [["x.pth"], ["x.safetensors"], ["x"], ["x", "--format=diffusers"], ["x", "--format=folder"]])
+@pytest.mark.parametrize("where", ["/proc", "full"])
+def test_a_target_that_cannot_be_written_is_named_with_its_flag(tmp_path, monkeypatch, small_disk, where, flags):
+    monkeypatch.chdir(tmp_path)
+    write_pth("a.pth", {"model": state(RAW), "model_ema1": state(EMA)})
+    small_disk.fill()
+    target = pathlib.Path("/proc" if where == "/proc" else small_disk.folder, flags[0])
+    with pytest.raises(UserError, match=rf"^--to={target}: .*(cannot be written|no space left)"):
+        convert.main(["--from", "a.pth", "--to", str(target), *flags[1:]])
 
 
 @pytest.mark.parametrize(("text", "prediction"), [("velocity", "v"), ("epsilon", "epsilon"), ("flow", None)])
@@ -728,10 +739,32 @@ def test_a_description_that_cannot_be_used_is_noted_or_refused(tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             read_weights(folder)
-    for facts in ({"noise_scale": "2"}, {"t_eps": -1}, {"class_names": ["a"]}, {"class_names": 3}):
+    for facts in ({"noise_scale": "2"}, {"t_eps": -1}, {"sample_t_eps": "a"}, {"class_conditional": "no"},
+                  {"class_names": ["a"]}, {"class_names": 3}):  # fmt: skip
         (folder / "config.json").write_text(json.dumps({"format": "jitjax", "facts": facts}))
         found = read_weights(folder, context_start=1)
         assert found.facts == {} and any("left out" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("geometry", '{"depth": 2', "its metadata is damaged: geometry is no JSON .*; write the file again"),
+        ("geometry", "[2]", "its metadata is damaged: geometry is not an object; write"),
+        ("geometry", '{"context_start": "1"}', "its metadata gives context_start='1': expected a whole number"),
+        ("geometry", '{"mlp_ratio": null}', "its metadata gives mlp_ratio=None: expected a number"),
+        ("facts", "prediction=v", "its metadata is damaged: facts is no JSON"),
+        ("facts", "null", "its metadata is damaged: facts is not an object"),
+        ("sets", '"model"', "its metadata is damaged: sets is not a list"),
+    ],
+)
+def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path, key, text, message):
+    write_safetensors(tmp_path / "ours.safetensors", EMA, G, {"prediction": "v"})
+    with safetensors.safe_open(tmp_path / "ours.safetensors", "numpy") as file:
+        metadata = file.metadata() | {key: text}
+    safetensors.numpy.save_file(state(EMA), tmp_path / "a.safetensors", metadata)
+    with pytest.raises(UserError, match=f"a.safetensors: {message}"):
+        read_weights(tmp_path / "a.safetensors")
 
 
 def test_the_first_bytes_decide_not_the_ending(tmp_path):

@@ -427,7 +427,8 @@ def decompress(path: str, target: str, where: str) -> None:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{where} is damaged: {' '.join(str(error).split())}; fetch it again") from None
     except OSError as error:
-        raise UserError(f"{where} cannot be decompressed to {target}: {error.strerror or error}") from None
+        problem = f"cannot be decompressed to {target} ({error.strerror or error})"
+        raise UserError(f"{where} {problem}: free space, or name another --output") from None
 
 
 def _refuse_bomb(total: int, packed: int, where: str) -> None:

@@ -101,7 +101,7 @@ def write_shard(
             writer.close()
             count, size, digest = int(class_counts.sum()), os.path.getsize(partial), sha256(partial)
     except (OSError, RuntimeError, ValueError) as error:  # ArrayRecord turns a failed write into one of the latter two
-        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(_unwritable(path, " ".join(str(error).split())[:200])) from None
     entry = {"file": os.path.basename(path), "count": count, "bytes": size, "sha256": digest}
     return {**entry, "class_counts": class_counts.tolist(), "skipped": skipped, "constant": constant}
 
@@ -165,4 +165,8 @@ def write_json(path: str, content: Any) -> None:
     try:
         atomic.write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n", durable=True, alone=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(_unwritable(path, error.strerror)) from None
+
+
+def _unwritable(path: str, problem: str) -> str:
+    return f"--output: {path} cannot be written ({problem}): free space, and the same command continues, or name another"

@@ -10,7 +10,7 @@ import jax
 
 from jitjax import atomic, draw, pipeline, tables
 from jitjax.data import open_dataset
-from jitjax.errors import UserError
+from jitjax.errors import UserError, naming
 from jitjax.evaluation.extractor import open_extractor
 from jitjax.evaluation.images import DataImages, open_images
 from jitjax.evaluation.models import Evaluation, evaluate_batches, evaluate_pipeline
@@ -85,7 +85,12 @@ def evaluate(
     for line in report_lines(result):
         say(line)
     if json_file and jax.process_index() == 0:
-        atomic.write_text(Path(json_file).expanduser(), json.dumps({"scores": result.values, **result.scores.about}, indent=1))
+        content = json.dumps({"scores": result.values, **result.scores.about}, indent=1)
+        try:
+            atomic.write_text(Path(json_file).expanduser(), content)
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror or error}); the scores are those above"
+            raise UserError(f"--json={json_file} {problem}: free space or name another") from None
     return 0
 
 
@@ -124,7 +129,8 @@ def make(data: str, out: str, *, image_size: int | None, extractor: dict[str, An
     with draw.progress(len(images), "extracting") as advance:
         made = make_statistics(images, chosen, source=data, image_size=images.image_size, progress=_steps(advance))
     if jax.process_index() == 0:
-        write_statistics(Path(out).expanduser(), made)
+        with naming("--out", out):
+            write_statistics(Path(out).expanduser(), made)
         print(f"{out}: {chosen.name}, {made.count} images of {made.image_size} px, {chosen.dim} features")
         skipped = getattr(images, "skipped", ())
         left_out = [f"{len(skipped)} images could not be decoded, the first: {skipped[0]}"] if skipped else []

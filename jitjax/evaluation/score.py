@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import jitjax
 from jitjax import metrics
 from jitjax.data.dataset import DataSet, open_dataset
-from jitjax.errors import UserError
+from jitjax.errors import UserError, naming
 from jitjax.evaluation.extractor import Extractor, cache_folder
 from jitjax.evaluation.images import DataImages
 from jitjax.evaluation.statistics import (
@@ -79,7 +79,7 @@ def open_reference(
       UserError: nothing usable, damaged, or of another extractor, resize rule or size.
     """
     notes: list[str] = []
-    with _naming(flag, reference):
+    with naming(flag, reference) if isinstance(reference, str | os.PathLike) else contextlib.nullcontext():
         if isinstance(reference, str | os.PathLike):
             path = Path(reference).expanduser()
             if path.is_dir():
@@ -110,18 +110,6 @@ def open_reference(
         else:
             reference.check(extractor=extractor.name, dim=extractor.dim, image_size=image_size, resize=extractor.resize)
     return reference, notes
-
-
-@contextlib.contextmanager
-def _naming(flag: str, reference: Any) -> Iterator[None]:
-    """Mistakes about a reference that the user named begin with the flag, where they do not name it themselves."""
-    try:
-        yield
-    except UserError as error:
-        if not isinstance(reference, str | os.PathLike):
-            raise
-        problem = str(error).removeprefix(f"{Path(reference).expanduser()}: ")
-        raise UserError(problem if flag in problem else f"{flag}={reference}: {problem}") from None
 
 
 def _check_size(source: str, found: int, wanted: int) -> None:

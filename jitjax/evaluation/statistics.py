@@ -151,7 +151,7 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
         with atomic.writing(path) as partial, open(partial, "wb") as file:
             np.savez(file, jitjax_format=np.int64(_FORMAT), **arrays)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): free space or name another") from None
 
 
 def read_statistics(path: str | os.PathLike) -> Statistics:

@@ -116,7 +116,7 @@ def write_folder(folder: Any, params: Mapping[str, Any], geometry: Geometry, *, 
         )
         _write(folder / "model_index.json", index | version)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"--to={folder}: cannot be written: {error}") from None
+        raise UserError(f"--to={folder}: cannot be written ({error}): free space or name another") from None
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

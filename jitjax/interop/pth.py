@@ -259,7 +259,7 @@ def write_pth(path: str | Path, content: Any) -> None:
             for name, value in entries:
                 _write_entry(archive, f"archive/{name}", value)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): free space or name another") from None
 
 
 def _write_entry(archive: zipfile.ZipFile, name: str, value: Any) -> None:

@@ -180,14 +180,18 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Sli
 
 
 def _metadata(path: Path) -> dict[str, Any]:
+    """What one of our own files says of its weights. Raises: UserError: it is damaged, and would be taken for another model."""
     with safetensors.safe_open(path, "numpy") as file:
         saved = file.metadata() or {}
     result = {}
-    for key, kind in (("geometry", dict), ("facts", dict), ("sets", list)):
-        with contextlib.suppress(ValueError):
-            value = json.loads(saved.get(key, "null"))
-            if isinstance(value, kind):
-                result[key] = value
+    for key, kind, expected in (("geometry", dict, "an object"), ("facts", dict, "an object"), ("sets", list, "a list")):
+        if key in saved:
+            try:
+                result[key] = json.loads(saved[key])
+            except ValueError as error:
+                raise BadFile(f"{path}: its metadata is damaged: {key} is no JSON ({error}); write the file again") from None
+            if not isinstance(result[key], kind):
+                raise BadFile(f"{path}: its metadata is damaged: {key} is not {expected}; write the file again")
     return result
 
 

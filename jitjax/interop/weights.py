@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,13 @@ import safetensors.numpy
 from jitjax import atomic, hub
 from jitjax.errors import UserError
 from jitjax.interop import adamw, diffusers, names, official
+from jitjax.interop.sets import DECAY, name_sets, select
 from jitjax.interop.sources import Source, is_workdir, open_source
 from jitjax.model import SIZES, Geometry, JiT, graphdef_of, merge, position_table
 from jitjax.settings import POWER
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_DECAYS = (0.9999, 0.9996)  # the official defaults
-DECAY = r"0\.\d+|1\.0|\d(?:\.\d+)?e-\d+"  # a number in [0, 1] as Python writes it
 NO_POWER_FUNCTIONS = "power-function EMAs have no place in other formats: {} left out"
 Params = dict[str, np.ndarray]
 FACTS = ("prediction", "noise_scale", "t_eps", "sample_t_eps", "class_names", "class_conditional")
@@ -163,44 +162,6 @@ def published_noise_scale(image_size: int) -> float:
     return max(1.0, image_size / 256)
 
 
-def select(
-    origins: Mapping[str, str],
-    decays: tuple[float | str, ...],
-    which: str,
-    path: Any,
-    notes: list[str],
-    unread: Sequence[str] = (),
-) -> str:
-    """The name, among the keys of `origins`, of the set that `which` means.
-
-    Args:
-      origins: what the file calls each set.
-      decays: of the EMAs among the sets, in order.
-      unread: EMAs and models that the file has and that were not read, so that no other set stands in for them.
-
-    Raises:
-      UserError: none; names what is there.
-    """
-    emas = [name for name in origins if name != "model"]
-    if which in origins:
-        return which
-    by_origin = [name for name, origin in origins.items() if origin == which]
-    by_decay = [name for name, decay in zip(emas, decays, strict=True) if which == str(decay)]
-    if which == "params" and "model" in origins:
-        return "model"
-    if len(by_origin or by_decay) == 1:
-        return (by_origin or by_decay)[0]
-    if which == "ema" and len(emas) == 1:
-        return emas[0]
-    if len(origins) == 1 and not unread and (which in official.SETS or which == "ema"):
-        (only,) = origins
-        notes.append(f"the file has one set of weights ({origins[only] or only}): it is used as {which}")
-        return only
-    known = [name if origin in ("", name) else f"{name} (called {origin})" for name, origin in origins.items()]
-    hint = f" (not read: {', '.join(unread)})" if unread else ""
-    raise UserError(f"{path}: which={which!r} is not in the file: use one of {', '.join(known)}{hint}")
-
-
 # ---------------------------------------------------------------- from content to weights
 
 
@@ -214,7 +175,7 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
     unread: list[str] = []  # EMAs that the file has and that cannot be read
     found = names.find_sets(source.content, path, notes, unread)
     unread += source.unread
-    sets, origins, decays = _name_sets(found, args or {}, source, which, notes, unread)
+    sets, origins, decays = name_sets(found, args or {}, source, which, notes, unread)
     if which is not None:
         chosen = select(origins, decays, which, path, notes, unread)
         for name, other in sets.items():
@@ -229,7 +190,8 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
         if other:
             raise UserError(f"{path}: {name} has {names.some(other)}: only {', '.join(map(str, FLOATS))} are read")
 
-    known = _geometry(source.metadata.get("geometry") or {}) | _geometry(config.get("geometry") or {})
+    known = _geometry(source.metadata.get("geometry", {}), "its metadata")
+    known |= _geometry(config.get("geometry", {}), "config.json")
     if context_start is None:
         context_start = known.get("context_start")
     for name, tensors in sets.items():
@@ -268,82 +230,6 @@ def _read(source: Source, which: str | None, context_start: int | None, moments:
             notes.append(f"the optimizer state in {path} does not fit the model and was left out ({error})")
     _check_values(weights, path)
     return weights
-
-
-def _name_sets(
-    found: list[names.Found], args: Mapping[str, Any], source: Source, which: str | None, notes: list[str], unread: list[str]
-) -> tuple[dict[str, names.Tensors], dict[str, str], tuple[float | str, ...]]:
-    """Sets by our names, what the file calls them, and the decays of the EMAs in order."""
-    for one in found:  # the official code's own attribute says nothing
-        one.origin = re.sub(r"(^|\.)net$", "", one.origin)
-
-    def rank(model: names.Found) -> int:
-        """Which of several models is read: the one asked for by the file's own name, then one with the usual name."""
-        return -1 if which and model.origin == which else not re.match(r"(model|net|state_dict)?($|\.)", model.origin)
-
-    raw = sorted((f for f in found if not f.is_ema), key=rank)
-    ours = source.metadata.get("sets") or []  # of a file that we wrote, which lists names by the alphabet
-
-    def order(ema: names.Found) -> tuple[int, int]:
-        decay = str(_decay_in(ema.origin))
-        return (0, ours.index(decay)) if decay in ours else (names.order_in(ema.origin) or 0, 0)
-
-    emas = sorted((f for f in found if f.is_ema), key=order)
-    if raw[1:]:
-        others = [f.origin or "the one without a prefix" for f in raw[1:]]
-        notes.append(
-            f"the file has several models: {raw[0].origin or 'the one without a prefix'} is read, not {', '.join(others)}"
-        )
-        unread += others
-    sets, origins, decays = {}, {}, []
-    if raw:
-        sets["model"], origins["model"] = raw[0].tensors, raw[0].origin
-    for ema in emas:
-        if ema.listed is not None:
-            reference = next((f.tensors for f in [*raw, *emas] if f.tensors), {})
-            shapes = {name: tuple(t.shape) for name, t in reference.items()}
-            listed = names.name_list(ema.listed, reference, shapes)
-            if listed is None:
-                notes.append(f"left out: {ema.origin}, a list of {len(ema.listed)} tensors that does not fit the model")
-                unread.append(ema.origin)
-                continue
-            ema.tensors = listed
-            notes.append(f"{ema.origin} is a list: its tensors were named in the order of the model's parameters")
-        number = len(decays) + 1
-        said = (_decay_in(ema.origin), ema.decay, _decay_of(args, number, len(emas)))
-        decay = next((decay for decay in said if decay is not None), None)  # 0 is one
-        if decay is None and number <= len(DEFAULT_DECAYS):
-            decay = DEFAULT_DECAYS[number - 1]
-            if args or ema.origin.split(".")[0] not in official.SETS:
-                notes.append(f"the file does not give the decay of {ema.origin}: {decay} is assumed, the official default")
-        if decay is None or decay in decays:
-            notes.append(f"left out: {ema.origin}, an EMA of unknown or repeated decay")
-            unread.append(ema.origin)
-            continue
-        name = f"model_ema{number}"
-        sets[name], origins[name] = ema.tensors, ema.origin
-        decays.append(decay)
-    if source.config.get("format") != "jitjax":
-        notes += [f"{name} is what the file calls {origin}" for name, origin in origins.items() if origin not in ("", name)]
-    constant = next((t[official.POSITIONS] for t in sets.values() if official.POSITIONS in t), None)
-    for tensors in sets.values():
-        if constant is not None:
-            tensors.setdefault(official.POSITIONS, constant)
-    return sets, origins, tuple(decays)
-
-
-def _decay_in(origin: str) -> float | str | None:
-    if power := re.search(rf"{POWER}({DECAY})", origin):
-        return power[0]
-    ours = re.fullmatch(rf"ema_({DECAY})", origin)
-    return float(ours[1]) if ours else names.decay_in(origin)
-
-
-def _decay_of(args: Mapping[str, Any], number: int, count: int) -> float | None:
-    keys = [f"ema_decay{number}", *(["ema_decay", "ema_rate", "ema"] if count == 1 else [])]
-    given = [(key, args[key]) for key in keys if isinstance(args.get(key), int | float) and not isinstance(args[key], bool)]
-    # Under the official name 0 and 1 are decays, as a run may have them; elsewhere they may be switches.
-    return next((float(v) for key, v in given if 0 < v < 1 or (key == keys[0] and v in (0, 1))), None)
 
 
 def _complete(tensors: names.Tensors, known: Mapping, args: Mapping, name: str, notes: list[str]) -> None:
@@ -419,11 +305,13 @@ def _facts(source: Source, args: Any, config: Mapping, geometry: Geometry, notes
         facts[name] = value
     if facts.get("prediction") not in (None, "x", "epsilon", "v"):
         raise UserError(f"{source.path}: prediction={facts['prediction']!r}: expected one of x, epsilon, v")
-    for name in ("noise_scale", "t_eps"):
+    for name in ("noise_scale", "t_eps", "sample_t_eps"):
         value = facts.get(name)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             notes.append(f"left out: {name}={value!r}, which is not a number above 0")
             facts[name] = None
+    if not isinstance(facts.get("class_conditional"), bool | None):
+        notes.append(f"left out: class_conditional={facts.pop('class_conditional')!r}, which is not true or false")
     labels = facts.get("class_names")
     if labels is not None and not (isinstance(labels, list | tuple) and len(labels) == geometry.num_classes):
         count = len(labels) if isinstance(labels, list | tuple) else repr(labels)[:40]
@@ -434,14 +322,20 @@ def _facts(source: Source, args: Any, config: Mapping, geometry: Geometry, notes
     return facts
 
 
-def _geometry(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a geometry that a description gives, of the right type."""
-    types = {field.name: field.type for field in dataclasses.fields(Geometry)}
+def _geometry(described: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The fields of a geometry that a description gives.
+
+    Raises:
+      UserError: one of another type; names it and `origin`.
+    """
     result = {}
-    for name, value in described.items():
-        if name in types and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            if types[name] == "float" or value == int(value):
-                result[name] = float(value) if types[name] == "float" else int(value)
+    for field in dataclasses.fields(Geometry):
+        if field.name in described and field.type != "bool":  # the one of that type is part of a run alone
+            value, is_float = described[field.name], field.type == "float"
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (not is_float and value != int(value)):
+                raise UserError(f"{origin} gives {field.name}={value!r}: expected a {'' if is_float else 'whole '}number")
+            result[field.name] = float(value) if is_float else int(value)
     return result
 
 
@@ -506,7 +400,7 @@ def _save(path: Any, tensors: Mapping[str, np.ndarray], geometry: Geometry, fact
         with atomic.writing(path, alone=True) as partial:
             safetensors.numpy.save_file(dict(tensors), partial, metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
+        raise UserError(f"{path}: cannot be written ({error}): free space or name another") from None
 
 
 def write_folder(
@@ -535,5 +429,5 @@ def write_folder(
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}): free space or name another") from None
     _save(folder / "model.safetensors", tensors, geometry, facts, sets=list(sets))

@@ -22,10 +22,11 @@ import orbax.checkpoint as ocp
 
 from jitjax import checkpoint, saving, settings, step
 from jitjax.config import default_config
-from jitjax.errors import UserError
+from jitjax.errors import UserError, naming
 from jitjax.interop import adamw, official
 from jitjax.interop.pth import write_pth
-from jitjax.interop.weights import DEFAULT_DECAYS, Weights, published_noise_scale, select
+from jitjax.interop.sets import DEFAULT_DECAYS, select
+from jitjax.interop.weights import Weights, published_noise_scale
 from jitjax.model import SIZES, Geometry
 from jitjax.optimizer import make_optimizer
 
@@ -84,7 +85,9 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
     if moments and config.optim.name != "adamw":
         weights.notes.append(f"the state of {config.optim.name} has no place in other formats and is left out")
     elif moments and not weights.geometry.class_start:  # such a model has no place in the files that hold moments
-        weights.moments = _saved_moments(path, weights.geometry, config)
+        # Of the same step, whatever the run has saved since.
+        folder = checkpoint.workdir_of(path) / checkpoint.DIRECTORY / str(saved.step)
+        weights.moments = _saved_moments(folder, weights.geometry, config)
     return weights
 
 
@@ -101,7 +104,7 @@ def _finished_epochs(meta: Mapping[str, Any], step_number: int, notes: list[str]
 
 
 def _saved_moments(path: Path, geometry: Geometry, config: Any) -> dict[str, dict[str, np.ndarray]] | None:
-    """AdamW's moments in a jitjax checkpoint; None where no step was made. Reads only, so the run may be alive."""
+    """AdamW's moments in the checkpoint `path`; None where no step was made. Reads only, so the run may be alive."""
     workdir, number = checkpoint.find(path)
     init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
     state = jax.eval_shape(init, jax.random.key(0))
@@ -161,10 +164,11 @@ def write_run(workdir: Path, weights: Weights) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--to={workdir}: cannot be written: {error.strerror}") from None
-    saved = saving.Checkpoints(workdir)
-    saved.save(state, number, meta)
-    saved.close()
+        raise UserError(f"--to={workdir}: cannot be written ({error.strerror}): name another") from None
+    with naming("--to", workdir):
+        saved = saving.Checkpoints(workdir)
+        saved.save(state, number, meta)
+        saved.close()
 
 
 def config_of(weights: Weights) -> settings.Settings:
