@@ -44,6 +44,7 @@ DIRECTORY = "checkpoints"
 RUN_FILE = "run.json"
 BEST = "best"
 SCORES_FILE = "scores.jsonl"  # of a run: one line an evaluation
+_ATTEMPTS = 10  # to read the newest checkpoint of a run that goes on and deletes it meanwhile
 ITEMS = ("params", "ema", "optimizer", "meta")
 _log = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     Raises:
       UserError: there is no whole checkpoint, or the one that `path` names is not.
     """
-    path, workdir = Path(path).expanduser().absolute(), workdir_of(path)
+    asked, path, workdir = path, Path(path).expanduser().absolute(), workdir_of(path)
     if means_best(path):
         best = read_best(workdir)
         if best is None:
@@ -211,6 +212,8 @@ def find(path: str | Path) -> tuple[Path, int]:
     run = (read_run(workdir) or {}).get("run")
     for candidate in reversed(steps) if step is None else [step]:
         reason = defect(folder / str(candidate), run)
+        if reason is not None and candidate not in steps_in(folder):  # a live run has deleted it meanwhile
+            return find(asked)
         if reason is None:
             if step is None and candidate != steps[-1]:
                 _log.warning("step %d is used instead", candidate)
@@ -260,8 +263,18 @@ def load_weights(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Wei
     Raises:
       UserError: nothing whole at `path`, or the numbers in it are not finite.
     """
-    workdir, step = find(path)
-    folder = workdir / DIRECTORY / str(step)
+    for left in reversed(range(_ATTEMPTS)):
+        workdir, step = find(path)
+        folder = workdir / DIRECTORY / str(step)
+        try:
+            return _read_weights(folder, step, mesh)
+        except UserError:
+            if not left or folder.is_dir():  # else a live run has deleted it meanwhile: there is a newer one
+                raise
+    raise AssertionError
+
+
+def _read_weights(folder: Path, step: int, mesh: jax.sharding.Mesh | None) -> Weights:
     mesh = mesh or jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     try:
         meta = read_meta(folder)

@@ -31,6 +31,9 @@ def loss_of(objective: Objective, network: Callable[..., jax.Array], x: jax.Arra
       network: a `jitjax.model.JiT`; `options` are further arguments of its call.
       x, e: clean images and noise, (B, H, W, 3). t: times, (B,). y: labels for the network, (B,).
       labels: those for an objective that asks for them, (B,); default y.
+
+    Raises:
+      UserError: the objective asks for what the network does not compute, or does not return one number per image.
     """
     with jax.named_scope("loss"):
         z = noised(x, e, t)
@@ -47,7 +50,21 @@ def loss_of(objective: Objective, network: Callable[..., jax.Array], x: jax.Arra
     if missing := [name for name in wanted if name not in seen]:
         raise UserError(f"the objective asks for {missing[0]}, which a model of depth {network.geometry.depth} does not have")
     with jax.named_scope("loss"):
-        return objective(output, x, e, t, seen) if wanted else objective(output, x, e, t)
+        return _of_each_image(objective(output, x, e, t, seen) if wanted else objective(output, x, e, t), t)
+
+
+def _of_each_image(loss: Any, t: jax.Array) -> jax.Array:
+    """What an objective returned, if it is one number per image. Sums and means over images would take anything.
+
+    Raises:
+      UserError: it is not.
+    """
+    if jnp.shape(loss) != t.shape:
+        raise UserError(
+            f"the objective returns an array of shape {jnp.shape(loss)} for {len(t)} images: it must be one number per image, "
+            f"({len(t)},), e.g. jnp.mean(..., axis=(1, 2, 3))"
+        )
+    return loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +155,7 @@ def with_class_loss(objective: Objective, weight: float) -> Objective:
 
     def total(output, x, e, t_B, seen):
         own = [{name: seen[name] for name in names}] if names else []  # what it asked for and no more
-        loss = objective(output, x, e, t_B, *own)
+        loss = _of_each_image(objective(output, x, e, t_B, *own), t_B)
         log_p = jax.nn.log_softmax(seen["class_logits"], axis=-1)
         return loss - weight * jnp.take_along_axis(log_p, seen[LABELS][:, None], axis=-1)[:, 0]
 

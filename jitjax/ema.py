@@ -251,8 +251,17 @@ def read_snapshot(path: Path) -> tuple[int, float, dict[str, np.ndarray]]:
 
 def find_snapshots(folder: Path) -> list[tuple[int, float, Callable[[], dict[str, np.ndarray]]]]:
     """The snapshots of a folder by step and sigma_rel, as `reconstruct` takes them: each file is read when it is needed."""
-    found = []
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        if match := re.fullmatch(r"(\d+)-([0-9.e-]+)", path.stem):
-            found.append((int(match[1]), float(match[2]), lambda path=path: read_snapshot(path)[2]))
-    return found
+    return [(step, sigma_rel, lambda path=path: read_snapshot(path)[2]) for step, sigma_rel, path in _files(folder)]
+
+
+def remove_snapshots(folder: Path, *, after: int) -> None:
+    """Delete the snapshots of later steps than `after`."""
+    for step, _, path in _files(folder):
+        if step > after:
+            path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[tuple[int, float, Path]]:
+    """Step, sigma_rel and file of each snapshot, by step and sigma_rel."""
+    found = [(re.fullmatch(r"(\d+)-([0-9.e-]+)", path.stem), path) for path in Path(folder).glob("*.safetensors")]
+    return sorted((int(match[1]), float(match[2]), path) for match, path in found if match)

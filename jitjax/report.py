@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import base64
 import collections
+import contextlib
 import dataclasses
 import datetime
 import html
@@ -305,9 +306,14 @@ def _extremes(values: np.ndarray) -> np.ndarray:
 
 
 def _pictures(run: Run) -> list[dict[str, Any]]:
-    """At most `MOST_GRIDS` previews, evenly through the run and the last one among them, as data URIs."""
+    """At most `MOST_GRIDS` previews, evenly through the run and the last one among them, as data URIs. One that cannot be read,
+    as a crash of the machine may leave it, is left out."""
     chosen = np.unique(np.linspace(0, len(run.grids) - 1, min(MOST_GRIDS, len(run.grids))).round().astype(int))
-    return [{"step": run.grids[i][0], **_picture(run.grids[i][1])} for i in chosen]
+    found = []
+    for i in chosen:
+        with contextlib.suppress(OSError):  # Pillow's for a file that is no picture, too
+            found.append({"step": run.grids[i][0], **_picture(run.grids[i][1])})
+    return found
 
 
 def _picture(path: Path) -> dict[str, Any]:

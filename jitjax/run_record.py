@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jitjax import atomic, checkpoint, manifest
+from jitjax import atomic, checkpoint, ema, manifest
 from jitjax.errors import UserError
 from jitjax.monitor.metrics import line_of, read_records
 from jitjax.workdir import BEST_FILE
@@ -79,7 +79,9 @@ def write_best(workdir: Path, best: Mapping[str, Any]) -> None:
 
 def forget_after(workdir: Path, step: int) -> None:
     """Take back what was recorded of later steps, which a run that goes on from a checkpoint of `step` makes again: their
-    scores, and the mark of the best checkpoint if it is one of theirs. (`metrics.jsonl` is cut where it is opened.)"""
+    scores, the mark of the best checkpoint if it is one of theirs, and their EMA snapshots, which would be mixed with those of
+    a run that goes on otherwise. (`metrics.jsonl` is cut where it is opened.)"""
+    ema.remove_snapshots(workdir / ema.FOLDER, after=step)
     scores, best = workdir / checkpoint.SCORES_FILE, None
     with contextlib.suppress(UserError):
         best = checkpoint.read_best(workdir)

@@ -407,6 +407,14 @@ def differing_fields(old: Mapping[str, Any], new: Settings, also: Collection[str
     return found
 
 
+def of_all_processes(settings: Settings) -> dict[str, Any]:
+    """The fields, by name, that all processes of a run must have alike. Where files lie on a host, and how a process reads them
+    and reports, are its own."""
+    own = {"data.path", "data.num_workers", "init_from", "compilation_cache", "log.tensorboard"}
+    own |= {f"eval.{what}" for what in ("reference", "held_out", "extractor", "inception")}
+    return {name: value for name, value in flatten(to_dict(settings)) if name not in own and not name.startswith("wandb.")}
+
+
 # ---------------------------------------------------------------- text
 
 

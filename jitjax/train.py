@@ -31,6 +31,7 @@ from jitjax import (
     from_settings,
     memory,
     model,
+    processes,
     run_record,
     runtime,
     saving,
@@ -54,7 +55,7 @@ from jitjax.signals import NOT_SAVED, StopAfter, Stopped, StopRequest, leave
 from jitjax.snapshots import Snapshots
 from jitjax.timing import TimeAccount
 from jitjax.watchdog import Watchdog
-from jitjax.workdir import Workdir, check_apart, fitted, parameter_table
+from jitjax.workdir import Workdir, check_apart, check_idle, fitted, parameter_table
 
 # A step that takes longer is a hang, unless steps usually take long. Several processes wait for the one that hangs.
 HANG_SECONDS, HANG_SECONDS_OF_SEVERAL = 300.0, 100.0
@@ -139,15 +140,14 @@ def train(
                 run.peers.failed(line, code)
                 leave(code, line)
 
-            dog = stack.enter_context(
-                Watchdog(
-                    factor=settings.hang_factor,
-                    least_seconds=HANG_SECONDS if peers.count == 1 else HANG_SECONDS_OF_SEVERAL,
-                    describe=run.host_batches.describe,
-                    leave=give_up,
-                )
-            )
-            run.exit_code = loop(run, stop, dog)
+            with Watchdog(
+                factor=settings.hang_factor,
+                least_seconds=HANG_SECONDS if peers.count == 1 else HANG_SECONDS_OF_SEVERAL,
+                describe=run.host_batches.describe,
+                failed=run.log.failure,
+                leave=give_up,
+            ) as dog:
+                run.exit_code = loop(run, stop, dog)
             return run.exit_code
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -184,7 +184,8 @@ def build(
         settings_lib.check_data(settings.data)
     checkpoint.quiet()
     runtime.use_compilation_cache(settings.compilation_cache)
-    is_main = jax.process_index() == 0
+    if is_main := jax.process_index() == 0:
+        check_idle(workdir)  # listing the images can take minutes
     given, notes = settings, list(notes)
     if (settings := fitted(given, workdir, jax.device_count())) != given:
         notes.append(
@@ -215,6 +216,8 @@ def build(
     geometry, plan = setup.geometry, setup.plan
     process = diffusion.from_config(settings_lib.to_dict(settings))
     own_name = getattr(own_objective, "__qualname__", type(own_objective).__name__) if own_objective else ""
+    images_of = {f"images ({name})": value for name, value in dataset.fingerprint.items()}
+    processes.require_same(settings_lib.of_all_processes(settings) | images_of | {"objective": own_name or "published"})
     accepted = folder.check_config(settings, plan.global_batch, accept_changes=accept_config_changes, objective=own_name)
     notes += accepted
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from jitjax import atomic, leftovers, paths
 from jitjax.errors import UserError
@@ -35,6 +35,27 @@ def check_apart(workdir: str | Path, dataset: DataSet) -> None:
     root, run = os.path.realpath(dataset.path), os.path.realpath(paths.workdir(workdir))
     if dataset.kind == "folder" and os.path.commonpath([root, run]) == root:
         raise UserError(f"--workdir={workdir} lies among the images of {dataset.path}: name a folder elsewhere")
+
+
+def check_idle(workdir: str | Path) -> None:
+    """Before what takes long. Writes nothing, and leaves the lock to who comes next: `Workdir` takes it.
+
+    Raises:
+      UserError: the workdir is in use by a live run.
+    """
+    path = paths.workdir(workdir)
+    with contextlib.suppress(OSError), open(path / ".lock", "r+") as lock:
+        _flock(lock, path)
+
+
+def _flock(lock: IO[str], workdir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise UserError(
+            f"--workdir={workdir} is in use by a live run ({lock.read().strip()}): stop that one or choose another"
+        ) from error
 
 
 class Workdir:
@@ -78,13 +99,7 @@ class Workdir:
 
     def _take_lock(self) -> None:
         lock = open(self.path / ".lock", "a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise UserError(
-                f"--workdir={self.path} is in use by a live run ({lock.read().strip()}): stop that one or choose another"
-            ) from error
+        _flock(lock, self.path)
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -143,6 +143,34 @@ def test_the_one_before_is_taken(copy, damage, caplog):
         checkpoint.find(copy / "checkpoints" / "20")
 
 
+def test_what_a_live_run_deletes_meanwhile_gives_way_to_a_newer_one(copy, caplog, monkeypatch):
+    """While it is verified, and while its weights are read."""
+    folder, verify = copy / "checkpoints", checkpoint.defect
+
+    def rotate(newer: int) -> None:
+        write(copy, newer)
+        for step in checkpoint.steps_in(folder)[:-1]:
+            retention.delete(folder, step)
+
+    def verify_one_that_goes(path, run=None):
+        if path.name == "30":
+            rotate(40)
+        return verify(path, run)
+
+    def read_one_that_goes(path, step, mesh):
+        if step == 40:
+            rotate(50)
+            raise UserError("it cannot be read")
+        return step
+
+    monkeypatch.setattr(checkpoint, "defect", verify_one_that_goes)
+    monkeypatch.setattr(checkpoint, "_read_weights", read_one_that_goes)
+    assert checkpoint.find(copy) == (copy, 40)
+    assert checkpoint.load_weights(copy) == 50 and not caplog.messages
+    with pytest.raises(UserError, match=r"no complete checkpoint at .*checkpoints/40: .*; steps there: 50"):
+        checkpoint.load_weights(folder / "40")
+
+
 def test_a_workdir_may_be_called_best(copy):
     """`best` means the best checkpoint where nothing has that name."""
     run = copy.rename(copy.parent / "best")

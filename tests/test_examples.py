@@ -113,6 +113,24 @@ def test_a_regulariser_gets_activations_and_moves_the_weights():
         shallow.loss(shallow.init().params, images, None, key)
 
 
+@pytest.mark.parametrize("class_loss", [0, 100])
+@pytest.mark.parametrize("axes, shape", [(None, r"\(\)"), ((1, 2), r"\(2, 3\)")])
+def test_an_objective_that_gives_no_number_per_image_is_refused(axes, shape, class_loss):
+    """Means and sums over images would take it, and eval/loss be wrong."""
+
+    def objective(output, x, e, t):
+        return jnp.mean(jnp.square(output - x), axis=axes)
+
+    settings = SMALL | {"data.image_size": 8, "model.depth": 2, "model.context_start": 1}
+    settings |= {"model.class_conditional": True, "model.class_loss": class_loss}
+    trainer = jitjax.Trainer(settings, images=64, num_classes=5, objective=objective)
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, int)
+    with pytest.raises(
+        UserError, match=f"the objective returns an array of shape {shape} for 2 images: .* one number per image"
+    ):
+        trainer.loss(trainer.init().params, images, labels, jax.random.key(0))
+
+
 def first_batch(path, settings):
     dataset = data.open_dataset(path, settings.data.image_size)
     batches = data.make_iterator(dataset, seed=0, global_batch=2 * jax.device_count())

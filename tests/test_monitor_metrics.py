@@ -3,6 +3,7 @@
 import math
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_lines_that_are_missing_are_reported(tmp_path, capsys):
         assert ("no lines" in (tmp_path / "log.txt").read_text()) == bool(said)
 
 
+@pytest.mark.parametrize(("resume_step", "saved"), [(0, False), (0, True), (5, False)])
+def test_a_run_that_ends_early_says_what_the_same_command_does(tmp_path, capsys, resume_step, saved):
+    monitor = Monitor(tmp_path, total_steps=9, resume_step=resume_step)
+    if saved:
+        monitor.checkpoint(3, tmp_path)
+    monitor.close(1)
+    resumes = f"the same command resumes from the last checkpoint in {tmp_path}"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (resumes if saved or resume_step else "the same command begins again: nothing was saved yet")
+
+
 def test_epoch_loss_is_the_mean_of_the_whole_epoch_across_a_crash_and_resume(tmp_path):
     loss = {step: 1 / (step + 3) for step in range(1, 9)}
     monitor = Monitor(tmp_path, total_steps=8)
@@ -70,6 +82,37 @@ def test_epoch_loss_is_the_mean_of_the_whole_epoch_across_a_crash_and_resume(tmp
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7]
     assert records[1]["train/epoch_loss"] == pytest.approx((loss[1] + loss[2]) / 2, rel=1e-15)
     assert records[6]["train/epoch_loss"] == pytest.approx((loss[3] + loss[4] + loss[5] + loss[7]) / 4, rel=1e-15)
+
+
+class Scalar:
+    """A number on a device that is there, is not there yet, or never will be."""
+
+    def __init__(self, ready, error=""):
+        self.ready, self.error = ready, error
+
+    def copy_to_host_async(self):
+        pass
+
+    def is_ready(self):
+        return self.ready
+
+    def block_until_ready(self):
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        assert self.ready, "waited for the device"
+
+
+def test_a_step_that_failed_on_the_device_is_known_without_waiting(tmp_path):
+    monitor = Monitor(tmp_path, total_steps=9)
+    log = LateLog(monitor, Throughput(1, now=0.0), samples_per_step=1, steps_per_epoch=9)
+    assert log.failure() == ""
+    for number, loss in ((1, jnp.float32(0.5)), (2, Scalar(True)), (3, Scalar(False))):
+        log.add(number, {"train/loss": loss}, 0.0)
+        assert log.failure() == ""
+    log.add(4, {"train/loss": Scalar(True, "RESOURCE_EXHAUSTED: Out of memory\n  while ...")}, 0.0)
+    assert log.failure() == "step 4 failed on the device: RESOURCE_EXHAUSTED: Out of memory while ..."
+    log.close()
+    monitor.close()
 
 
 def test_a_full_disk_neither_stops_the_run_nor_loses_or_tears_a_line(tmp_path):

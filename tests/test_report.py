@@ -120,6 +120,15 @@ def test_a_run_that_has_just_begun_and_one_of_an_older_version_have_a_report(tmp
     assert panels_of(report.write_report([workdir], tmp_path / "r.html").read_text()) == {}
 
 
+def test_a_preview_that_cannot_be_read_costs_that_grid_alone(tmp_path):
+    run = make_run(tmp_path / "a")
+    whole = (run / "samples" / "step_00000200.png").read_bytes()
+    for damaged in (b"", whole[:20], b"no picture"):
+        (run / "samples" / "step_00000200.png").write_bytes(damaged)
+        page = report.write_report([run]).read_text()
+        assert [grid["step"] for grid in data_of(page)["grids"][0]] == [100, 300]
+
+
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="config.json.*give the workdir of a run"):
         report.write_report([tmp_path])

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
-from jitjax import checkpoint, cli, distributed, from_settings, memory, pipeline, runtime, settings
+from jitjax import checkpoint, cli, data, distributed, from_settings, memory, pipeline, processes, runtime, settings
 from jitjax.data import order
 from jitjax.errors import UserError
 from jitjax.plan import fit_devices
@@ -362,6 +362,8 @@ def test_a_live_workdir_is_refused(tmp_path):
         other.stdout.readline()
         with pytest.raises(UserError, match="in use by a live run"):
             Workdir(tmp_path)
+        with pytest.raises(UserError, match="in use by a live run"):  # before the images are looked for
+            train(small_settings(data__synthetic="", data__path="/nowhere"), tmp_path)
         other.kill()
     Workdir(tmp_path).close()
 
@@ -581,3 +583,40 @@ def test_two_processes_equal_one(tmp_path):
         Image.open(tmp_path / "two/samples/step_00000006.png") as b,
     ):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2
+
+
+def test_processes_with_other_settings_or_images_are_no_run(tmp_path, monkeypatch):
+    """As process 1 sees it: process 0 was started with another learning rate, length or data set."""
+    images = np.zeros((8, 8, 8, 3), np.uint8)
+    mine, theirs = (data.of_arrays(images[:n], np.zeros(n, int), ("a",)) for n in (8, 7))
+    own, said = small_settings(total_steps=3, optim__lr=0.1), []
+    where = dict(data__path="/elsewhere", data__num_workers=5, eval__reference="/scratch/r.npz", wandb__name="a")
+    cases = [
+        (small_settings(total_steps=3, optim__lr=0.1, **where), mine, "", None),
+        (
+            small_settings(total_steps=4, optim__lr=0.5),
+            mine,
+            "",
+            r"total_steps: 4 there, 3 here; optim.lr: 0.5 there, 0.1 here",
+        ),
+        (own, theirs, "", r"images \(count\): 7 there, 8 here"),
+        (own, mine, "huber", r"objective: huber there, published here"),
+    ]
+
+    def of(made, dataset, objective):
+        images = {f"images ({name})": value for name, value in dataset.fingerprint.items()}
+        return settings.of_all_processes(made) | images | {"objective": objective or "published"}
+
+    for first, dataset, objective, message in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "text_of_process_0", lambda text, longest: said.append(text) or text)
+            processes.require_same(of(first, dataset, objective))
+            patch.setattr(processes, "text_of_process_0", lambda text, longest: said[-1])
+            if message is None:
+                processes.require_same(of(own, mine, ""))
+                continue
+            with pytest.raises(UserError, match=rf"was started with other settings or images than process 0 \(.*{message}"):
+                processes.require_same(of(own, mine, ""))
+    monkeypatch.setattr(processes, "any_process", lambda flag: True)
+    with pytest.raises(UserError, match="another process of this run was started with other settings or images"):
+        processes.require_same(of(own, mine, ""))

@@ -62,6 +62,18 @@ class LateLog:
         self._current.metrics.append((step, metrics))
         self._current.waited += waited
 
+    def failure(self) -> str:
+        """What the runtime says of the last step, if that has failed on the device; else "". Does not wait; for any thread."""
+        last = (self._current.metrics or self._previous.metrics)[-1:]
+        for step, metrics in last:
+            value = next(iter(metrics.values()))
+            try:
+                if value.is_ready():  # so is one that will never have a value
+                    value.block_until_ready()
+            except RuntimeError as error:  # as JAX's are
+                return f"step {step:,} failed on the device: {' '.join(str(error).split())[:300]}"
+        return ""
+
     def paused(self, seconds: float) -> None:
         """Time since the last step that was not training: a preview, a save."""
         self._current.paused += seconds

@@ -84,7 +84,8 @@ class Monitor:
     ):
         self._workdir, self._next_commands = Path(workdir), tuple(next_commands)
         self._total_steps, self._step = total_steps, resume_step
-        self._checkpoint: int | None = None
+        self._checkpoint: int | None = None  # of this start
+        self._resumed = resume_step > 0
         self._console: Console | None = None
         self._file: MetricsFile | None = None
         self._wandb: WandbRun | None = None
@@ -233,7 +234,6 @@ class Monitor:
         # A failure comes between two lines of the log: how many steps there were since the last one is not known here.
         what = f"stopped as asked at {where} after {took}" if exit_code > 128 else f"failed after {took}, last logged {where}"
         at = f"; last checkpoint: step {self._checkpoint:,}" if self._checkpoint is not None else ""
-        return [
-            f"{what}{at}",
-            f"the same command resumes from the last checkpoint in {self._workdir}",
-        ]
+        saved = self._resumed or self._checkpoint is not None
+        again = f"resumes from the last checkpoint in {self._workdir}" if saved else "begins again: nothing was saved yet"
+        return [f"{what}{at}", f"the same command {again}"]

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import chex
+import numpy as np
 import pytest
 from conftest import json_lines, small_settings
 from programs import Processes, wait_until, write_config
 
-from jitjax import checkpoint, distributed, sampler
+from jitjax import checkpoint, distributed, ema, sampler
 from jitjax.errors import UserError
 from jitjax.preview import Preview
 from jitjax.train import train
@@ -189,6 +190,22 @@ def test_what_was_recorded_of_steps_that_are_made_again_is_taken_back(undisturbe
     assert all(a["eval/fd_mean_colour"] != b["eval/fd_mean_colour"] for a, b in zip(after[1:], before[1:], strict=True))
     best = checkpoint.read_best(workdir)
     assert best["value"] == min(line["eval/fd_mean_colour"] for line in after)
+
+
+def test_ema_snapshots_of_steps_that_are_made_again_are_taken_back(tmp_path):
+    """They would be mixed with those of the steps as they are made now, which need not be at the same steps."""
+    workdir, kept = tmp_path / "run", dict(optim__power_emas=(0.1,), checkpoint__every_steps=2, checkpoint__keep_last=3)
+    assert train(small_settings(**kept, total_steps=6, checkpoint__ema_every_steps=1), workdir) == 0
+    for step in (4, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "params")
+    before = {step: read() for step, _, read in ema.find_snapshots(workdir / "ema")}
+    assert list(before) == [1, 2, 3, 4, 5, 6]
+    changed = small_settings(**kept, total_steps=6, checkpoint__ema_every_steps=3, optim__lr=0.1)
+    assert train(changed, workdir, accept_config_changes=True) == 0
+    after = {step: read() for step, _, read in ema.find_snapshots(workdir / "ema")}
+    assert list(after) == [1, 2, 3, 6]
+    assert all(np.array_equal(after[step][name], before[step][name]) for step in (1, 2) for name in after[step])
+    assert all(any(not np.array_equal(after[step][name], before[step][name]) for name in after[step]) for step in (3, 6))
 
 
 def test_a_disk_that_takes_no_preview_does_not_end_the_run(tmp_path, monkeypatch, capsys):

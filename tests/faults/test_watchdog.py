@@ -53,3 +53,22 @@ def test_slow_but_alive_is_no_hang():
 
     assert not watch(hourly)
     assert watch(hourly, factor=10)
+
+
+def test_a_step_that_failed_on_the_device_ends_a_run_that_waits_for_something_else():
+    """One of several processes is out of memory: it waits for the others, and they for its step."""
+    left, failure = [], ["step 7 failed on the device: RESOURCE_EXHAUSTED"]
+    ended = threading.Event()
+
+    def leave(code, line):
+        left.append((code, line))
+        ended.set()
+
+    options = dict(failed=lambda: failure[0], failed_seconds=0.05, leave=leave, period=0.01)
+    with Watchdog(**options) as dog, dog.untimed("saving"):
+        assert not ended.wait(0.3)
+    with Watchdog(**options | dict(failed_seconds=60)):
+        assert not ended.wait(0.3)  # the loop has time to meet it itself
+    with Watchdog(**options) as dog, dog.phase("the other processes"):
+        assert ended.wait(10)
+    assert left == [(3, f"{failure[0]}; stopped without saving, the same command continues from the last checkpoint")]
