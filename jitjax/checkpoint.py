@@ -35,6 +35,7 @@ import orbax.checkpoint as ocp
 from jitjax import finite, manifest, sharding
 from jitjax import model as jit_model
 from jitjax.errors import UserError
+from jitjax.geometry import Geometry
 from jitjax.monitor.metrics import read_records
 from jitjax.settings import Optimizer
 from jitjax.step import TrainState
@@ -184,8 +185,8 @@ class Weights:
     step: int
 
     @property
-    def geometry(self) -> jit_model.Geometry:
-        return jit_model.Geometry(**self.meta["geometry"])
+    def geometry(self) -> Geometry:
+        return Geometry(**self.meta["geometry"])
 
 
 def find(path: str | Path) -> tuple[Path, int]:
@@ -278,7 +279,7 @@ def _read_weights(folder: Path, step: int, mesh: jax.sharding.Mesh | None) -> We
     mesh = mesh or jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     try:
         meta = read_meta(folder)
-        geometry = jit_model.Geometry(**meta["geometry"])
+        geometry = Geometry(**meta["geometry"])
         like = sharding.abstract(jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0)), mesh)
         restored = read_items(
             folder,
@@ -294,9 +295,7 @@ def _read_weights(folder: Path, step: int, mesh: jax.sharding.Mesh | None) -> We
     return Weights(params, dict(zip(restored["ema"], emas, strict=True)), meta, step)
 
 
-def check_fits(
-    meta: Mapping[str, Any], geometry: jit_model.Geometry, names: Iterable[str], optim: Optimizer, workdir: Path
-) -> None:
+def check_fits(meta: Mapping[str, Any], geometry: Geometry, names: Iterable[str], optim: Optimizer, workdir: Path) -> None:
     """Raises:
     UserError: the checkpoint's model has other shapes than `geometry`, other EMAs than `names`, or the state of another
       optimizer; names what differs.
@@ -321,7 +320,7 @@ def check_fits(
         )
 
 
-def describe(geometry: jit_model.Geometry, state_ema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def describe(geometry: Geometry, state_ema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """The part of `meta` that `load_weights` needs, joined with `more` (config, position in the data, ...)."""
     return {
         "geometry": dataclasses.asdict(geometry),

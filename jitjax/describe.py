@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jitjax import data, flops, model, sampling, sharding, tables
+from jitjax import data, flops, sampling, sharding, tables
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import CLASSES, PER_CLASS
+from jitjax.geometry import Geometry, geometry_of
 from jitjax.plan import Plan, make_plan, resolve_num_classes
 from jitjax.settings import Settings
 
@@ -29,7 +30,7 @@ class Outlook:
     images: int
     classes: int
     data: str  # in words
-    geometry: model.Geometry
+    geometry: Geometry
     plan: Plan
     mesh: Mesh
 
@@ -54,7 +55,7 @@ def look(settings: Settings, *, devices: list[jax.Device] | None = None, may_lac
         dataset = data.open_dataset(settings.data.path, settings.data.image_size, **settings.data.reading())
         images, classes, note = len(dataset), dataset.num_classes, ""
     num_classes = resolve_num_classes(settings.model.class_conditional, settings.model.num_classes, classes)
-    geometry = model.geometry_of(settings.model, settings.data.image_size, num_classes)
+    geometry = geometry_of(settings.model, settings.data.image_size, num_classes)
     plan = make_plan(settings, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
     labels = f" of {classes:,} class{'' if classes == 1 else 'es'}" if settings.model.class_conditional else ""
     unused = ", whose labels an unconditional model does not use" if classes and not labels and not note else ""

@@ -59,9 +59,11 @@ def _of_each_image(loss: Any, t: jax.Array) -> jax.Array:
     Raises:
       UserError: it is not.
     """
-    if jnp.shape(loss) != t.shape:
+    shape = getattr(loss, "shape", None)
+    if shape != t.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        what = f"a {type(loss).__name__}" if shape is None else f"an array of shape {shape} and type {loss.dtype}"
         raise UserError(
-            f"the objective returns an array of shape {jnp.shape(loss)} for {len(t)} images: it must be one number per image, "
+            f"the objective returns {what} for {len(t)} images: it must be one floating-point number per image, "
             f"({len(t)},), e.g. jnp.mean(..., axis=(1, 2, 3))"
         )
     return loss

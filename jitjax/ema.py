@@ -11,6 +11,7 @@ Steps count updates: after the first update step = 1.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -263,5 +264,9 @@ def remove_snapshots(folder: Path, *, after: int) -> None:
 
 def _files(folder: Path) -> list[tuple[int, float, Path]]:
     """Step, sigma_rel and file of each snapshot, by step and sigma_rel."""
-    found = [(re.fullmatch(r"(\d+)-([0-9.e-]+)", path.stem), path) for path in Path(folder).glob("*.safetensors")]
-    return sorted((int(match[1]), float(match[2]), path) for match, path in found if match)
+    found = []
+    for path in Path(folder).glob("*.safetensors"):
+        if match := re.fullmatch(r"(\d+)-([0-9.e-]+)", path.stem):
+            with contextlib.suppress(ValueError):  # no number, so not of ours
+                found.append((int(match[1]), float(match[2]), path))
+    return sorted(found)

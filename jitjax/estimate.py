@@ -17,7 +17,7 @@ from jitjax import settings as settings_lib
 from jitjax.cli import arguments
 from jitjax.errors import UserError
 from jitjax.flops import CHANNELS, IMAGENET_IMAGES, forward_macs, parameters, state_bytes, train_flops
-from jitjax.model import SIZES, Geometry, geometry_of
+from jitjax.geometry import SIZES, Geometry, geometry_of
 from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
 

@@ -29,7 +29,7 @@ def forward_macs(geometry: Any) -> int:
     these multiply-adds "Gflops": JiT-B/16 25, L/16 88, H/16 182).
 
     Args:
-      geometry: a `jitjax.model.Geometry`.
+      geometry: a `jitjax.geometry.Geometry`.
     """
     g, w, f = geometry, geometry.width, geometry.mlp_hidden
     tokens, values = (g.image_size // g.patch_size) ** 2, g.patch_size**2 * CHANNELS

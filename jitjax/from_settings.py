@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from jitjax import diffusion, kernels, model, sharding, step, transfer
+from jitjax.geometry import Geometry, geometry_of
 from jitjax.optimizer import make_schedule
 from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
@@ -21,7 +22,7 @@ class Setup:
     """What follows from a run's settings, the size of its data set and its devices."""
 
     settings: Settings
-    geometry: model.Geometry
+    geometry: Geometry
     mesh: Mesh
     plan: Plan
     kernels: str  # "plain" or "fused"
@@ -38,13 +39,13 @@ def setup(settings: Settings, *, images: int, num_classes: int, mesh: Mesh) -> S
     Raises:
       UserError: a mistake in the settings, or kernels that cannot be had here.
     """
-    geometry = model.geometry_of(settings.model, settings.data.image_size, num_classes)
+    geometry = geometry_of(settings.model, settings.data.image_size, num_classes)
     plan = make_plan(settings, images=images, tokens_per_image=geometry.tokens, devices=mesh.size)
     kind, reason = kernels.resolve(settings.kernels, dtype=settings.dtype, geometry=geometry)
     return Setup(settings, geometry, mesh, plan, kind, reason)
 
 
-def abstract_state(settings: Settings, geometry: model.Geometry, mesh: Mesh) -> step.TrainState:
+def abstract_state(settings: Settings, geometry: Geometry, mesh: Mesh) -> step.TrainState:
     """Shapes and shardings of a run's state."""
     return sharding.abstract(jax.eval_shape(_init(settings, geometry), jax.random.key(0)), mesh)
 
@@ -56,7 +57,7 @@ def fresh_state(setup: Setup, seed: int) -> step.TrainState:
     return jax.jit(_init(setup.settings, setup.geometry), out_shardings=placed)(jax.random.key(seed))
 
 
-def _init(settings: Settings, geometry: model.Geometry) -> Callable[[jax.Array], step.TrainState]:
+def _init(settings: Settings, geometry: Geometry) -> Callable[[jax.Array], step.TrainState]:
     return functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
 
 
@@ -82,9 +83,7 @@ def published_objective(settings: Settings) -> diffusion.Objective:
     return diffusion.published_objective(settings.prediction, settings.loss, settings.diffusion.t_eps)
 
 
-def make_loss(
-    settings: Settings, geometry: model.Geometry, ops: kernels.Ops, objective: diffusion.Objective | None = None
-) -> Any:
+def make_loss(settings: Settings, geometry: Geometry, ops: kernels.Ops, objective: diffusion.Objective | None = None) -> Any:
     """The loss of a run; see `step.make_loss`. `objective`: default the published one, by the settings. An auxiliary class loss
     comes on top of either."""
     objective = objective or published_objective(settings)

@@ -24,6 +24,7 @@ from jitjax import from_settings, hlo, kernels, model, runtime, sharding
 from jitjax import settings as settings_lib
 from jitjax.cards import Card
 from jitjax.errors import UserError
+from jitjax.geometry import Geometry, geometry_of
 from jitjax.kernels import planned
 from jitjax.plan import Plan, make_plan
 from jitjax.settings import Settings
@@ -66,7 +67,7 @@ class Needs:
         return self.program - self.params - self.optimizer - self.ema - self.batch - self.gradients
 
 
-def needs(settings: Settings, geometry: model.Geometry, plan: Plan, mesh: Mesh, card: Card) -> Needs:
+def needs(settings: Settings, geometry: Geometry, plan: Plan, mesh: Mesh, card: Card) -> Needs:
     """Compile a training step for `card` on a mesh of emulated devices, and read it.
 
     Raises:
@@ -223,7 +224,7 @@ def advise(settings: Settings, num_classes: int, devices: int, card: Card, usabl
 def _answer(question: dict[str, Any]) -> str:
     settings = settings_lib.from_mapping(question["settings"])
     usable, card = question["usable"], Card(**question["card"])
-    geometry = model.geometry_of(settings.model, settings.data.image_size, question["num_classes"])
+    geometry = geometry_of(settings.model, settings.data.image_size, question["num_classes"])
     mesh = sharding.mesh_of(settings.mesh)
 
     def look(settings: Settings) -> Needs:

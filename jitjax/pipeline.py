@@ -32,6 +32,7 @@ from jitjax import diffusion, ema, hub, model_card, settings, sharding
 from jitjax import model as jit_model
 from jitjax.diffusion import Diffusion
 from jitjax.errors import UserError
+from jitjax.geometry import Geometry
 from jitjax.sampler import Sampler, cached_sampler
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Pipeline:
     which: the set of weights in use.
     """
 
-    geometry: jit_model.Geometry
+    geometry: Geometry
     diffusion: Diffusion
     weights: dict[str, jit_model.Params]
     which: str

@@ -36,6 +36,17 @@ def text_of_process_0(text: str | None, longest: int = LONGEST_TEXT) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="ignore")
 
 
+def text_of_first(text: str | None) -> str:
+    """The text of the lowest process that has one, "" where none has; cut off behind `LONGEST_TEXT` bytes."""
+    if jax.process_count() == 1:
+        return text or ""
+    padded = np.zeros(LONGEST_TEXT, np.uint8)
+    written = np.frombuffer((text or "").encode()[:LONGEST_TEXT], np.uint8)
+    padded[: len(written)] = written
+    said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(multihost_utils.process_allgather(padded))]
+    return next(filter(None, said), "")
+
+
 def numbers_of_process_0(numbers: Sequence[int]) -> list[int]:
     """The list of process 0, of numbers that fit into 32 bits."""
     if jax.process_count() == 1:
@@ -53,18 +64,20 @@ def require_same(own: Mapping[str, Any]) -> None:
       own: what this process has, by name; values for JSON.
 
     Raises:
-      UserError: another process has something else. Those that differ from process 0 name what.
+      UserError: a process has something else. All name the first that differs from process 0, and what: whichever of them
+        ends the run, its line is the one that is seen.
     """
-    own = json.loads(json.dumps(own))
-    first = json.loads(text_of_process_0(json.dumps(own), longest=1 << 16))
+    text = json.dumps(own)
+    own, first = json.loads(text), json.loads(text_of_process_0(text, longest=numbers_of_process_0([len(text)])[0]))
     differing = [
-        f"{name}: {first.get(name)} there, {own.get(name)} here" for name in first | own if first.get(name) != own.get(name)
+        f"{name}: {str(first.get(name))[:200]} there, {str(own.get(name))[:200]} here"
+        for name in first | own
+        if first.get(name) != own.get(name) and str(first.get(name)) != str(own.get(name))  # NaN is like itself
     ]
-    if not any_process(bool(differing)):
-        return
-    if not differing:
-        raise UserError("another process of this run was started with other settings or images, which its last line names")
-    raise UserError(
-        f"process {jax.process_index()} was started with other settings or images than process 0 ({'; '.join(differing)}): "
-        "give all processes the same flags, config file and data set"
+    what = "; ".join(differing)[:700]
+    problem = (
+        f"process {jax.process_index()} was started with other settings or images than process 0 ({what}): give all processes "
+        "the same flags, config file and data set"
     )
+    if problem := text_of_first(problem if differing else None):
+        raise UserError(problem)

@@ -84,7 +84,11 @@ def replay(
     if known := start or whole_after(workdir, number):  # without either there is nothing to compare with
         meta = checkpoint.read_meta(workdir / checkpoint.DIRECTORY / str(known))
         if meta.get("data") and meta["data"] != dataset.fingerprint:
-            raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
+            later = whole_after(workdir, number) if start else 0  # a start may have gone on with other images
+            made = checkpoint.read_meta(workdir / checkpoint.DIRECTORY / str(later)) if later else {}
+            if made.get("data") != dataset.fingerprint:
+                raise UserError(f"{path} does not hold the images that the run was trained on: name them with --data_path")
+            say(f"the images changed between the checkpoints {start:,} and {later:,} and are taken as they were at the latter")
         changes = settings_lib.differing_fields(meta.get("config", {}), configured)
         shift = meta.get("examples", order.seen(known)) - order.seen(known)
         if shift and start:

@@ -311,7 +311,7 @@ def _pictures(run: Run) -> list[dict[str, Any]]:
     chosen = np.unique(np.linspace(0, len(run.grids) - 1, min(MOST_GRIDS, len(run.grids))).round().astype(int))
     found = []
     for i in chosen:
-        with contextlib.suppress(OSError):  # Pillow's for a file that is no picture, too
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # as Pillow raises for damaged ones
             found.append({"step": run.grids[i][0], **_picture(run.grids[i][1])})
     return found
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jitjax import atomic, checkpoint, ema, manifest
+import jax
+
+from jitjax import atomic, checkpoint, ema, manifest, processes
 from jitjax.errors import UserError
 from jitjax.monitor.metrics import line_of, read_records
 from jitjax.workdir import BEST_FILE
@@ -47,6 +50,31 @@ def identity(workdir: Path, *, had_folder: bool) -> dict[str, Any]:
     run = {"run": found or uuid.uuid4().hex, "saved": steps[-1] if steps else None}
     write(workdir, run)
     return run
+
+
+def require_shared(workdir: Path, run: Mapping[str, Any], *, seconds: float = 20.0) -> None:
+    """All processes write their parts of a checkpoint to one folder, and wait for each other there: with another one they would
+    wait for ever at the first save. All must call it.
+
+    Args:
+      run: of process 0, from `identity`; of the others it is not read. seconds: that a shared disk may take to show a new file.
+
+    Raises:
+      UserError: a process does not find the run of process 0 in its workdir.
+    """
+    known, end = processes.text_of_process_0(run.get("run")), time.monotonic() + seconds
+    while not (seen := _is_run(workdir, known)) and time.monotonic() < end:
+        time.sleep(0.2)
+    problem = f"process {jax.process_index()} does not find the run of process 0 in --workdir={workdir}: give all processes"
+    if problem := processes.text_of_first(None if seen else f"{problem} one folder, on a disk that all of them see"):
+        raise UserError(problem)
+
+
+def _is_run(workdir: Path, known: str) -> bool:
+    try:
+        return (checkpoint.read_run(workdir) or {}).get("run") == known
+    except UserError:  # while it is written, or not to be read here
+        return False
 
 
 def lost(workdir: Path, run: Mapping[str, Any]) -> str | None:

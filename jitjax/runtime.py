@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 from jitjax import distributed, leftovers
@@ -50,14 +52,18 @@ def hide_accelerators() -> None:
 
 def xla_flags() -> dict[str, str]:
     """Our defaults for XLA, by name. An unknown one would end the process, so they depend on jaxlib's version."""
-    version = tuple(int(number) for number in importlib.metadata.version("jaxlib").split(".")[:2])
+    version = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:2]))  # 0.11.0, 0.11rc1, 0.11+cuda12
     return XLA_FLAGS | ({ALLOCATOR_FLAG: "false"} if version >= ALLOCATOR_SINCE else {})
 
 
 def set_environment() -> None:
     """Our defaults, before JAX starts; whatever the user has set wins."""
-    mine = os.environ.get("XLA_FLAGS", "")
-    ours = [f"{name}={value}" for name, value in xla_flags().items() if name not in mine]
+    mine = os.environ.get("XLA_FLAGS", "").strip()
+    if mine and not mine.startswith("-"):  # a file of flags, which XLA takes for one only where it stands alone
+        with contextlib.suppress(OSError):
+            mine = " ".join(Path(mine).read_text().split())
+    named = {flag.partition("=")[0] for flag in mine.split()}
+    ours = [f"{name}={value}" for name, value in xla_flags().items() if name not in named]
     os.environ["XLA_FLAGS"] = " ".join([*ours, mine]).strip()
     for name, value in {**ENVIRONMENT, HOST_MEMORY_LIMIT: str(host_memory_limit())}.items():
         os.environ.setdefault(name, value)

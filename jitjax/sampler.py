@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import diffusion, kernels, sampling, settings, sharding
 from jitjax import model as jit_model
 from jitjax.diffusion import Diffusion
+from jitjax.geometry import Geometry
 
 
 class Sampler:
@@ -28,7 +29,7 @@ class Sampler:
 
     def __init__(
         self,
-        geometry: jit_model.Geometry,
+        geometry: Geometry,
         process: Diffusion,
         options: settings.Sampler,
         mesh: Mesh,

@@ -57,7 +57,7 @@ class Checkpoints:
           committed: called in a thread with the step of a checkpoint that is on disk.
 
         Raises:
-          UserError: the folder cannot be written.
+          UserError: the folder cannot be written, or is not that of process 0.
         """
         self._workdir, self._folder = Path(workdir).absolute(), (Path(workdir) / checkpoint.DIRECTORY).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
@@ -80,6 +80,8 @@ class Checkpoints:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._run = run_record.identity(self._workdir, had_folder=had_folder)
                 retention.remove_unfinished(self._folder)
+        if jax.process_count() > 1:
+            run_record.require_shared(self._workdir, self._run)
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(
@@ -258,7 +260,7 @@ class Checkpoints:
         Raises:
           UserError: the weights, EMAs or moments are not finite (nothing is written), or too many saves failed in a row.
         """
-        self._settle()
+        self.settle()
         self._check_limit()
         if self._reserving is not None:
             self._reserving.join()
@@ -309,12 +311,12 @@ class Checkpoints:
 
     def has(self, step: int) -> bool:
         """Whether a whole checkpoint of `step` is on disk. Waits for the write in the background."""
-        self._settle()
+        self.settle()
         return step in self._whole
 
     def newest(self) -> int | None:
         """The step that the run would continue from. Waits for the write in the background."""
-        self._settle()
+        self.settle()
         return max(self._whole, default=None)
 
     def is_whole(self, step: int) -> bool:
@@ -328,7 +330,7 @@ class Checkpoints:
           UserError: too many saves failed in a row. With several processes one failure is enough, since the others wait.
         """
         if self._thread is not None and not self._thread.is_alive():
-            self._settle()
+            self.settle()
         self._check_limit()
         return self._failures > 0 and time.monotonic() - self._failed_at >= _RETRY_SECONDS
 
@@ -342,14 +344,14 @@ class Checkpoints:
         Raises:
           UserError: the last save failed.
         """
-        self._settle()
+        self.settle()
         if self._failures:
             raise self._as_user_error()
 
     def close(self) -> None:
         """Like `wait`, but what was raised before is not raised again; afterwards no thread runs any more."""
         try:
-            self._settle()
+            self.settle()
             self._mark_best()
             if not self._reported:
                 self.wait()
@@ -402,8 +404,8 @@ class Checkpoints:
                 return
         self._unmarked = None
 
-    def _settle(self) -> None:
-        """Wait for the write in the background."""
+    def settle(self) -> None:
+        """Wait for the write in the background. What failed in it is raised by others."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

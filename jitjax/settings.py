@@ -412,7 +412,9 @@ def of_all_processes(settings: Settings) -> dict[str, Any]:
     and reports, are its own."""
     own = {"data.path", "data.num_workers", "init_from", "compilation_cache", "log.tensorboard"}
     own |= {f"eval.{what}" for what in ("reference", "held_out", "extractor", "inception")}
-    return {name: value for name, value in flatten(to_dict(settings)) if name not in own and not name.startswith("wandb.")}
+    alike = {name: value for name, value in flatten(to_dict(settings)) if name not in own and not name.startswith("wandb.")}
+    # With weights to begin from or without is no matter of paths.
+    return alike | {"init_from": "given" if settings.init_from else "not given"}
 
 
 # ---------------------------------------------------------------- text

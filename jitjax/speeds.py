@@ -17,7 +17,7 @@ from typing import Any
 from jitjax import cards, timing
 from jitjax.errors import UserError
 from jitjax.flops import train_flops
-from jitjax.model import Geometry, make_geometry
+from jitjax.geometry import Geometry, make_geometry
 from jitjax.settings import Settings
 
 NAMES = ("conservative", "middle", "optimistic")

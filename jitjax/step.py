@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jitjax import diffusion, exchange, gradients, kernels, sharding
 from jitjax import model as jit_model
+from jitjax.geometry import Geometry
 from jitjax.kernels import pack
 from jitjax.optimizer import make_optimizer, update_ema
 from jitjax.settings import Diffusion, Optimizer
@@ -41,7 +42,7 @@ class TrainState:
     loss_scale: dict[str, jax.Array]  # float16: "scale" and "finite_steps" since it last changed
 
 
-def init_state(geometry: jit_model.Geometry, optim: Optimizer, dtype: str, key: jax.Array) -> TrainState:
+def init_state(geometry: Geometry, optim: Optimizer, dtype: str, key: jax.Array) -> TrainState:
     """A fresh state; pure, so that it can be jitted with sharded outputs or `jax.eval_shape`d.
 
     Args:
@@ -84,7 +85,7 @@ def image_keys(seed: int, number: jax.Array, mesh: Mesh, local: int) -> jax.Arra
 
 
 def make_loss(
-    geometry: jit_model.Geometry,
+    geometry: Geometry,
     diffusion_settings: Diffusion,
     *,
     objective: diffusion.Objective,

@@ -30,7 +30,6 @@ from jitjax import (
     flops,
     from_settings,
     memory,
-    model,
     processes,
     run_record,
     runtime,
@@ -46,6 +45,7 @@ from jitjax.data.shapes import draw_dataset
 from jitjax.distributed import Peers
 from jitjax.errors import UserError, closing
 from jitjax.evaluation import live
+from jitjax.geometry import Geometry
 from jitjax.inspection import due, inspect, mark_again, missed
 from jitjax.monitor import LateLog, Monitor, Throughput
 from jitjax.plan import Plan, after_another_batch, resolve_num_classes
@@ -66,7 +66,7 @@ class Run:
     """What the loop works with."""
 
     settings: Settings
-    geometry: model.Geometry
+    geometry: Geometry
     folder: Workdir
     plan: Plan
     order: ExampleOrder
@@ -144,7 +144,7 @@ def train(
                 factor=settings.hang_factor,
                 least_seconds=HANG_SECONDS if peers.count == 1 else HANG_SECONDS_OF_SEVERAL,
                 describe=run.host_batches.describe,
-                failed=run.log.failure,
+                failed=run.log.failure if peers.count > 1 else str,  # one process meets it itself, and says more
                 leave=give_up,
             ) as dog:
                 run.exit_code = loop(run, stop, dog)
@@ -292,6 +292,9 @@ def build(
         held_out_path = "" if own_dataset else path
         held_out, unused = live.find_held_out(settings.eval.held_out, held_out_path, settings.data, dataset, conditional)
         notes += unused
+        # Each process reads its part of them: where one has others, eval/loss is wrong, or the rest waits for it.
+        of_held_out = held_out.fingerprint if held_out else {"count": 0}
+        processes.require_same({f"held-out images ({name})": value for name, value in of_held_out.items()})
         evaluation = live.build(
             settings.eval,
             dataset,
@@ -351,7 +354,7 @@ def build(
         limit=settings.nan_limit,
         dynamic_loss_scale=settings.dtype == "float16",
         is_main=is_main,
-        last_good=saved.last_good,
+        last_good=lambda: (saved.settle(), saved.last_good())[1],
         batch=lambda number: data.names(dataset, order.batch(number), host_batches.bad_files),
     )
 
@@ -397,6 +400,7 @@ def build(
     stack.callback(lambda: monitor.close(run.exit_code))
     stack.callback(lambda: monitor.summary(account.metrics()))
     stack.callback(log.close)
+    stack.callback(saved.settle)  # before the last line says what there is to continue from
     monitor.note(
         f"{settings.model.name}, {parameters:,} parameters, {sharding.describe(mesh)}, {card}, {settings.dtype}, "
         f"kernels {setup.kernels}" + (f" ({setup.kernels_reason})" if setup.kernels_reason else "")

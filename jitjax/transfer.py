@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jitjax import diffusion, pipeline, step
 from jitjax.errors import UserError
-from jitjax.model import Geometry, Params
+from jitjax.geometry import Geometry
+from jitjax.model import Params
 from jitjax.settings import Optimizer
 
 LABELS = "y_embedder.table"

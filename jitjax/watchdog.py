@@ -106,7 +106,10 @@ class Watchdog:
                     self._started += now - seen
                 limit = self.limit * (1.0 if self._phase == "input" else 1.1)
                 overdue = not self._untimed and now - self._started > limit
-            reason = "" if self._untimed else self._failed()
+            reason = ""
+            if not self._untimed:
+                with contextlib.suppress(Exception):  # a hang must be noticed all the same
+                    reason = self._failed()
             failing = failing + min(now - seen, self._period) if reason else 0.0
             seen = now
             if overdue:

@@ -45,12 +45,12 @@ def check_idle(workdir: str | Path) -> None:
     """
     path = paths.workdir(workdir)
     with contextlib.suppress(OSError), open(path / ".lock", "r+") as lock:
-        _flock(lock, path)
+        _flock(lock, path, fcntl.LOCK_SH)  # of which several starts at one instant may have one
 
 
-def _flock(lock: IO[str], workdir: Path) -> None:
+def _flock(lock: IO[str], workdir: Path, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.seek(0)
         raise UserError(

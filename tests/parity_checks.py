@@ -31,6 +31,7 @@ from jitjax import diffusion, kernels, optimizer, sampling, settings, sharding, 
 from jitjax import gradients as gradients_lib  # noqa: E402
 from jitjax import model as jit_model  # noqa: E402
 from jitjax.from_settings import Setup, make_loss, make_step  # noqa: E402
+from jitjax.geometry import make_geometry
 from jitjax.interop import official  # noqa: E402
 from jitjax.kernels import attention  # noqa: E402
 from jitjax.plan import make_plan  # noqa: E402
@@ -224,7 +225,7 @@ def parameter_counts() -> list[Row]:
     """Of the six published models, without allocating them."""
     rows = []
     for (model_name, size), wanted in PARAMETERS.items():
-        g = jit_model.make_geometry(model_name, size, 1000)
+        g = make_geometry(model_name, size, 1000)
         shapes = jax.eval_shape(jit_model.init_fn(g), jax.random.key(0))
         trainable = sum(value.size for value in shapes.values())
         got = (trainable, trainable + g.tokens * g.width, len(shapes) + 1)
@@ -238,7 +239,7 @@ def initial_weights(model_name: str = "JiT-B/16", image_size: int = 256) -> list
     Allowed: five standard errors of the mean, and of the standard deviation; the bounds of a uniform draw may not be passed
     and must nearly be reached.
     """
-    g = jit_model.make_geometry(model_name, image_size, 1000, depth=3, context_start=1)
+    g = make_geometry(model_name, image_size, 1000, depth=3, context_start=1)
     params = jax.jit(jit_model.init_fn(g))(jax.random.key(0))
     shapes, rows, skip = official.official_shapes(g), {}, official.POSITIONS
     for key, ours in official.official_names(g).items():

@@ -16,6 +16,7 @@ import numpy as np  # noqa: E402
 from parity_files import Sample  # noqa: E402
 
 from jitjax import model as jit_model  # noqa: E402
+from jitjax.geometry import Geometry
 from jitjax.interop import official  # noqa: E402
 
 
@@ -78,9 +79,9 @@ def nchw(images) -> np.ndarray:
     return np.moveaxis(np.asarray(images), -1, -3)
 
 
-def geometry_of(config: np.ndarray) -> jit_model.Geometry:
+def geometry_of(config: np.ndarray) -> Geometry:
     c = json.loads(str(config))
-    return jit_model.Geometry(
+    return Geometry(
         image_size=c["input_size"], patch_size=c["patch_size"], depth=c["depth"], width=c["hidden_size"],
         heads=c["num_heads"], bottleneck=c["bottleneck_dim"], context_length=c["in_context_len"],
         context_start=c["in_context_start"], num_classes=c["num_classes"], mlp_ratio=c["mlp_ratio"],
@@ -110,7 +111,7 @@ def drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 class SeededStateDict(dict):
     """An official state dict whose tensors are drawn when asked for, so that a large model is never held twice."""
 
-    def __init__(self, geometry: jit_model.Geometry, seed: int):
+    def __init__(self, geometry: Geometry, seed: int):
         class Tensor:
             def __init__(self, name, shape):
                 self.name, self.shape = name, shape

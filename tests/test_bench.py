@@ -23,6 +23,7 @@ from jitjax.data.shapes import draw_dataset
 from jitjax.errors import UserError
 from jitjax.flops import train_flops
 from jitjax.from_settings import abstract_state, make_loss, make_step
+from jitjax.geometry import geometry_of
 
 CONFIG = f"""
 import sys
@@ -80,7 +81,7 @@ def test_step_prints_one_json_line_a_variant_and_nothing_else(tmp_path):
     small, large = map(json.loads, result.stdout.splitlines())
     for record, batch in ((small, 1), (large, 3)):
         assert (record["batch_size"], record["global_batch"], record["kernels"]) == (batch, 2 * batch, "plain")
-        geometry = model.geometry_of(small_settings().model, 8, 1000)
+        geometry = geometry_of(small_settings().model, 8, 1000)
         assert record["samples_per_second"] == pytest.approx(2 * batch / record["ms"] * 1e3, rel=1e-2)
         assert record["tokens_per_second"] == pytest.approx(4 * record["samples_per_second"], rel=1e-2)
         tflops = record["samples_per_second"] * train_flops(geometry) / 1e12
@@ -189,7 +190,7 @@ def test_options_of_xla_are_compared_and_taken(tmp_path, monkeypatch, capsys):
 def test_no_backward_product_multiplies_zeros():
     """A fresh model's gradient is zero but for the last layer; with the benchmark's weights that of every matrix is dense."""
     config = small_settings()
-    geometry = model.geometry_of(config.model, config.data.image_size, 5)
+    geometry = geometry_of(config.model, config.data.image_size, 5)
     loss = make_loss(config, geometry, kernels.get_ops("plain"))
     images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
     labels = jnp.arange(2)

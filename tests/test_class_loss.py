@@ -13,6 +13,7 @@ from conftest import DEEPER, small_settings
 import jitjax
 from jitjax import cli, convert, diffusion, from_settings, kernels, model, pipeline, sharding, step
 from jitjax.errors import UserError
+from jitjax.geometry import geometry_of, make_geometry
 from jitjax.train import train
 
 ON = DEEPER | {"model__class_loss": 100.0, "model__num_classes": 5}
@@ -21,7 +22,7 @@ CLASSES = 5
 
 def network(seed=0, **changes):
     """A model with a class head, and no parameter 0."""
-    geometry = model.geometry_of(small_settings(**ON | changes).model, 8, CLASSES)
+    geometry = geometry_of(small_settings(**ON | changes).model, 8, CLASSES)
     params = model.init_fn(geometry)(jax.random.key(seed))
     keys = jax.random.split(jax.random.key(seed + 1), len(params))
     return geometry, {n: v + 0.1 * jax.random.normal(k, v.shape) for (n, v), k in zip(params.items(), keys, strict=True)}
@@ -132,8 +133,8 @@ def test_what_it_needs():
         with pytest.raises(
             UserError, match="class_loss=100 needs --config.model.class_conditional=True and --config.model.con"
         ):
-            model.geometry_of(config.model, 8, CLASSES)
+            geometry_of(config.model, 8, CLASSES)
     with pytest.raises(UserError, match=r"context_start from 1 on, so --config.model.depth of 2 or more: the blocks in front"):
-        model.geometry_of(small_settings(**ON | {"model__depth": 1, "model__context_start": 0}).model, 8, CLASSES)
+        geometry_of(small_settings(**ON | {"model__depth": 1, "model__context_start": 0}).model, 8, CLASSES)
     with pytest.raises(UserError, match="context tokens show the class from block 0 on"):
-        model.make_geometry("JiT-nano/4", 8, CLASSES, class_start=1, context_start=0)
+        make_geometry("JiT-nano/4", 8, CLASSES, class_start=1, context_start=0)

@@ -148,15 +148,34 @@ def test_print_config_shows_what_follows(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("jaxlib", "known"), [("0.10.2", False), ("0.11.0", True), ("0.12.1.dev20261101", True)])
+@pytest.mark.parametrize(
+    ("jaxlib", "known"),
+    [("0.10.2", False), ("0.11.0", True), ("0.11rc1", True), ("0.11+cuda13", True), ("0.12.1.dev20261101", True), ("1", True)],
+)
 def test_the_allocators_flag_is_set_where_xla_knows_it(jaxlib, known, monkeypatch):
     """An unknown flag ends the process."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"jaxlib": jaxlib}[name])
     flag = "--xla_gpu_enable_allocator_spatial_partitioning"
-    for mine, expected in (("", f"{flag}=false" if known else ""), (f"{flag}=true", f"{flag}=true")):
+    default = f"{flag}=false" if known else ""
+    for mine, expected in (
+        ("", default),
+        (f"{flag}=true", f"{flag}=true"),
+        (flag, flag),
+        (f"{flag}_too=1", f"{default} {flag}_too=1".strip()),
+    ):
         with mock.patch.dict(os.environ, XLA_FLAGS=mine):
             runtime.set_environment()
             assert " ".join(given for given in os.environ["XLA_FLAGS"].split() if given.startswith(flag)) == expected
+
+
+def test_a_file_of_xla_flags_is_read(tmp_path):
+    """XLA takes the name of a file for one only where it stands alone."""
+    (tmp_path / "flags").write_text("--xla_gpu_enable_triton_gemm=true\n--xla_dump_to=/tmp/x\n")
+    with mock.patch.dict(os.environ, XLA_FLAGS=str(tmp_path / "flags")):
+        runtime.set_environment()
+        *_, gemm, dump = given = os.environ["XLA_FLAGS"].split()
+    assert (gemm, dump) == ("--xla_gpu_enable_triton_gemm=true", "--xla_dump_to=/tmp/x")
+    assert "--xla_gpu_use_memcpy_local_p2p=true" in given and "--xla_gpu_enable_triton_gemm=false" not in given
 
 
 def test_workers_never_start_jax():
@@ -172,7 +191,7 @@ H200 = ["h200.py", "h200.py:finetune", "h200_fast.py", "h200_fast.py:finetune", 
 
 @pytest.mark.parametrize("config", [*H200, "quickstart.py", *(f"imagenet.py:{s}{p}" for s in "blhg" for p in (16, 32))])
 def test_shipped_configs_are_valid(config, monkeypatch):
-    from jitjax.model import geometry_of
+    from jitjax.geometry import geometry_of
 
     monkeypatch.chdir(ROOT)
     loaded = load(f"--config=configs/{config}").settings

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import cards, cli, describe, dry_run, from_settings, hlo, kernels, memory, model, muon, sampling, sharding, step
 from jitjax.cards import CARDS
 from jitjax.errors import UserError
+from jitjax.geometry import geometry_of
 from jitjax.kernels import planned
 from jitjax.plan import make_plan
 from jitjax.settings import to_dict
@@ -32,7 +33,7 @@ def needs(card=H200, mesh=(None, None, 1), devices=8, **overrides):
     data, zero, fsdp = mesh
     settings = small_settings(**overrides, mesh__data=data, mesh__zero=zero, mesh__fsdp=fsdp)
     mesh = sharding.mesh_of(settings.mesh, jax.devices()[:devices])
-    geometry = model.geometry_of(settings.model, settings.data.image_size, 8)
+    geometry = geometry_of(settings.model, settings.data.image_size, 8)
     plan = make_plan(settings, images=10**6, tokens_per_image=geometry.tokens, devices=devices)
     return memory.needs(settings, geometry, plan, mesh, card)
 
@@ -87,7 +88,7 @@ def test_bytes_and_shards_are_those_of_the_state(data, zero, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 64)
     settings = small_settings(mesh__data=data, mesh__zero=zero, mesh__fsdp=fsdp)
     found = needs(mesh=(data, zero, fsdp))
-    geometry = model.geometry_of(settings.model, 8, 8)
+    geometry = geometry_of(settings.model, 8, 8)
     init = functools.partial(step.init_state, geometry, settings.optim, settings.dtype)
     mesh = sharding.mesh_of(settings.mesh)
     placed = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
@@ -117,7 +118,7 @@ def test_fused_kernels_are_opaque_and_leave_no_trace():
     fused, plain = (needs(**FUSED | {"kernels": kind}, batch_size=128) for kind in ("auto", "plain"))
     assert (fused.kernels, plain.kernels) == ("fused", "plain")
     assert fused.params == plain.params and fused.working < plain.working
-    geometry = model.geometry_of(settings.model, 16, 8)
+    geometry = geometry_of(settings.model, 16, 8)
     loss = from_settings.make_loss(dataclasses.replace(settings, dtype="float16"), geometry, kernels.get_ops("fused"))
     params = model.init_fn(geometry)(jax.random.key(0))
     arguments = np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.int32), jax.random.split(jax.random.key(0), 2)

@@ -130,6 +130,8 @@ def test_files(tmp_path):
     _, _, snapshots, _ = trajectory()
     for step, sigma, params in snapshots[-8:]:
         path = ema.write_snapshot(tmp_path, step, sigma, params)
+    for other in ("9-e", "9-1.2.3", "copy"):  # not of ours
+        (tmp_path / f"{other}.safetensors").touch()
     found = ema.find_snapshots(tmp_path)
     assert [(s, r) for s, r, _ in found] == sorted((s, r) for s, r, _ in snapshots[-8:])
     want, _ = ema.reconstruct(

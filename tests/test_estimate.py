@@ -19,7 +19,8 @@ from jitjax.cards import CARDS, datasheet_flops
 from jitjax.data.shapes import CLASSES
 from jitjax.errors import UserError
 from jitjax.flops import forward_macs, parameters, train_flops
-from jitjax.model import JiT, geometry_of, graphdef_of, init_fn, make_geometry, merge
+from jitjax.geometry import geometry_of, make_geometry
+from jitjax.model import JiT, graphdef_of, init_fn, merge
 from jitjax.plan import make_plan
 from jitjax.settings import Model, Settings, to_dict
 from jitjax.train import train

@@ -114,20 +114,27 @@ def test_a_regulariser_gets_activations_and_moves_the_weights():
 
 
 @pytest.mark.parametrize("class_loss", [0, 100])
-@pytest.mark.parametrize("axes, shape", [(None, r"\(\)"), ((1, 2), r"\(2, 3\)")])
-def test_an_objective_that_gives_no_number_per_image_is_refused(axes, shape, class_loss):
+@pytest.mark.parametrize(
+    ("reduced", "what"),
+    [
+        (lambda error: jnp.mean(error), r"an array of shape \(\) and type float32"),
+        (lambda error: jnp.mean(error, axis=(1, 2)), r"an array of shape \(2, 3\) and type float32"),
+        (lambda error: jnp.mean(error, axis=(1, 2, 3)).astype(int), r"an array of shape \(2,\) and type int32"),
+        (lambda error: (jnp.mean(error, axis=(1, 2, 3)), {}), "a tuple"),
+        (lambda error: None, "a NoneType"),
+    ],
+)
+def test_an_objective_that_gives_no_number_per_image_is_refused(reduced, what, class_loss):
     """Means and sums over images would take it, and eval/loss be wrong."""
 
     def objective(output, x, e, t):
-        return jnp.mean(jnp.square(output - x), axis=axes)
+        return reduced(jnp.square(output - x))
 
     settings = SMALL | {"data.image_size": 8, "model.depth": 2, "model.context_start": 1}
     settings |= {"model.class_conditional": True, "model.class_loss": class_loss}
     trainer = jitjax.Trainer(settings, images=64, num_classes=5, objective=objective)
     images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, int)
-    with pytest.raises(
-        UserError, match=f"the objective returns an array of shape {shape} for 2 images: .* one number per image"
-    ):
+    with pytest.raises(UserError, match=f"the objective returns {what} for 2 images: .* number per image"):
         trainer.loss(trainer.init().params, images, labels, jax.random.key(0))
 
 
@@ -204,6 +211,19 @@ def test_arrays_as_a_data_set():
     for arrays in ((images / 255,), (images[:, :4],), (images, [0, 1]), (images, [0, 1, 2, 0], ("a", "b")), (images, [0] * 4)):
         with pytest.raises(UserError, match="images: |labels: "):
             data.of_arrays(*arrays)
+    with pytest.raises(UserError, match=r"labels: one whole number for each of 4 images is needed, these are \(4,\) float64"):
+        data.of_arrays(images, [0.0, 1.0, 0.0, 1.0], ("a", "b"))
+    with pytest.raises(UserError, match="class_names: 'a' is there twice"):
+        data.of_arrays(images, [0, 1, 0, 1], ("a", "a"))
+
+
+def test_a_source_that_returns_nothing_is_named():
+    class Silent(example("own_data").Stripes):
+        def read(self, indices, images, labels):
+            super().read(indices, images, labels)
+
+    with pytest.raises(UserError, match=r"own data: read\(\) returned None: a list of \(k, reason\) is needed"):
+        data.of_source(Silent(), 8, image_size=16, checksum="1")[0]
 
 
 def test_a_label_without_a_name_ends_the_run():

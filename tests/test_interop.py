@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 
@@ -19,6 +20,7 @@ from conftest import shared, small_settings
 import jitjax
 from jitjax import checkpoint, cli, convert, model, saving, settings, step
 from jitjax.errors import UserError
+from jitjax.geometry import geometry_of, make_geometry
 from jitjax.interop import official
 from jitjax.interop.pth import BadFile, PthFile, write_pth
 from jitjax.interop.weights import read_weights
@@ -109,7 +111,7 @@ def test_safetensors_there_and_back(tiny, imported, tmp_path):
 def test_a_run_of_ours_to_pth(tmp_path):
     """Our own checkpoint, its EMAs in the configured order, and every weight back bit for bit."""
     config = small_settings(optim__ema_decays=(0.5, 0.9))
-    geometry = model.geometry_of(config.model, config.data.image_size, 5)
+    geometry = geometry_of(config.model, config.data.image_size, 5)
     state = jax.jit(functools.partial(step.init_state, geometry, config.optim, config.dtype))(jax.random.key(0))
     ema = {"0.9": jax.tree.map(lambda a: a + 9, state.params), "0.5": jax.tree.map(lambda a: a + 5, state.params)}
     saved = saving.Checkpoints(tmp_path / "run")
@@ -130,7 +132,7 @@ def test_a_run_of_ours_to_pth(tmp_path):
 def test_weights_and_moments_are_of_one_step_though_the_run_goes_on(tmp_path, monkeypatch):
     run, load = tmp_path / "run", checkpoint.load_weights
     assert train(small_settings(total_steps=2, checkpoint__every_steps=1, checkpoint__keep_last=3), run) == 0
-    first = read_weights(run / "checkpoints" / "1", moments=True).moments["mu"]
+    first, second = (read_weights(run / "checkpoints" / step, moments=True).moments["mu"] for step in "12")
 
     def before_the_second_was_saved(path):
         (run / "checkpoints" / "2").rename(tmp_path / "2")
@@ -142,6 +144,17 @@ def test_weights_and_moments_are_of_one_step_though_the_run_goes_on(tmp_path, mo
     found = read_weights(run, moments=True)
     assert found.step == 1
     chex.assert_trees_all_equal(found.moments["mu"], first)
+
+    def then_deletes_it(path):
+        saved = before_the_second_was_saved(path)
+        monkeypatch.setattr(checkpoint, "load_weights", load)
+        shutil.rmtree(run / "checkpoints" / "1")
+        return saved
+
+    monkeypatch.setattr(checkpoint, "load_weights", then_deletes_it)
+    found = read_weights(run, moments=True)
+    assert found.step == 2
+    chex.assert_trees_all_equal(found.moments["mu"], second)
 
 
 # ---------------------------------------------------------------- geometry
@@ -160,16 +173,14 @@ class Shaped:
     [("B/16", 256, 183), ("B/32", 512, 183), ("L/16", 256, 351), ("L/32", 512, 351), ("H/16", 256, 463), ("H/32", 512, 463)],
 )
 def test_geometry_of_the_published_sizes_comes_from_the_shapes(name, size, tensors, prefix):
-    wanted = model.make_geometry(f"JiT-{name}", size, 1000)
+    wanted = make_geometry(f"JiT-{name}", size, 1000)
     shapes = {prefix + key: Shaped(shape) for key, shape in official.official_shapes(wanted).items()}
     assert len(shapes) == tensors
     assert official.infer_geometry(shapes) == wanted
 
 
 def test_unusual_geometry_comes_from_the_shapes_but_for_the_context_start(caplog):
-    wanted = model.make_geometry(
-        "JiT-B/4", 64, 10, depth=5, width=80, heads=2, mlp_ratio=2.7, context_length=3, context_start=2
-    )
+    wanted = make_geometry("JiT-B/4", 64, 10, depth=5, width=80, heads=2, mlp_ratio=2.7, context_length=3, context_start=2)
     shapes = {key: Shaped(shape) for key, shape in official.official_shapes(wanted).items()}
     assert official.infer_geometry(shapes).context_start == 1 and "give context_start" in caplog.text
     caplog.clear()
@@ -189,7 +200,7 @@ def test_unusual_geometry_comes_from_the_shapes_but_for_the_context_start(caplog
     ],
 )
 def test_other_weights_are_refused_by_name(change, message):
-    geometry = model.make_geometry("JiT-nano/4", 32, 10)
+    geometry = make_geometry("JiT-nano/4", 32, 10)
     tensors = {key: Shaped(shape) for key, shape in official.official_shapes(geometry).items()}
     change(tensors)
     with pytest.raises(UserError, match=message):
@@ -205,7 +216,7 @@ def test_other_weights_are_refused_by_name(change, message):
     ],
 )
 def test_what_the_tensors_do_not_say_is_checked(given, message):
-    geometry = model.make_geometry("JiT-nano/4", 8, 2)
+    geometry = make_geometry("JiT-nano/4", 8, 2)
     tensors = {key: Shaped(shape) for key, shape in official.official_shapes(geometry).items()}
     with pytest.raises(UserError, match=message):
         official.infer_geometry(tensors, context_start=1, **given)
@@ -213,7 +224,7 @@ def test_what_the_tensors_do_not_say_is_checked(given, message):
 
 
 def test_a_learned_position_table_is_refused():
-    geometry = model.make_geometry("JiT-nano/4", 8, 2)
+    geometry = make_geometry("JiT-nano/4", 8, 2)
     tensors = {key: np.zeros(shape, np.float32) for key, shape in official.official_shapes(geometry).items()}
     with pytest.raises(UserError, match="pos_embed differs from the fixed sin-cos table"):
         official.to_params(tensors, geometry)
@@ -377,7 +388,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
 
 
 def test_half_precision_weights_become_float32(tmp_path):
-    geometry = model.make_geometry("JiT-nano/4", 8, 2, depth=1, context_start=0)
+    geometry = make_geometry("JiT-nano/4", 8, 2, depth=1, context_start=0)
     params = jit_params(geometry)
     half = {k: v.astype(ml_dtypes.bfloat16) for k, v in official.to_state_dict(params, geometry).items() if "pos" not in k}
     whole = {k: v for k, v in official.to_state_dict(params, geometry).items() if "pos" in k}

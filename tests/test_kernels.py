@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import kernels
 from jitjax import model as jit_model
 from jitjax.errors import UserError
+from jitjax.geometry import geometry_of, make_geometry
 from jitjax.kernels import attention, hopper_norm, hopper_rope, lowered, masks, mosaic, norm, pack, swiglu, triton
 
 PLAIN, FUSED = kernels.get_ops("plain"), kernels.get_ops("fused")
@@ -292,7 +293,7 @@ def test_fused_is_as_accurate_as_plain(dtype):
 def test_whole_model_with_fused_kernels():
     """The loss gradient of every parameter of a small JiT with context tokens and with nothing left at zero."""
     config = small_settings(model__depth=2, model__width=32)
-    geometry = jit_model.geometry_of(config.model, config.data.image_size, 4)
+    geometry = geometry_of(config.model, config.data.image_size, 4)
     normal = draws(1)
     params = {name: p + 0.1 * normal(*p.shape) for name, p in jit_model.init_fn(geometry)(jax.random.key(0)).items()}
     z, target = normal(2, 8, 8, 3), normal(2, 8, 8, 3)
@@ -462,7 +463,7 @@ def test_lowered_kernels_are_cached_between_starts(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_matmuls_stay_visible_where_remat_has_to_see_them():
     """`remat=dots` saves the results of XLA's matmuls only; inside our kernel they would be recomputed."""
-    geometry = jit_model.make_geometry("JiT-B/4", 64, 10, depth=1, context_length=0, width=256, heads=4)
+    geometry = make_geometry("JiT-B/4", 64, 10, depth=1, context_length=0, width=256, heads=4)
     graphdef, params = jit_model.graphdef_of(geometry), jax.eval_shape(jit_model.init_fn(geometry), jax.random.key(0))
 
     def loss(params, z, t, y, remat):
@@ -499,7 +500,7 @@ def test_resolve_says_which_and_why(monkeypatch):
     monkeypatch.setattr(mosaic, "TRANSPOSED_STORES", False)  # as in jax 0.10
 
     def shape(**overrides):
-        return dict(geometry=jit_model.make_geometry("JiT-B/4", 64, 10, **overrides))
+        return dict(geometry=make_geometry("JiT-B/4", 64, 10, **overrides))
 
     b = shape()
     assert kernels.resolve("auto", dtype="bfloat16", device=card("9.0"), **b)[0] == "fused"

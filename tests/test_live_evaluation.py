@@ -15,7 +15,7 @@ import pytest
 from conftest import small_settings
 
 import jitjax
-from jitjax import atomic, checkpoint, cli, ema, manifest, sweep
+from jitjax import atomic, checkpoint, cli, ema, manifest, processes, sweep
 from jitjax import data as data_lib
 from jitjax import settings as settings_lib
 from jitjax.data.shapes import draw_dataset
@@ -147,6 +147,19 @@ def test_the_better_score_is_the_higher_one_of_those_that_count_hits():
         assert scoring(f"eval/{name}").best({f"eval/{name}": 2.0}, before) is None
     for name in ("fid", "fd_efficientnet_lite0", "sfid", "kid", "mind", "loss", "loss_t0.11"):
         assert not higher_is_better(f"eval/{name}")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_all_processes_must_hold_out_the_same_images(held_out, tmp_path, monkeypatch):
+    """One without them, or with fewer, would leave the others waiting in a computation that it does not take part in."""
+    pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
+    folder = draw_dataset(tmp_path / "shapes", image_size=8, per_class=2) / "train"
+    compared = []
+    monkeypatch.setattr(processes, "require_same", lambda own: compared.append(dict(own)))
+    evaluation = dict(eval__held_out=str(folder) if held_out else "", eval__reference=str(folder))
+    assert train(small_settings(**SCORED, **{**RUN, "total_steps": 2}, **evaluation), tmp_path / "run") == 0
+    found = data_lib.open_dataset(folder, 8).fingerprint if held_out else {"count": 0}
+    assert {f"held-out images ({name})": value for name, value in found.items()} in compared
 
 
 @pytest.mark.parametrize("broken", ["one", "all"])

@@ -13,10 +13,11 @@ from conftest import DEEPER, small_settings
 from test_step import equations, run
 from test_train import metrics
 
-from jitjax import checkpoint, convert, flops, model, muon, sharding
+from jitjax import checkpoint, convert, flops, muon, sharding
 from jitjax import settings as settings_lib
 from jitjax.errors import UserError
 from jitjax.from_settings import abstract_state
+from jitjax.geometry import geometry_of
 from jitjax.optimizer import make_optimizer, update_ema
 from jitjax.settings import Optimizer, check
 from jitjax.train import train
@@ -215,7 +216,7 @@ def test_what_crosses_devices_and_what_is_stored(muon_adaln):
     device; adaLN's, which are split by columns, one more either way. The state has one value less for each of Muon's
     parameters, and is counted right."""
     named = settings_lib.from_mapping({"optim": {"name": "muon", "muon_adaln": muon_adaln}})  # the published JiT-B/4
-    settings, geometry = named, model.geometry_of(named.model, 64, 10)
+    settings, geometry = named, geometry_of(named.model, 64, 10)
     mesh = sharding.make_mesh(*ZERO)
     state = abstract_state(settings, geometry, mesh)
     specs, state_specs = sharding.specs(state.params, mesh), sharding.specs(state.opt_state, mesh)
@@ -305,7 +306,7 @@ def test_options_of_shorter_training_resume_together(monkeypatch, tmp_path, axes
     assert train(settings, tmp_path / "a") == 0
     assert train(dataclasses.replace(settings, stop_after="2 steps"), tmp_path / "b") == 0
     assert train(settings, tmp_path / "b") == 0
-    geometry = model.geometry_of(settings.model, settings.data.image_size, 8)
+    geometry = geometry_of(settings.model, settings.data.image_size, 8)
     like = abstract_state(settings, geometry, sharding.make_mesh(*axes))
     a, b = (jax.device_get(checkpoint.restore(tmp_path / name / checkpoint.DIRECTORY / "4", like)) for name in "ab")
     chex.assert_trees_all_equal(a, b)

@@ -18,6 +18,7 @@ from jitjax import atomic, cli, convert, draw, model, pipeline
 from jitjax.data.shapes import CLASSES
 from jitjax.diffusion import Diffusion
 from jitjax.errors import UserError
+from jitjax.geometry import make_geometry
 from jitjax.train import train
 
 NAMES = ("cat", "dog", "bird", "œuvre", "猫")
@@ -25,7 +26,7 @@ FAST = dict(steps=3, batch_size=8)
 
 
 def make_pipe(prediction="x", names=NAMES, seed=0):
-    geometry = model.make_geometry(
+    geometry = make_geometry(
         "JiT-nano/4", 8, len(names) or 0, depth=2, width=32, heads=2, bottleneck=8, context_length=2, context_start=1
     )
     params = jax.jit(model.init_fn(geometry))(jax.random.key(seed))

@@ -12,6 +12,7 @@ import pytest
 
 from jitjax import diffusion, model, sampling
 from jitjax.errors import UserError
+from jitjax.geometry import make_geometry
 
 CLASSES, MODES, SIDE = 4, 6, 4
 
@@ -189,7 +190,7 @@ def test_round_trip_on_the_mixture(cfg_scale, least):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_round_trip_of_a_random_jit():
-    geometry = model.make_geometry("JiT-nano/4", 8, 3, depth=2, width=32, heads=2, bottleneck=8, context_length=2)
+    geometry = make_geometry("JiT-nano/4", 8, 3, depth=2, width=32, heads=2, bottleneck=8, context_length=2)
     params = jax.jit(model.init_fn(geometry))(jax.random.key(0))
     keys = dict(zip(params, jax.random.split(jax.random.key(1), len(params)), strict=True))
     params = {name: p + 0.05 * jax.random.normal(keys[name], p.shape) for name, p in params.items()}  # or it predicts 0

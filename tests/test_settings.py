@@ -9,7 +9,7 @@ from jitjax import settings
 from jitjax.cli import arguments
 from jitjax.config import default_config
 from jitjax.errors import UserError
-from jitjax.model import geometry_of
+from jitjax.geometry import geometry_of
 
 ABSURD = [
     "nan",

@@ -17,8 +17,9 @@ import pytest
 from conftest import DEEPER, small_settings
 from jax.sharding import NamedSharding
 
-from jitjax import diffusion, exchange, gradients, hlo, kernels, model, sharding, step
+from jitjax import diffusion, exchange, gradients, hlo, kernels, sharding, step
 from jitjax.from_settings import Setup, make_step
+from jitjax.geometry import geometry_of
 from jitjax.kernels import pack
 from jitjax.plan import make_plan
 
@@ -32,7 +33,7 @@ def build(config, axes, objective=None):
     """State and step on a mesh of these sizes, on the first devices."""
     devices = int(np.prod(axes))
     mesh = sharding.make_mesh(*axes, jax.devices()[:devices])
-    geometry = model.geometry_of(config.model, config.data.image_size, CLASSES)
+    geometry = geometry_of(config.model, config.data.image_size, CLASSES)
     plan = make_plan(config, images=640, tokens_per_image=geometry.tokens, devices=devices)
     init = functools.partial(step.init_state, geometry, config.optim, config.dtype)
     placed = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)

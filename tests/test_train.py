@@ -18,9 +18,23 @@ import pytest
 from conftest import ROOT, small_settings, wandb_records
 from PIL import Image
 
-from jitjax import checkpoint, cli, data, distributed, from_settings, memory, pipeline, processes, runtime, settings
+from jitjax import (
+    checkpoint,
+    cli,
+    data,
+    distributed,
+    from_settings,
+    memory,
+    pipeline,
+    processes,
+    run_record,
+    runtime,
+    settings,
+    snapshots,
+)
 from jitjax.data import order
 from jitjax.errors import UserError
+from jitjax.monitor import late
 from jitjax.plan import fit_devices
 from jitjax.signals import StopAfter
 from jitjax.train import train
@@ -585,6 +599,38 @@ def test_two_processes_equal_one(tmp_path):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2
 
 
+def test_a_process_alone_meets_a_failed_step_itself(tmp_path, monkeypatch):
+    """And says which batch would fit, with the exit code that fits; it waits for input at most."""
+
+    def stop(**options):
+        assert options["failed"]() == ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(late.LateLog, "failure", lambda self: "step 1 failed")
+    monkeypatch.setattr(sys.modules["jitjax.train"], "Watchdog", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_settings(total_steps=3), tmp_path)
+
+
+def test_processes_with_other_workdirs_are_no_run(tmp_path, monkeypatch):
+    """They would wait for each other's parts of the first checkpoint for ever."""
+    for name in ("mine", "theirs"):
+        (tmp_path / name / checkpoint.DIRECTORY).mkdir(parents=True)
+    run = run_record.identity(tmp_path / "theirs", had_folder=False)
+    monkeypatch.setattr(processes, "text_of_process_0", lambda text: run["run"])
+    run_record.require_shared(tmp_path / "theirs", {})
+    other = "process 0 does not find the run of process 0 in --workdir=.*mine: give all processes one folder"
+    with pytest.raises(UserError, match=other):
+        run_record.require_shared(tmp_path / "mine", {}, seconds=0.1)
+    run_record.identity(tmp_path / "mine", had_folder=False)
+    with pytest.raises(UserError, match=other):
+        run_record.require_shared(tmp_path / "mine", {}, seconds=0.1)
+    # A process that sees it says what the one says that does not.
+    monkeypatch.setattr(processes, "text_of_first", lambda text: text or "process 2 does not find it")
+    with pytest.raises(UserError, match="process 2 does not find it"):
+        run_record.require_shared(tmp_path / "theirs", {})
+
+
 def test_processes_with_other_settings_or_images_are_no_run(tmp_path, monkeypatch):
     """As process 1 sees it: process 0 was started with another learning rate, length or data set."""
     images = np.zeros((8, 8, 8, 3), np.uint8)
@@ -617,6 +663,33 @@ def test_processes_with_other_settings_or_images_are_no_run(tmp_path, monkeypatc
                 continue
             with pytest.raises(UserError, match=rf"was started with other settings or images than process 0 \(.*{message}"):
                 processes.require_same(of(own, mine, ""))
-    monkeypatch.setattr(processes, "any_process", lambda flag: True)
-    with pytest.raises(UserError, match="another process of this run was started with other settings or images"):
+    processes.require_same({"a": float("nan")})
+    weights = settings.of_all_processes(small_settings(total_steps=3, init_from="/a"))
+    assert weights == settings.of_all_processes(small_settings(total_steps=3, init_from="/b"))
+    assert weights != settings.of_all_processes(small_settings(total_steps=3))
+    # One that has what process 0 has says the same line: whichever ends first ends the run, and with its line alone.
+    theirs = "process 2 was started with other settings or images than process 0 (optim.lr: 0.1 there, 0.5 here)"
+    monkeypatch.setattr(processes, "text_of_first", lambda text: text or theirs)
+    with pytest.raises(UserError, match=re.escape(theirs)):
         processes.require_same(of(own, mine, ""))
+
+
+def test_a_run_that_fails_while_a_save_is_written_says_that_it_resumes(tmp_path, monkeypatch, capsys):
+    made = from_settings.make_step
+
+    def make(*args):
+        step, states = made(*args), []
+
+        def run(state, batch):
+            if states:
+                raise UserError("the second step fails")
+            states.append(step(state, batch))
+            return states[0]
+
+        return run
+
+    monkeypatch.setattr(from_settings, "make_step", make)
+    monkeypatch.setattr(snapshots.Snapshots, "settle", lambda self: time.sleep(2))  # in the save, before it counts
+    with pytest.raises(UserError, match="the second step fails"):
+        train(small_settings(total_steps=3, checkpoint__every_steps=1), tmp_path / "run")
+    assert "the same command resumes from the last checkpoint" in capsys.readouterr().out

@@ -19,12 +19,13 @@ from conftest import small_settings
 
 from jitjax import checkpoint, cli, convert, model, saving, settings, step
 from jitjax.errors import UserError
+from jitjax.geometry import make_geometry
 from jitjax.interop import diffusers, official, pth, weights
 from jitjax.interop.pth import PthFile, write_pth
 from jitjax.interop.weights import read_weights, write_folder, write_safetensors
 
 SHAPE = dict(depth=2, width=32, heads=2, bottleneck=8, context_length=2, context_start=1)
-G = model.make_geometry("JiT-nano/4", 16, 3, **SHAPE)
+G = make_geometry("JiT-nano/4", 16, 3, **SHAPE)
 
 
 def params(seed, g=G):
@@ -419,7 +420,7 @@ def test_what_looks_off_is_noted(tmp_path):
     ],
 )
 def test_a_published_size_with_other_shapes_is_noted(change, said):
-    found = weights.Weights(dataclasses.replace(model.make_geometry("JiT-B/16", 256, 1000), **change), {})
+    found = weights.Weights(dataclasses.replace(make_geometry("JiT-B/16", 256, 1000), **change), {})
     weights._check_values(found, "a.pth")
     assert found.notes == ([f"depth and width are JiT-B's, but not {said}"] if said else [])
 
@@ -765,6 +766,14 @@ def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path, key, text, messag
     safetensors.numpy.save_file(state(EMA), tmp_path / "a.safetensors", metadata)
     with pytest.raises(UserError, match=f"a.safetensors: {message}"):
         read_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"geometry": "spherical"}, {"facts": "[]"}, {"sets": "train+val"}, {"geometry": "[" * 10**5}]
+)
+def test_metadata_of_others_with_words_of_ours_is_left_out(tmp_path, metadata):
+    safetensors.numpy.save_file(state(EMA), tmp_path / "a.safetensors", {"format": "pt"} | metadata)
+    assert read_weights(tmp_path / "a.safetensors", context_start=G.context_start).geometry == G
 
 
 def test_the_first_bytes_decide_not_the_ending(tmp_path):

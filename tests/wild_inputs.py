@@ -359,6 +359,24 @@ _text = "\ufefffilename,target\r\n./0.png,10\r\n./1.png,20\r\n./2.png,10\r\n./3.
 add("labels.csv", {**flat(), "labels.csv": _text}, [1, 2, 1, 0], ("5", "10", "20"), says="5 is class 0, 10 is class 1")
 _text = csv("nr,class,image_file", "1,b,3.png", "2,a,1.png", "3,b,0.png", "0,a,2.png")  # the first column names images too
 add("labels.csv", {**flat(), "labels.csv": _text}, [1, 0, 0, 1], "ab")
+_text = 'file, label\n0.png, "x"\n1.png, y\n2.png, "y"\n3.png, x\n'
+add("labels.csv", {**flat(), "labels.csv": _text}, [0, 1, 1, 0], "xy")
+_text = csv('file;"label, of the, image, now"', "0.png;x", "1.png;y", "2.png;y", "3.png;x")
+add("labels.csv", {**flat(), "labels.csv": _text}, [0, 1, 1, 0], "xy", options={"labels": "labels.csv"})
+_text = csv("file,label", "0.png,x", "1.png,y", "2.png,y", "3.png,x").replace("\n", "\r")
+add("labels.csv", {**flat(), "labels.csv": _text}, [0, 1, 1, 0], "xy")
+_lines = [json.dumps({"file_name": f"{k}.png", "label": "a\u2028b" if k else "c"}, ensure_ascii=False) for k in range(4)]
+add("metadata.jsonl", {**flat(), "metadata.jsonl": csv(*_lines)}, [1, 0, 0, 0], ("a\u2028b", "c"))
+_text = '{"0.png": "x", "1.png": "y", "0.png": "y"}'
+add(
+    "conflicting labels", {**flat(2), "labels.json": _text}, refused="gives 0.png two values", options={"labels": "labels.json"}
+)
+add(
+    "labels.csv",
+    {**flat(), "labels.csv": csv("label", "x", "y", "y", "x")},
+    [0] * 4,
+    says="labels.csv names none of the images",
+)
 _jpegs = {f"{k}.jpg": picture(k, "JPEG") for k in range(3)}  # converted: the table names what they were
 _text = csv("index,file_name,label", "0,2.png,a", "1,1.png,b", "2,0.png,c")
 _says = "labels: labels.csv, column label, files by column file_name"
@@ -477,7 +495,7 @@ add(
     {**pictures(["0/0.png", "1/1.png", "1/2.png"]), "labels.csv": _text},
     refused="differ from its 2 class",
 )
-add("agreeing labels", {**_folders, "labels.csv": _alike}, [0, 0, 1, 1], "ab")
+add("agreeing labels", {**_folders, "labels.csv": _alike}, [0, 0, 1, 1], "ab", says="^(?!.*labels: ,)")
 add("agreeing labels", {**flat(), "metadata.csv": _one, "labels.csv": _one.replace("u", "7")}, [0, 1, 0, 1], "7v")
 _both = _cls | {f"{k}.json": json.dumps({"label": k % 2}) for k in range(4)}
 add("agreeing labels", {**flat(), **_both}, [0, 1, 0, 1], "01")
@@ -753,6 +771,10 @@ add("npz", {"x.npz": npz(arr_0=stack(0, 3), ids=np.arange(3))}, [0, 0, 0], (), s
 _arrays = npz(x_train=stack(0, 3), y_train=np.array([1, 0, 1]), x_test=stack(5, 2), y_test=np.array([0, 1]))
 add("npz", {"x.npz": _arrays}, [1, 0, 1], "01", seeds=range(3), one_file=True)
 add("npz", {"x.npz": _arrays}, [0, 1], "01", prepare={"split": "test"}, seeds=[5, 6], one_file=True)
+_short = {"x.npz": npz(arr_0=stack(0, 3), arr_1=np.array([5, 6]))}
+add("npz", _short, [0, 0, 0], (), says=r"not read: arr_1 \(2,\)", one_file=True)
+_grey = {"x.npz": npz(arr_0=stack(0, 3)[..., 0])}
+add("npz", _grey, refused=r"no single array of .* uint8 images, but arr_0 \(3, \d+, \d+\) uint8", one_file=True)
 add("npz", {"y.npz": npz(mu=np.zeros(8), sigma=np.zeros((8, 8)))}, refused="no single array", one_file=True)
 _hot = {"x.npz": npz(arr_0=stack(0, 3), labels=np.eye(3)[[2, 0, 1]])}
 add("npz", _hot, [2, 0, 1], "012", seeds=range(3), one_file=True)

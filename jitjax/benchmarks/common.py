@@ -20,6 +20,7 @@ from jitjax import checkpoint, exchange, from_settings, model, runtime, sharding
 from jitjax.cli import arguments
 from jitjax.flops import IMAGENET_IMAGES
 from jitjax.from_settings import Setup
+from jitjax.geometry import Geometry
 from jitjax.settings import Settings
 
 CLASSES = 1000  # ImageNet's, where the config leaves it to the data set
@@ -51,7 +52,7 @@ def prepare(settings: Settings, devices: int | None = None) -> Setup:
     return from_settings.setup(settings, images=images, num_classes=classes, mesh=mesh)
 
 
-def random_params(geometry: model.Geometry, key: jax.Array) -> model.Params:
+def random_params(geometry: Geometry, key: jax.Array) -> model.Params:
     """A fresh model's weights, with noise in the matrices that start at zero (adaLN and the last layer).
 
     With those at zero the whole backward pass would multiply zeros, which a GPU does with less power, so at a higher clock

@@ -39,12 +39,14 @@ class ArrayInput:
                 if split not in ("", HERE):
                     raise UserError(f"{where} holds no split called {split}; it has the arrays {listed(names)}")
                 if len(images) != 1:
-                    raise UserError(f"{where} holds no single array of (n, H, W, 3) uint8 images, but {listed(names)}")
+                    found = listed(f"{name} {shape} {kind}" for name, (shape, kind) in shapes.items())
+                    raise UserError(f"{where} holds no single array of (n, H, W, 3) uint8 images, but {found}")
                 self._images, (self._shape, _) = images[0], shapes[images[0]]
                 count = self._shape[0]
                 vectors = [n for n, (shape, _) in shapes.items() if shape in ((count,), (count, 1))]
                 rows = [n for n, (shape, kind) in shapes.items() if _may_be_one_hot(shape, kind, count)]
-                usual = [n for n in [*vectors, *rows] if n == "arr_1" or _LABEL_WORDS.intersection(words_of(n))]
+                called = [n for n in names if n == "arr_1" or _LABEL_WORDS.intersection(words_of(n))]
+                usual = [n for n in [*vectors, *rows] if n in called]
                 usual = [n for n in usual if not split_of(n) or split_of(n) == split_of(self._images)]
                 usual = [n for n in usual if n in vectors] or [n for n in usual if _is_one_hot(file[n])]
                 wanted = [labels] if labels not in ("", NO_LABELS) else usual if not labels else []
@@ -68,8 +70,9 @@ class ArrayInput:
         if wanted:
             numbered = number_labels(values, None, f"{where} array {wanted[0]}")
         self.labels, self.classes = numbered.numbers, numbered.classes
-        rest = [n for n, (shape, _) in shapes.items() if shape[:1] == (count,) and n not in (self._images, *wanted)]
-        unread = [n if n in vectors else f"{n} {shapes[n][0]}" for n in rest] if not labels else []
+        rest = [n for n, (shape, _) in shapes.items() if shape[:1] == (count,) or (n in called and not wanted)]
+        rest = [n for n in rest if n not in (self._images, *wanted)] if not labels else []
+        unread = [n if n in vectors else f"{n} {shapes[n][0]}" for n in rest]
         text = f"{where}: not read: {listed(unread)}; if one is the labels, name it with {ask.labels}" if unread else ""
         self.notes = tuple(note for note in (text, numbered.note) if note)
         left = [name for name in names if name not in (self._images, *wanted)]

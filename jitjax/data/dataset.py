@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -223,6 +224,8 @@ def of_source(
       class_names: in label order; empty for a set without labels. Reading a label that has none raises a UserError.
       name: how the set is called in messages.
     """
+    if twice := [label for label, number in collections.Counter(class_names).items() if number > 1]:
+        raise UserError(f"class_names: {twice[0]!r} is there twice; a class has a name of its own")
     fingerprint = {"count": count, "classes": len(class_names), "checksum": checksum}
     text = summary(count, class_names, name, "", ())
     checked = _Checked(source, len(class_names), name)
@@ -242,6 +245,8 @@ class _Checked:
 
     def read(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
         failures = self.source.read(indices, images, labels)
+        if failures is None:
+            raise UserError(f"{self.where}: read() returned None: a list of (k, reason) is needed, [] where all were read")
         if self.classes:
             failed = [place for place, _ in failures]
             for place in np.setdiff1d(np.flatnonzero((labels < 0) | (labels >= self.classes)), failed):
@@ -278,7 +283,8 @@ def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, class_names:
     if labels is not None or class_names:
         numbers = np.asarray([] if labels is None else labels)
         if numbers.shape != images.shape[:1] or numbers.dtype.kind not in "iu":
-            raise UserError(f"labels: one whole number for each of {len(images)} images is needed, here {numbers.shape}")
+            found = f"these are {numbers.shape} {numbers.dtype}"
+            raise UserError(f"labels: one whole number for each of {len(images)} images is needed, {found}")
         if not np.isin(numbers, np.arange(len(class_names))).all():
             raise UserError(f"labels: each must have a name in class_names, in [0, {len(class_names)})")
     numbers = numbers.astype(np.int32)

@@ -89,7 +89,7 @@ class LabelFinder:
                     f"{option}=folders or {option}={found.choice}"
                 )
             if "" not in tops:  # the folders have the names
-                return dataclasses.replace(found, by_folder=True, values=None, source="")
+                return dataclasses.replace(found, by_folder=True, values=None, source="", file_column="")
         return found
 
     def _unread(self, by_folder: bool) -> list[str]:

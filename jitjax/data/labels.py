@@ -10,6 +10,7 @@ import io
 import json
 import math
 import posixpath
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -176,10 +177,10 @@ def read_table(name: str, data: bytes, column: str, where: str, ask: Ask) -> Tab
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if lower.endswith(".json"):
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=_without_doubles)
             columns, known = _read_json(content), tuple(content) if isinstance(content, dict) else ()
         elif lower.endswith(".jsonl"):
-            columns = _by_column([json.loads(line) for line in text.splitlines() if line.strip()])
+            columns = _by_column([json.loads(line) for line in text.split("\n") if line.strip()])
         else:
             columns = _read_csv(text, "\t" if lower.endswith(".tsv") else None)
     except (ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
@@ -241,11 +242,22 @@ def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [row.get(key) for row in rows] for key in {key: None for row in rows for key in row}}
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key has two values, of which Python would take the last."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if made.setdefault(key, value) != value:
+            raise ValueError(f"it gives {key} two values, {made[key]!r} and {value!r}")
+    return made
+
+
 def _read_csv(text: str, delimiter: str | None) -> dict[str, list[Any]]:
-    header = text.partition("\n")[0]
+    header = re.sub(r'"[^"\n]*"', "", text.replace("\r", "\n").partition("\n")[0])
     if delimiter is None:
         delimiter = max(",;\t", key=header.count)
-    rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
+    spaced = f'{delimiter} "' in text  # file, "label": else the quotes would be part of the name
+    lines = io.StringIO(text, newline=None)  # old Macintosh programs end lines with a carriage return
+    rows = list(csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced))
     rows = [row for row in rows if row]
     if not rows:
         return {}
@@ -299,7 +311,7 @@ def match_table(table: Table, files: Sequence[str], folder: str, root: str, wher
     Raises:
       UserError: two rows for one file differ.
     """
-    count = len(table.files[0][1]) if table.files else 0
+    count = len(table.labels or table.splits or (table.files[0][1] if table.files else ()))
     rows = list(zip(table.labels or [None] * count, table.splits or [""] * count, strict=True))
     best, most, clash = Match([MISSING] * len(files)), 0, ""
     for column, names in table.files:

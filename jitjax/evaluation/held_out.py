@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jitjax import diffusion, kernels, sharding
 from jitjax import model as jit_model
 from jitjax.data import DataSet
+from jitjax.geometry import Geometry
 from jitjax.settings import Diffusion
 
 BUCKETS = 5  # times per image: the middles of equally likely fifths of the training distribution
@@ -27,7 +28,7 @@ class HeldOutLoss:
     def __init__(
         self,
         dataset: DataSet,
-        geometry: jit_model.Geometry,
+        geometry: Geometry,
         noise: Diffusion,
         mesh: Mesh,
         *,

@@ -25,6 +25,7 @@ from jitjax.evaluation.held_out import HeldOutLoss
 from jitjax.evaluation.models import evaluate_batches
 from jitjax.evaluation.score import computed, open_reference, slug
 from jitjax.evaluation.statistics import Statistics
+from jitjax.geometry import Geometry
 from jitjax.sampler import Sampler
 from jitjax.settings import Eval
 
@@ -108,7 +109,7 @@ def build(
     dataset: DataSet,
     held_out: DataSet | None,
     ema: str,
-    geometry: jit_model.Geometry,
+    geometry: Geometry,
     process: Diffusion,
     mesh: Mesh,
     *,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jitjax.geometry import Geometry
 from jitjax.interop import official
-from jitjax.model import Geometry
 
 MOMENTS = (("mu", "exp_avg"), ("nu", "exp_avg_sq"))  # Optax's name, PyTorch's
 

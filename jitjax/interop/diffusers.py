@@ -19,8 +19,9 @@ import safetensors
 import safetensors.numpy
 
 from jitjax.errors import UserError
+from jitjax.geometry import SIZES, Geometry
 from jitjax.interop import official
-from jitjax.model import CHANNELS, SIZES, Geometry
+from jitjax.model import CHANNELS
 
 NORM_EPS = 1e-6  # ours is fixed, as the official code's is
 # config.json of the class (left) and our geometry. Older folders give a preset by name and num_class_embeds.

@@ -17,8 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from jitjax.errors import UserError
+from jitjax.geometry import SIZES, Geometry
 from jitjax.interop.names import some
-from jitjax.model import CHANNELS, SIZES, TIME_FEATURES, Geometry, position_table
+from jitjax.model import CHANNELS, TIME_FEATURES, position_table
 
 _log = logging.getLogger(__name__)
 

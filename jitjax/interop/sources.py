@@ -180,18 +180,25 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Sli
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What one of our own files says of its weights. Raises: UserError: it is damaged, and would be taken for another model."""
+    """What a file says of its weights as ours do. Others may use these words for something else, which is left out.
+
+    Raises:
+      BadFile: one of ours, which have both geometry and facts, is damaged, and would be taken for another model.
+    """
     with safetensors.safe_open(path, "numpy") as file:
         saved = file.metadata() or {}
     result = {}
     for key, kind, expected in (("geometry", dict, "an object"), ("facts", dict, "an object"), ("sets", list, "a list")):
         if key in saved:
+            problem = f"is not {expected}"
             try:
-                result[key] = json.loads(saved[key])
-            except ValueError as error:
-                raise BadFile(f"{path}: its metadata is damaged: {key} is no JSON ({error}); write the file again") from None
-            if not isinstance(result[key], kind):
-                raise BadFile(f"{path}: its metadata is damaged: {key} is not {expected}; write the file again")
+                value = json.loads(saved[key])
+            except (ValueError, RecursionError) as error:
+                value, problem = None, f"is no JSON ({error})"
+            if isinstance(value, kind):
+                result[key] = value
+            elif {"geometry", "facts"} <= saved.keys():
+                raise BadFile(f"{path}: its metadata is damaged: {key} {problem}; write the file again")
     return result
 
 

@@ -26,10 +26,11 @@ import safetensors.numpy
 
 from jitjax import atomic, hub
 from jitjax.errors import UserError
+from jitjax.geometry import SIZES, Geometry
 from jitjax.interop import adamw, diffusers, names, official
 from jitjax.interop.sets import DECAY, name_sets, select
 from jitjax.interop.sources import Source, is_workdir, open_source
-from jitjax.model import SIZES, Geometry, JiT, graphdef_of, merge, position_table
+from jitjax.model import JiT, graphdef_of, merge, position_table
 from jitjax.settings import POWER
 
 _log = logging.getLogger(__name__)

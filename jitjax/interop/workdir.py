@@ -23,11 +23,11 @@ import orbax.checkpoint as ocp
 from jitjax import checkpoint, saving, settings, step
 from jitjax.config import default_config
 from jitjax.errors import UserError, naming
+from jitjax.geometry import SIZES, Geometry
 from jitjax.interop import adamw, official
 from jitjax.interop.pth import write_pth
 from jitjax.interop.sets import DEFAULT_DECAYS, select
 from jitjax.interop.weights import Weights, published_noise_scale
-from jitjax.model import SIZES, Geometry
 from jitjax.optimizer import make_optimizer
 
 # Ours (left) and the official arguments.
@@ -87,7 +87,12 @@ def read_run(path: Path, *, which: str | None = None, moments: bool = False) -> 
     elif moments and not weights.geometry.class_start:  # such a model has no place in the files that hold moments
         # Of the same step, whatever the run has saved since.
         folder = checkpoint.workdir_of(path) / checkpoint.DIRECTORY / str(saved.step)
-        weights.moments = _saved_moments(folder, weights.geometry, config)
+        try:
+            weights.moments = _saved_moments(folder, weights.geometry, config)
+        except Exception:
+            if folder.is_dir():
+                raise
+            return read_run(path, which=which, moments=moments)  # a live run has deleted it meanwhile: there is a newer one
     return weights
 
 

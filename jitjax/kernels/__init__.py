@@ -125,7 +125,7 @@ def resolve(
     Args:
       kernels: "auto" (fused where it is known to be faster, else plain), "fused" (or say why not) or "plain".
       dtype: compute type of the activations.
-      geometry: the model's, a `jitjax.model.Geometry`.
+      geometry: the model's, a `jitjax.geometry.Geometry`.
       device: the one that the run uses; default the first.
 
     Raises:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jitjax import checkpoint, ema, from_settings, model, replay, saving, sharding
+from jitjax import checkpoint, ema, from_settings, replay, saving, sharding
+from jitjax.geometry import Geometry
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # JiT with one block of width 8 after 3 steps on drawn shapes, by jax 0.10.2 and orbax-checkpoint 0.12.8. The sums of absolute
@@ -37,7 +38,7 @@ def test_what_earlier_versions_wrote(tmp_path, caplog, version):
 
     caplog.set_level(logging.ERROR)
     settings, _ = replay.configuration(tmp_path)  # and a run goes on from there, on more devices than it had
-    like = from_settings.abstract_state(settings, model.Geometry(**weights.meta["geometry"]), sharding.make_mesh(4, 1, 2))
+    like = from_settings.abstract_state(settings, Geometry(**weights.meta["geometry"]), sharding.make_mesh(4, 1, 2))
     saved = saving.Checkpoints(tmp_path)
     state, step, meta = saved.resume(like)
     saved.close()

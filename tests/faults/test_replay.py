@@ -12,6 +12,7 @@ from conftest import DEEPER, small_settings
 from jitjax import checkpoint, cli, data, model, replay
 from jitjax.diffusion import Diffusion
 from jitjax.errors import UserError
+from jitjax.geometry import geometry_of
 from jitjax.pipeline import Pipeline
 from jitjax.train import train
 
@@ -78,7 +79,7 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     """Weights, all finite, with which images of one class overflow in block 1. The run skips and stops, and names its batch;
     the replay names the same files, the block, and the images of that class as those without a loss."""
     workdir, config = tmp_path / "run", small_settings(**DEEPER)
-    geometry = model.geometry_of(config.model, 8, 8)
+    geometry = geometry_of(config.model, 8, 8)
     params = dict(jax.jit(model.init_fn(geometry))(jax.random.key(1)))
     params["y_embedder.table"] = params["y_embedder.table"].at[2].set(3e38)
     params["blocks.1.adaln.kernel"] += 10
@@ -111,6 +112,25 @@ def test_a_step_behind_another_effective_batch_has_the_images_of_the_run(run, tm
     for step in (8, 9):
         record = replay.replay(workdir, step)
         assert all(record["metrics"][name] == logged[step - 1][name] for name in replay.LOGGED)
+
+
+def test_a_step_on_other_images_than_the_checkpoint_before_it(run, tmp_path):
+    """A start that went on with changed images made it on those, and the next checkpoint says so."""
+    workdir = shutil.copytree(run, tmp_path / "run")
+    for step in (5, 6, 7):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    changed = shutil.copytree(workdir / "shapes", tmp_path / "changed") / "train"
+    next(changed.rglob("*.png")).unlink()
+    again = dict(batch_size=1, optim__accumulation_steps=2, model__proj_dropout=0.2, total_steps=7)
+    again |= dict(data__synthetic="", data__path=str(changed), data__allow_changed=True)
+    settings = small_settings(**again, checkpoint__every_steps=1, checkpoint__keep_last=9)
+    assert train(settings, workdir, accept_config_changes=True) == 0
+    logged, lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()], []
+    record = replay.replay(workdir, 5, say=lines.append)
+    assert all(record["metrics"][name] == logged[4][name] for name in replay.LOGGED)
+    assert lines[0] == "the images changed between the checkpoints 4 and 5 and are taken as they were at the latter"
+    with pytest.raises(UserError, match="does not hold the images that the run was trained on"):
+        replay.replay(workdir, 4)
 
 
 def test_a_step_before_every_checkpoint_is_compared_with_a_later_one(run, tmp_path):

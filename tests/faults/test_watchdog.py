@@ -72,3 +72,8 @@ def test_a_step_that_failed_on_the_device_ends_a_run_that_waits_for_something_el
     with Watchdog(**options) as dog, dog.phase("the other processes"):
         assert ended.wait(10)
     assert left == [(3, f"{failure[0]}; stopped without saving, the same command continues from the last checkpoint")]
+    ended.clear()
+    failure.clear()  # to ask for it raises
+    with Watchdog(**options, least_seconds=0.05):
+        assert ended.wait(10)
+    assert "no step for" in left[1][1]
