@@ -30,21 +30,23 @@ def text_of_process_0(text: str | None, longest: int = LONGEST_TEXT) -> str:
     """What process 0 says, "" for None; a text of more than `longest` bytes is cut off."""
     if jax.process_count() == 1:
         return text or ""
-    padded = np.zeros(longest, np.uint8)
-    written = np.frombuffer((text or "").encode()[:longest], np.uint8)
-    padded[: len(written)] = written
-    return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="ignore")
+    return _text(multihost_utils.broadcast_one_to_all(_padded(text, longest)))
 
 
 def text_of_first(text: str | None) -> str:
     """The text of the lowest process that has one, "" where none has; cut off behind `LONGEST_TEXT` bytes."""
     if jax.process_count() == 1:
         return text or ""
-    padded = np.zeros(LONGEST_TEXT, np.uint8)
-    written = np.frombuffer((text or "").encode()[:LONGEST_TEXT], np.uint8)
-    padded[: len(written)] = written
-    said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(multihost_utils.process_allgather(padded))]
-    return next(filter(None, said), "")
+    rows = np.asarray(multihost_utils.process_allgather(_padded(text, LONGEST_TEXT)))
+    return next(filter(None, map(_text, rows)), "")
+
+
+def _padded(text: str | None, size: int) -> np.ndarray:
+    return np.frombuffer((text or "").encode()[:size].ljust(size, b"\0"), np.uint8)
+
+
+def _text(padded: np.ndarray) -> str:
+    return bytes(padded).rstrip(b"\0").decode(errors="ignore")
 
 
 def numbers_of_process_0(numbers: Sequence[int]) -> list[int]:

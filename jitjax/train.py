@@ -348,13 +348,18 @@ def build(
         flops_per_sample=flops.train_flops(geometry),
         peak_flops=peak and peak * mesh.size,
     )
+
+    def last_good() -> str:
+        saved.settle()
+        return saved.last_good()
+
     anomalies = Anomalies(
         folder.path,
         policy=settings.nan_policy,
         limit=settings.nan_limit,
         dynamic_loss_scale=settings.dtype == "float16",
         is_main=is_main,
-        last_good=lambda: (saved.settle(), saved.last_good())[1],
+        last_good=last_good,
         batch=lambda number: data.names(dataset, order.batch(number), host_batches.bad_files),
     )
 
