@@ -55,7 +55,7 @@ def test_kernels_checks_every_operation_against_float32(tmp_path):
     records = [json.loads(line) for line in result.stdout.splitlines()]
     operations = {field.name for field in dataclasses.fields(kernels.Ops)} - {"prepare_qkv"}
     assert {record["operation"].split(",")[0] for record in records} == operations | {"model"}
-    assert all(record["as_accurate"] and record["fused_error"] < 0.05 for record in records)
+    assert all(record["as_accurate"] and record["repeatable"] and record["fused_error"] < 0.05 for record in records)
     (copied,) = (record for record in records if record["operation"] == "packing")
     assert copied["fused_error"] == copied["plain_error"]  # of a cast
     assert all(record["fused_us"] > 0 and record["plain_us"] > 0 for record in records[:-1])
@@ -68,6 +68,15 @@ def test_kernels_notices_an_inaccurate_operation():
     assert kernels_bench.judge([exact], [plain], [plain], "bfloat16")["as_accurate"]
     assert not kernels_bench.judge([exact, exact], [plain, plain], [plain, coarse], "bfloat16")["as_accurate"]
     assert not kernels_bench.judge([exact], [0 * exact], [0 * exact], "float16")["as_accurate"]  # both lost, as by underflow
+
+
+def test_kernels_notices_other_bits_each_time():
+    """The smallest difference, and the one that an equality of numbers does not see."""
+    values = jnp.linspace(-1, 1, 9).at[4].set(0.0)
+    assert kernels_bench.repeatable(lambda: [values, values.astype(jnp.bfloat16)])
+    for other in (values.at[3].set(jnp.nextafter(values[3], 1.0)), -values[::-1].at[4].set(0.0)):
+        turns = iter([[values], [other]])
+        assert not kernels_bench.repeatable(lambda turns=turns: next(turns))
 
 
 # ---------------------------------------------------------------- step

@@ -261,6 +261,21 @@ def operands(config, axes, primitive, by_columns=False):
     return sizes, sum(crossing(state, ADALN if axes == ZERO else ()).values())
 
 
+@pytest.mark.parametrize("optimizer, axes", [("adamw", (1, 1, 1)), ("muon", ZERO), ("adamw", FSDP)])
+def test_no_sum_depends_on_the_order_of_threads(split_small, optimizer, axes):
+    """On a GPU a scatter adds by atomics, in another order each time, unless each address is written once: indices that are
+    known to differ, or one for each row of the batch (the class loss)."""
+    config = small_settings(**EVERYTHING, batch_size=4, optim__name=optimizer)
+    state, train_step, plan, mesh = build(config, axes)
+    program = jax.make_jaxpr(train_step)(state, next(batches(plan, mesh, 1))).jaxpr
+    scatters = [eqn for eqn, _ in equations(program) if eqn.primitive.name.startswith("scatter")]
+    for eqn in scatters:
+        table, indices, _ = (var.aval.shape for var in eqn.invars)
+        (rows,) = eqn.params["dimension_numbers"].operand_batching_dims or (None,)
+        assert eqn.params["unique_indices"] or rows == 0 and table[0] == np.prod(indices[:-1]), eqn
+    assert scatters  # the class loss's
+
+
 @pytest.mark.parametrize("axes, primitive", [(DATA, "psum"), (ZERO, "all_to_all")])
 def test_gradients_cross_devices_in_bfloat16_where_asked(split_small, axes, primitive):
     """(The CPU widens a bfloat16 all-reduce when it compiles, so this is read off the program before.)"""

@@ -7,7 +7,10 @@ One JSON line for each operation and number of tokens that the model has, and on
 Errors are relative (norm of the difference over norm of the reference), the largest over all outputs and gradients of an
 operation; the reference is the plain operation in float32 on the same rounded inputs. `as_accurate` means that no fused error
 exceeds 1.3 times the plain one by more than half a unit in the last place of the compute type, and that every plain one is
-below 0.5, since two wrong results say nothing; where it is false, or an error is not finite, the command exits with code 2.
+below 0.5, since two wrong results say nothing. `repeatable` means that the fused program gives the same bits each time, without
+which a resumed run does not repeat the undisturbed one. Where one is false, or an error is not finite, the command exits
+with code 2.
+
 Errors come from the first `--check_images` images, times (value and gradient, in us, median) from the whole batch.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jitjax import from_settings, kernels, model, step
 from jitjax.benchmarks import common
@@ -42,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     """Check and time every operation, with the flags of `jitjax.bench`.
 
     Raises:
-      UserError: a mistake in the configuration, or a fused operation that is less accurate than the plain one.
+      UserError: a mistake in the configuration, or a fused operation that is less accurate than the plain one, or not
+        repeatable.
     """
     setup = common.prepare(common.load(args))
     listed = list(cases(setup))
@@ -51,16 +56,20 @@ def run(args: argparse.Namespace) -> None:
         begun = [begin_case(pool, *case, args.check_images) for _, _, *case in listed]
         of_model = [program.result() for program in begin_models(pool, setup, args.check_images)]
         compiled = [{name: program.result() for name, program in programs.items()} for programs in begun]
-    failed = []
+    judged = []  # name, record
     for (name, tokens, *_), programs in zip(listed, compiled, strict=True):
         record = compare(programs, setup.settings.dtype, args.repeats)
         common.emit({"benchmark": "kernels", "operation": name, "tokens": tokens, **record})
-        failed += [] if record["as_accurate"] else [f"{name} at {tokens} tokens"]
-    record = judge(*(program() for program in of_model), setup.settings.dtype)
+        judged.append((f"{name} at {tokens} tokens", record))
+    record = judge(*(program() for program in of_model), setup.settings.dtype) | {"repeatable": repeatable(of_model[-1])}
     common.emit({"benchmark": "kernels", "operation": "model", **record, **common.describe(setup)})
-    failed += [] if record["as_accurate"] else ["the model's gradients"]
+    judged.append(("the model's gradients", record))
+    failed = []
+    for quality, fault in (("as_accurate", "less accurate fused than plain"), ("repeatable", "other bits each time")):
+        if names := [name for name, record in judged if not record[quality]]:
+            failed.append(f"{fault}: {', '.join(names)}")
     if failed:
-        raise UserError(f"less accurate fused than plain: {', '.join(failed)}; use --config.kernels=plain and report this")
+        raise UserError(f"{'; '.join(failed)}; use --config.kernels=plain and report this")
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -164,6 +173,11 @@ def judge(reference: Sequence[jax.Array], plain: Sequence[jax.Array], fused: Seq
     }
 
 
+def repeatable(program: Program) -> bool:
+    """Whether the program gives the same bits twice."""
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(program(), program(), strict=True))
+
+
 def begin(pool: Executor, jitted: Any, *arguments: Any) -> Future[Program]:
     """A program with its arguments, compiling in `pool`."""
     lowered = jitted.lower(*arguments)
@@ -207,7 +221,8 @@ def compare(programs: dict[str, Program], dtype: str, repeats: int) -> dict[str,
             jax.block_until_ready(out)
             measured.append((time.perf_counter() - begun) / CALLS)
         times[f"{kind}_us"] = round(statistics.median(measured) * 1e6, 1)
-    return {**judge(*(programs[name]() for name in ("exact", "plain", "fused")), dtype), **times}
+    errors = judge(*(programs[name]() for name in ("exact", "plain", "fused")), dtype)
+    return {**errors, "repeatable": repeatable(programs["fused timed"]), **times}
 
 
 def begin_models(pool: Executor, setup: Setup, images: int) -> list[Future[Program]]:
@@ -215,6 +230,7 @@ def begin_models(pool: Executor, setup: Setup, images: int) -> list[Future[Progr
     times the loss scale that training begins with, without which float16's gradients are zeros."""
     params = common.random_params(setup.geometry, jax.random.key(setup.settings.seed))
     batch = {name: value[:images] for name, value in common.random_batch(setup).items()}
+    batch["label"] %= 3  # so that rows of the label table have gradients of several images
     keys = jax.random.split(jax.random.key(2), len(batch["label"]))
 
     scale = step.first_loss_scale(setup.settings.dtype)
