@@ -635,6 +635,9 @@ add("parquet labels not read", one(label=[-1] * 4), [0] * 4, says="no label, onl
 add("parquet labels not read", one(label=[None] * 4), [0] * 4, says="only empty values or -1|no column is known")
 add("parquet in doubt", one(label=[0, 1, 0, 1], target=[0, 0, 1, 1]), refused="different labels")
 add("parquet in doubt", one(label=[0, 1, None, 1]), refused="not a class number")
+for _doubled in ("label", "image"):
+    _twice = table(label=[0, 1, 0, 1], note=["a", "b", "c", "d"]).rename_columns(["image", "label", _doubled])
+    add("parquet in doubt", {"x.parquet": parquet(_twice)}, refused=f"x.parquet has several columns called {_doubled}: rename")
 add("parquet in doubt", one(label=["a", "b", "", "a"]), refused="row 2: an empty label")
 _rows = {"label": ["a", "b", "", "a"], "split": ["train", "test", "train", "train"]}
 add("parquet in doubt", one(**_rows), refused="row 2: an empty label")
@@ -782,6 +785,12 @@ add("npz", _hot, [2, 0, 1], "012", prepare={"labels": "labels"}, one_file=True)
 _soft = {"x.npz": npz(arr_0=stack(0, 3), y=np.full((3, 4), 0.25))}
 add("npz", _soft, [0, 0, 0], (), says="not read: y (3, 4)", one_file=True)
 add("npz", _soft, refused=r"array y has the shape \(3, 4\); labels are \(3,\) numbers", prepare={"labels": "y"}, one_file=True)
+_objects = {"x.npz": npz(arr_0=stack(0, 3), y=np.array(["a", None, "b"], dtype=object))}
+add("npz", _objects, refused=r"array y holds Python objects: save y.astype\(str\) instead", one_file=True)
+_columns = {"x.npz": npz(arr_0=np.asfortranarray(stack(0, 3)))}
+add("npz", _columns, refused=r"array arr_0 is in column-major order: save numpy.ascontiguousarray", one_file=True)
+_hot_columns = npz(arr_0=stack(0, 3), labels=np.asfortranarray(np.eye(3)[[2, 0, 1]]))
+add("npz", {"x.npz": _hot_columns}, [2, 0, 1], "012", seeds=range(3), one_file=True)
 add("npz", {"x.npz": npz(arr_0=stack(0, 3))}, refused="no split called val", prepare={"split": "val"}, one_file=True)
 
 # --- archives

@@ -32,7 +32,8 @@ class ArrayInput:
         try:
             with np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
                 names = list(file.files)
-                shapes = {name: _header(archive, name) for name in names}
+                headers = {name: _header(archive, name) for name in names}
+                shapes = {name: (shape, kind) for name, (shape, _, kind) in headers.items()}
                 images = [n for n, (shape, kind) in shapes.items() if len(shape) == 4 and shape[3] == 3 and kind == np.uint8]
                 if len(images) > 1 and all(map(split_of, images)):  # x_train and x_test
                     images, split = [pick_split(images, split, ask)], ""
@@ -41,7 +42,9 @@ class ArrayInput:
                 if len(images) != 1:
                     found = listed(f"{name} {shape} {kind}" for name, (shape, kind) in shapes.items())
                     raise UserError(f"{where} holds no single array of (n, H, W, 3) uint8 images, but {found}")
-                self._images, (self._shape, _) = images[0], shapes[images[0]]
+                self._images, (self._shape, column_major, _) = images[0], headers[images[0]]
+                if column_major:  # an image's bytes do not lie together
+                    raise UserError(f"{where}: array {self._images} is in column-major order: save numpy.ascontiguousarray(it)")
                 count = self._shape[0]
                 vectors = [n for n, (shape, _) in shapes.items() if shape in ((count,), (count, 1))]
                 rows = [n for n, (shape, kind) in shapes.items() if _may_be_one_hot(shape, kind, count)]
@@ -58,6 +61,8 @@ class ArrayInput:
                         )
                 elif len(wanted) > 1 or (wanted and wanted[0] not in vectors):
                     raise UserError(f"{where} holds the arrays {listed(names)}; name the labels with {ask.labels}=NAME")
+                if wanted and shapes[wanted[0]][1].hasobject:
+                    raise UserError(f"{where}: array {wanted[0]} holds Python objects: save {wanted[0]}.astype(str) instead")
                 array = file[wanted[0]] if wanted else np.zeros(0)
                 values = (array.argmax(1) if set(wanted) & set(rows) else array.reshape(-1)).tolist()
         except OSError as error:
@@ -117,15 +122,13 @@ def _is_one_hot(array: np.ndarray) -> bool:
     return bool(((array == 0) | (array == 1)).all() and ((array == 1).sum(axis=1) == 1).all())
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     with archive.open(f"{name}.npy") as file:
         return _read_header(file)
 
 
-def _read_header(file) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in column-major order, type."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, column_major, kind = read(file)
-    if column_major and len(shape) > 1:
-        raise ValueError("its arrays are in column-major order")
-    return shape, kind
+    return read(file)

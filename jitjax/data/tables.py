@@ -84,8 +84,9 @@ class TableInput:
         where = ask.where
         self._files = list(files)
         _import_pyarrow()
+        opened: list[_File] = []
         try:
-            opened = [_File(file) for file in files]
+            opened += [_File(file) for file in files]
             columns = [name for name in opened[0].schema.names if all(name in f.schema.names for f in opened)]
             self._column, image_note = _find_image_column([f.schema for f in opened], columns, image_column, where)
             self._nested = [_holds_images(f.schema.field(self._column).type) == "struct" for f in opened]
@@ -97,6 +98,10 @@ class TableInput:
         except Exception as error:  # pyarrow raises its own exception types, OSError among them
             if isinstance(error, OSError) and error.errno:
                 raise unreadable(error, where) from None
+            doubled = [(name, f.path) for f in opened for name in f.schema.names if f.schema.names.count(name) > 1]
+            if doubled:
+                name, path = doubled[0]
+                raise UserError(f"{where}: {path} has several columns called {name}: rename or drop all but one") from None
             raise UserError(f"{where} holds a damaged Parquet or Arrow file: {' '.join(str(error).split())[:200]}") from None
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         if not self._starts[-1]:
