@@ -232,7 +232,7 @@ def begin_models(pool: Executor, setup: Setup, images: int) -> list[Future[Progr
     times the loss scale that training begins with, without which float16's gradients are zeros."""
     params = common.random_params(setup.geometry, jax.random.key(setup.settings.seed))
     batch = {name: value[:images] for name, value in common.random_batch(setup).items()}
-    batch["label"] %= 3  # so that rows of the label table have gradients of several images
+    batch["label"] %= 3  # so that rows of the class embedding have gradients of several images
     keys = jax.random.split(jax.random.key(2), len(batch["label"]))
 
     scale = step.first_loss_scale(setup.settings.dtype)
